@@ -28,7 +28,7 @@ from evomesh.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class GradientFigures:
-    """What one step measured, on the host.
+    """Figures of one step, on the host.
 
     Attributes:
         scalars: by InternEvo's names of the metrics, such as
@@ -63,20 +63,15 @@ class GradientProfile:
         self.grid = grid
         self.device = slots[0].local.device
 
-        # 1. The shapes of the whole model: other stages of a pipeline have other
-        #    parameters.
-        own_shapes = {slot.name: slot.spec.stored_shape for slot in slots}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for stage_shapes in all_gather_objects(own_shapes, grid.pp):
-            shapes |= stage_shapes
+        # 1. The whole model: other stages of a pipeline have other parameters.
+        shapes = _shapes_of_all_stages(slots, grid)
 
         # 2. The parameters of the chosen layers, with their elements: P columns.
         names = _chosen_parameters(config, list(shapes), tied)
         self.elements = {name: math.prod(shapes[name]) for name in names}
-        column_of = {name: column for column, name in enumerate(names)}
         counted = [slot for slot in slots if slot.counts_in_norm]
-        self.slots = [slot for slot in counted if slot.name in column_of]
-        columns = [column_of[slot.name] for slot in self.slots]
+        self.slots = [slot for slot in counted if slot.name in self.elements]
+        columns = [names.index(slot.name) for slot in self.slots]
         # Made here, because the host waits for a tensor of Python numbers.
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
 
@@ -85,13 +80,7 @@ class GradientProfile:
         self.heads = [slot for slot in counted if slot.name == head]
         self.vocab_rows = 0
         if config.vocab_grad_norm_profiling:
-            if head not in shapes:
-                raise UserError(
-                    f"the model has no parameter {head}",
-                    where="grad_profiling.vocab_grad_norm_profiling",
-                    fix="remove it; it is for models with an output head of that name",
-                )
-            self.vocab_rows = shapes[head][0]
+            self.vocab_rows = _rows_of_head(head, shapes)
 
     def measure(self) -> Tensor:
         """Return the sums [R] over all ranks, float64, of the reduced gradients, not yet unscaled or clipped."""
@@ -165,6 +154,17 @@ class GradientProfile:
         return {**of_layers, **of_parameters}
 
 
+def _shapes_of_all_stages(
+    slots: Sequence[ParameterSlot], grid: Grid
+) -> dict[str, tuple[int, ...]]:
+    """Return the global shape of every parameter, without the padding of the layout."""
+    own_shapes = {slot.name: slot.spec.stored_shape for slot in slots}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stage_shapes in all_gather_objects(own_shapes, grid.pp):
+        shapes |= stage_shapes
+    return shapes
+
+
 def _chosen_parameters(
     config: GradProfilingConfig, names: Sequence[str], tied: bool
 ) -> list[str]:
@@ -189,6 +189,21 @@ def _chosen_parameters(
             )
         chosen.add(layer)
     return [name for name in names if layer_of(name) in chosen]
+
+
+def _rows_of_head(head: str, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return V.
+
+    Raises:
+        UserError: a custom model has no parameter of this name.
+    """
+    if head not in shapes:
+        raise UserError(
+            f"the model has no parameter {head}",
+            where="grad_profiling.vocab_grad_norm_profiling",
+            fix="remove it; it measures an output head of that name",
+        )
+    return shapes[head][0]
 
 
 def _stored_gradient(slot: ParameterSlot, grid: Grid) -> Tensor | None:

@@ -90,16 +90,10 @@ def train_step(
     batch = batch.to(device)
 
     # 2. Forward and backward. The sums stay on the device.
-    tally = LossTally(data_types, device)
-    objectives = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add_loss(index: int, output: LossOutput) -> None:
-        _add_objectives(objectives, output, scaler.scale)
-        tally.add(output, batch.labels[index], batch.type_ids[index])
-
+    sums = _LossSums(batch, data_types, scaler.scale)
     optimizer.expect_micro_batches(len(scales))
     terms = LossTerms.of(loss_config)
-    if not schedule.train(batch, scales, terms, add_loss, should_stop):
+    if not schedule.train(batch, scales, terms, sums.add, should_stop):
         optimizer.zero_grad()
         return None
     watch.stop()
@@ -110,28 +104,52 @@ def train_step(
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
-    results, measured = _read_results(update, objectives, tally, grid)
-    figures = None
-    if profile is not None:
-        figures = profile.figures(measured, 1.0 / scaler.scale)
+    results, measured = _read_results(update, sums, grid)
+    results = _with_gradients(results, profile, measured, scaler.scale)
     scaler.update(results.update.check)
-    return replace(results, fwd_bwd_time=watch.seconds(), gradients=figures)
+    return replace(results, fwd_bwd_time=watch.seconds())
 
 
-def _add_objectives(objectives: Tensor, output: LossOutput, scale: float) -> None:
-    """Add the objective of a micro-batch to ``objectives`` [2], and to its second the part that is z-loss."""
-    objectives[0].add_(output.scaled_sum.detach().double() / scale)
-    if output.scaled_z_loss is not None:
-        objectives[1].add_(output.scaled_z_loss.double() / scale)
+def _with_gradients(
+    results: StepOutput,
+    profile: GradientProfile | None,
+    measured: Tensor,
+    scale: float,
+) -> StepOutput:
+    """Add what a profile measured, without the loss scale."""
+    if profile is None:
+        return results
+    return replace(results, gradients=profile.figures(measured, 1.0 / scale))
+
+
+class _LossSums:
+    """Sums of a step's losses on this rank, on the device.
+
+    Attributes:
+        objectives: [2] float64, the objective and the part of it that is z-loss, without the loss scale.
+        tally: sums by data type.
+    """
+
+    def __init__(self, batch: Batch, data_types: list[str], scale: float) -> None:
+        device = batch.labels.device
+        self.batch = batch
+        self.scale = scale
+        self.objectives = torch.zeros(2, dtype=torch.float64, device=device)
+        self.tally = LossTally(data_types, device)
+
+    def add(self, index: int, output: LossOutput) -> None:
+        """Add the losses of micro-batch ``index``."""
+        self.objectives[0].add_(output.scaled_sum.detach().double() / self.scale)
+        if output.scaled_z_loss is not None:
+            self.objectives[1].add_(output.scaled_z_loss.double() / self.scale)
+        labels = self.batch.labels[index]
+        self.tally.add(output, labels, self.batch.type_ids[index])
 
 
 def _read_results(
-    update: StepResult,
-    objectives: Tensor,
-    tally: LossTally,
-    grid: Grid,
+    update: StepResult, sums: _LossSums, grid: Grid
 ) -> tuple[StepOutput, Tensor]:
-    """Sum objectives [2] and tally over all ranks and bring them to the host together with what the update returned.
+    """Add the sums of all ranks and bring them to the host together with what the update returned.
 
     Only ranks of the last pipeline stage have added losses, so the sum over pp counts
     each loss once.
@@ -139,26 +157,26 @@ def _read_results(
     Returns:
         the results, and what a profile measured; empty without one.
     """
-    objectives = all_reduce_no_grad(objectives, grid.dp, grid.pp)
-    sums = tally.reduce(grid.dp, grid.pp).sums
-    # One tensor [3 + sums + R], so that the host waits once: norm, the two objectives,
-    # the sums of the tally, then what a profile measured.
+    objectives = all_reduce_no_grad(sums.objectives, grid.dp, grid.pp)
+    tally = sums.tally.reduce(grid.dp, grid.pp)
+    # One tensor, so that the host waits once: norm, the two objectives, the sums of the
+    # tally, then what a profile measured.
     on_device = [
         update.norm.unsqueeze(0),
         objectives,
-        sums.flatten(),
+        tally.sums.flatten(),
     ]
     if update.profile is not None:
         on_device.append(update.profile)
     results = copy_to_host(torch.cat(on_device))
     host_norm, loss, z_loss = results[:3]
-    end_of_sums = 3 + sums.numel()
-    host_sums = results[3:end_of_sums].view_as(sums)
+    end_of_tally = 3 + tally.sums.numel()
+    host_sums = results[3:end_of_tally].view_as(tally.sums)
     host_tally = LossTally(tally.types, results.device, host_sums)
     output = StepOutput(
         float(loss), host_tally, StepResult(host_norm), z_loss=float(z_loss)
     )
-    return output, results[end_of_sums:]
+    return output, results[end_of_tally:]
 
 
 def copy_to_host(results: Tensor) -> Tensor:

@@ -113,5 +113,5 @@ def test_figures_are_those_of_autograd_in_one_process(
             assert scalars[name] == pytest.approx(norms[name], rel=LAYOUT), name
         assert vocab_norms.shape == (VOCAB,)
         assert_close(vocab_norms, rows, LAYOUT)
-    # Some tokens are in no pack: their rows of an embedding that is no head are zero.
+    # Some tokens are in no pack: their rows of an embedding that is not the head are zero.
     assert bool(zeros["layer_zero_grad/embedding"]) == (layout.family != "tied")
