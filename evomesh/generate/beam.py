@@ -72,7 +72,8 @@ class _BeamSearch:
         # 2. A candidate that ends is an answer if it ranks among the best; the others are there to grow.
         growing: list[_BeamCandidate] = []
         for rank, candidate in enumerate(found):
-            if not at_maximum and candidate.token not in eos_ids:
+            ends = at_maximum or candidate.token in eos_ids
+            if not ends:
                 growing.append(candidate)
             elif rank < num_beams:
                 answer = self._extend(candidate)
@@ -84,17 +85,24 @@ class _BeamSearch:
         self.finished = self.finished[:num_beams]
         growing.sort(key=lambda candidate: -candidate.score)
         growing = growing[:num_beams]
-        self.running = [self._extend(candidate) for candidate in growing]
-
-        # 4. Stop once the best running beam, if it ended here, would not beat the worst answer. With a positive
-        #    length penalty it could still improve; transformers stops all the same.
-        best_possible = -math.inf
-        if self.running:
-            best_possible = self._final_score(self.running[0].score, length)
-        if len(self.finished) == num_beams and best_possible <= self.finished[-1].score:
+        if self._cannot_improve(growing, length):
             self.running = []
             return []
+        self.running = [self._extend(candidate) for candidate in growing]
         return [candidate.parent for candidate in growing]
+
+    def _cannot_improve(self, growing: list[_BeamCandidate], length: int) -> bool:
+        """Return whether the best candidate, if it ended here, would not beat the worst answer.
+
+        With a positive length penalty it could still improve; transformers stops all the
+        same.
+        """
+        if len(self.finished) < self.sampling.num_beams:
+            return False
+        if not growing:
+            return True
+        best_possible = self._final_score(growing[0].score, length)
+        return best_possible <= self.finished[-1].score
 
     def _extend(self, candidate: _BeamCandidate) -> _Beam:
         parent = self.running[candidate.parent]
@@ -112,40 +120,45 @@ class _BeamSearch:
     def _candidates(self, logits: Tensor, count: int) -> list[_BeamCandidate]:
         """Return the ``count`` best extensions of the running beams, or as many sampled ones."""
         # 1. Log-probabilities of each beam's next token.
-        logprobs = logits.log_softmax(-1)
+        logprobs = self._next_logprobs(logits)
+
+        # 2. Scores of the extended beams.
+        beam_scores = logprobs.new_tensor([beam.score for beam in self.running])
+        extended_scores = logprobs + beam_scores.unsqueeze(1)  # [R, V]
+        scores = extended_scores.flatten()  # [R * V]
+
+        # 3. The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
+        ranking = scores
+        if not self.sampling.greedy:
+            noise = self.random.gumbel(size=len(scores))
+            ranking = scores + torch.from_numpy(noise)
+        count = min(count, len(ranking))
+        best = ranking.topk(count).indices  # [K]
+        is_possible = scores[best].isfinite()
+        best = best[is_possible]
+
+        # 4. As beams and tokens: with V = 100, index 203 is token 3 after beam 2.
+        found: list[_BeamCandidate] = []
         vocab_size = logprobs.shape[1]
+        best_scores = scores[best].tolist()
+        for index, score in zip(best.tolist(), best_scores, strict=True):
+            parent, token = divmod(index, vocab_size)
+            candidate = _BeamCandidate(parent, token, score)
+            found.append(candidate)
+        return found
+
+    def _next_logprobs(self, logits: Tensor) -> Tensor:
+        """Return the log-probabilities [R, V] from which next tokens are chosen; when sampling, in float64."""
+        logprobs = logits.log_softmax(-1)
         penalty = self.sampling.repetition_penalty
         if penalty != 1.0:
             for row, beam in enumerate(self.running):
                 seen = torch.tensor(beam.ids, device=logprobs.device)
                 logprobs[row] = penalize(logprobs[row], seen, penalty)
-        if not self.sampling.greedy:
-            wide = logprobs.cpu().double()
-            logprobs = self._without_unlikely(wide)
-
-        # 2. Scores of the extended beams.
-        former_scores = logprobs.new_tensor([beam.score for beam in self.running])
-        scores = logprobs + former_scores.unsqueeze(1)  # [R, V]
-        summed = scores.flatten()  # [R * V]
-
-        # 3. The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
-        ranking = summed
-        if not self.sampling.greedy:
-            noise = self.random.gumbel(size=len(summed))
-            ranking = summed + torch.from_numpy(noise)
-        best = ranking.topk(min(count, len(ranking))).indices  # [K]
-        is_possible = summed[best].isfinite()
-        best = best[is_possible]
-
-        # 4. As beams and tokens: with V = 100, index 203 is token 3 after beam 2.
-        found: list[_BeamCandidate] = []
-        best_scores = summed[best].tolist()
-        for index, score in zip(best.tolist(), best_scores, strict=True):
-            parent = index // vocab_size
-            token = index % vocab_size
-            candidate = _BeamCandidate(parent, token, score)
-            found.append(candidate)
-        return found
+        if self.sampling.greedy:
+            return logprobs
+        wide = logprobs.cpu().double()
+        return self._without_unlikely(wide)
 
     def _without_unlikely(self, logprobs: Tensor) -> Tensor:
         """[R, V] -> [R, V], with -inf for the tokens that top-k, top-p or min-p drops."""
@@ -214,12 +227,16 @@ def _read(
     device: torch.device,
 ) -> Tensor:
     """Read whole sequences into an empty cache and return the logits of their last tokens, [sequences, V]."""
-    lengths = [len(sequence) for sequence in sequences]
+    lengths: list[int] = []
+    packed: list[int] = []
+    for sequence in sequences:
+        lengths.append(len(sequence))
+        packed += sequence
+    ids = torch.tensor(packed, device=device)  # [T]
     bounds, attend = cache.prefill(lengths, device)
-    packed = [token for sequence in sequences for token in sequence]
-    hidden = model(torch.tensor(packed, device=device), bounds, attend)
-    last_tokens = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits: Tensor = model.logits(hidden[last_tokens])
+    hidden = model(ids, bounds, attend)  # [T, D]
+    ends = torch.tensor(lengths, device=device).cumsum(0)
+    logits: Tensor = model.logits(hidden[ends - 1])
     return logits
 
 

@@ -38,7 +38,8 @@ class KeyValueCache:
     """
 
     def __init__(self, slots: int, context_length: int) -> None:
-        self.slots, self.context_length = slots, context_length
+        self.slots = slots
+        self.context_length = context_length
         self.lengths: list[int] = []  # tokens of the sequence in each slot in use
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -65,15 +66,9 @@ class KeyValueCache:
         bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), longest)
 
         def store(cached: Tensor, packed: Tensor) -> None:
-            capacity = cached.shape[2]
             sequences = torch.split(packed, list(lengths))  # each [length, G, H]
             for slot, sequence in enumerate(sequences, first_slot):
-                length = len(sequence)
-                if length <= capacity:
-                    cached[slot, :, :length] = sequence.transpose(0, 1)
-                    continue
-                kept = torch.arange(length - capacity, length, device=device)
-                cached[slot, :, kept % capacity] = sequence[kept].transpose(0, 1)
+                _store_sequence(cached[slot], sequence)
 
         def store_and_attend(
             q: Tensor,
@@ -156,13 +151,14 @@ class KeyValueCache:
         left would still be NaN.
         """
         last = len(self.lengths) - 1
-        end = max(self.lengths[slot], self.lengths[last])
+        used = slice(max(self.lengths[slot], self.lengths[last]))
         for cached in self._all_tensors():
             if slot != last:
-                cached[slot, :, :end] = cached[last, :, :end]
-            cached[last, :, :end] = 0
-        self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
+                cached[slot, :, used] = cached[last, :, used]
+            cached[last, :, used] = 0
+        last_length = self.lengths.pop()
+        if slot != last:
+            self.lengths[slot] = last_length
 
     @torch.inference_mode()
     def reorder(self, sources: Sequence[int]) -> None:
@@ -174,11 +170,12 @@ class KeyValueCache:
                 target_slots.append(slot)
                 source_slots.append(source)
         if target_slots:
-            end = max(self.lengths)
+            used = slice(max(self.lengths))
             for cached in self._all_tensors():
                 # Indexing with a list copies first, so that no move reads what another
                 # one wrote.
-                cached[target_slots, :, :end] = cached[source_slots, :, :end]
+                moved = cached[source_slots, :, used]
+                cached[target_slots, :, used] = moved
         self.lengths = [self.lengths[source] for source in sources]
 
     def size_in_bytes(self) -> int:
@@ -202,3 +199,18 @@ class KeyValueCache:
             shape = (self.slots, like.shape[1], tokens, like.shape[2])
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
+
+
+def _store_sequence(cached: Tensor, sequence: Tensor) -> None:
+    """Write a sequence [length, G, H] into its slot [G, C, H], or of a longer one the last C tokens.
+
+    Position p goes to row p mod C: with C = 4, positions 3 to 6 to rows 3, 0, 1 and 2.
+    """
+    length = len(sequence)
+    capacity = cached.shape[1]
+    if length <= capacity:
+        cached[:, :length] = sequence.transpose(0, 1)
+        return
+    kept = torch.arange(length - capacity, length, device=cached.device)
+    rows = kept % capacity
+    cached[:, rows] = sequence[kept].transpose(0, 1)

@@ -233,25 +233,24 @@ class GenerationEngine:
         hidden = self.model(ids, bounds, attend)  # [T, D]
 
         # The last token of each prompt predicts the first one of its answer.
-        ends = torch.tensor(lengths).cumsum(0)
-        last_tokens = (ends - 1).to(self.device)
-        logits = self.model.logits(hidden[last_tokens])  # [B, V]
+        ends = torch.tensor(lengths, device=self.device).cumsum(0)
+        logits = self.model.logits(hidden[ends - 1])  # [B, V]
 
         prompt_scores: list[list[TokenScore]] = []
-        for request, end in zip(admitted, ends.tolist(), strict=True):
+        states = torch.split(hidden, lengths)
+        for request, prompt_states in zip(admitted, states, strict=True):
             scores: list[TokenScore] = []
             if request.sampling.score_prompt and not request.is_read:
-                start = end - len(request.ids)
-                scores = self._score_prompt(request, hidden[start:end])
+                scores = self._score_prompt(request, prompt_states)
             prompt_scores.append(scores)
             request.is_read = True
 
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)
-        scored_tokens = []
-        for token, scores in zip(tokens, prompt_scores, strict=True):
-            scored_tokens.append(replace(token, prompt_scores=scores))
-        return scored_tokens
+        return [
+            replace(token, prompt_scores=scores)
+            for token, scores in zip(tokens, prompt_scores, strict=True)
+        ]
 
     def _score_prompt(
         self, request: _ActiveRequest, hidden: Tensor
@@ -264,10 +263,12 @@ class GenerationEngine:
         scores = [TokenScore(prompt[0])]
         # In chunks, because the logits [length, V] of a long prompt may not fit into
         # memory.
-        for start in range(0, len(prompt) - 1, LOGIT_ROWS):
-            targets = prompt[start + 1 : start + 1 + LOGIT_ROWS]
+        predicted = prompt[1:]
+        for start in range(0, len(predicted), LOGIT_ROWS):
+            targets = predicted[start : start + LOGIT_ROWS]
             states = hidden[start : start + len(targets)]
-            logprobs = self.model.logits(states).log_softmax(-1)
+            logits = self.model.logits(states)
+            logprobs = logits.log_softmax(-1)
             scores += _target_scores(logprobs, targets, top_count)
         return scores
 
@@ -298,16 +299,17 @@ class GenerationEngine:
         ]
 
     def _choose_token(self, request: _ActiveRequest, logits: Tensor) -> GeneratedToken:
-        sampling = request.sampling
-        penalty = sampling.repetition_penalty
+        penalty = request.sampling.repetition_penalty
         penalized = logits
         if penalty != 1.0:
-            seen = torch.tensor(request.ids, dtype=torch.long, device=logits.device)
+            seen = torch.tensor(request.ids, device=logits.device)
             penalized = penalize(logits, seen, penalty)
         token = request.sampler.next_token(penalized)
-        if sampling.logprobs < 0:
+        top_count = request.sampling.logprobs
+        if top_count < 0:
             return request.append(token)
-        logprob, top = top_logprobs(logits, token, sampling.logprobs)
+        # The model's own log-probabilities, without the penalty.
+        logprob, top = top_logprobs(logits, token, top_count)
         return request.append(token, logprob, top)
 
     def _release(self, slot: int) -> None:

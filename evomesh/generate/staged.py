@@ -39,10 +39,7 @@ class StagedModel(LanguageModel):
         """Return hidden states [T, D] for ids [T]: the final ones on the last rank, this stage's output on others."""
         rank = self.axis.rank
         if rank > 0:
-            dtype = promote(self.dtype) if self.config.residual_in_fp32 else self.dtype
-            shape = (len(x), self.config.hidden_size)
-            buffer = torch.empty(shape, dtype=dtype, device=x.device)
-            x = receive(buffer, self.axis, rank - 1)
+            x = receive(self._buffer(x), self.axis, rank - 1)
         hidden: Tensor = self.stage(x, docs, attend)
         if not self.is_last:
             sent = hidden.contiguous()
@@ -50,6 +47,14 @@ class StagedModel(LanguageModel):
             if pending is not None:
                 pending.wait()
         return hidden
+
+    def _buffer(self, ids: Tensor) -> Tensor:
+        """Return room for the hidden states [T, D] of ids [T], as the stage before sends them."""
+        dtype = self.dtype
+        if self.config.residual_in_fp32:
+            dtype = promote(dtype)
+        shape = (len(ids), self.config.hidden_size)
+        return torch.empty(shape, dtype=dtype, device=ids.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the last rank's logits [T, V] on every rank."""

@@ -266,6 +266,16 @@ class ParameterBucket:
             parameter.copy_(rows)
 
 
+def _by_gather(slots: Sequence[ParameterSlot]) -> Iterable[list[ParameterSlot]]:
+    """Return the slots with a sharded state, in groups of one axis and dtype: a bucket is one collective."""
+    groups: dict[object, list[ParameterSlot]] = {}
+    for slot in slots:
+        if slot.shard_axis.size > 1:
+            kind = (slot.shard_axis, slot.local.dtype)
+            groups.setdefault(kind, []).append(slot)
+    return groups.values()
+
+
 class ParameterSync:
     """Gathers updated parameters on all ranks of the axis that shards their optimizer state.
 
@@ -279,19 +289,15 @@ class ParameterSync:
         self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool
     ) -> None:
         self.overlap = overlap
-        sharded = [slot for slot in slots if slot.shard_axis.size > 1]
-        same_gather: dict[object, list[ParameterSlot]] = {}
-        for slot in sharded:
-            kind = (slot.shard_axis, slot.local.dtype)
-            same_gather.setdefault(kind, []).append(slot)
         self.buckets: list[ParameterBucket] = []
-        for group in same_gather.values():
-            packs = pack_into_buckets(group, bucket_size)
-            self.buckets += map(ParameterBucket, packs)
+        for alike in _by_gather(slots):
+            for pack in pack_into_buckets(alike, bucket_size):
+                bucket = ParameterBucket(pack)
+                self.buckets.append(bucket)
         self._bucket_of: dict[str, ParameterBucket] = {}
         for bucket in self.buckets:
-            names = [slot.name for slot in bucket.slots]
-            self._bucket_of |= dict.fromkeys(names, bucket)
+            for slot in bucket.slots:
+                self._bucket_of[slot.name] = bucket
 
     def start(self) -> None:
         """Launch all gathers; without overlap, finish each before the next."""

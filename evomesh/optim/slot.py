@@ -81,13 +81,13 @@ class ParameterSlot:
         Zeros if no micro-batch used the parameter, so that all ranks can take part.
         """
         if self.accumulated_grad is not None:
-            return (
-                self.accumulated_grad
-                if self.backwards
-                else self.accumulated_grad.zero_()
-            )
-        grad = self.param.grad
-        gradient = torch.zeros_like(self.local) if grad is None else local_shard(grad)
+            if not self.backwards:
+                self.accumulated_grad.zero_()
+            return self.accumulated_grad
+        if self.param.grad is None:
+            gradient = torch.zeros_like(self.local)
+        else:
+            gradient = local_shard(self.param.grad)
         return gradient.reshape(self.shard_axis.size, -1)
 
     def reset(self) -> None:
@@ -99,29 +99,36 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
     """Decide how the optimizer state of a parameter is sharded, and allocate its master weights."""
     local = local_shard(param.detach())
     spec = spec_of(param)
-    axes = optimizer_axes(spec, grid)
-    zero, replica, inner = axes
+    zero, replica, inner = optimizer_axes(spec, grid)
+    fully_sharded = any(axis == zero.name for axis, _ in spec.shards)
 
     # 1. The state of a matrix is sharded over zero, unless fsdp has sharded parameter and gradient there already.
     #    Vectors are small, and a state of rows that do not divide would not be one equal range of the tensor.
-    fully_sharded = any(axis == zero.name for axis, _ in spec.shards)
-    divisible = local.dim() > 1 and local.shape[0] % zero.size == 0
-    shard_axis = zero if divisible and not fully_sharded else Axis(zero.name)
+    shard_axis = Axis(zero.name)  # of size 1
+    rows_divide = local.dim() > 1 and local.shape[0] % zero.size == 0
+    if rows_divide and not fully_sharded:
+        shard_axis = zero
     shards = spec.shards
     if shard_axis.size > 1:
         shards = (*shards, (shard_axis.name, 0))
     state_spec = replace(spec, shards=shards, partial=frozenset())
 
-    # 2. A tied embedding is in two stages of a pipeline. Their sum comes after the sums inside each stage, so that
-    #    both add the same two numbers.
-    ends = [grid.ends] if grid.ends.name in spec.partial else []
-
-    # 3. The gradient is summed over all ranks that saw other tokens; the shard axis sums by its reduce-scatter.
-    partial = [replica] if fully_sharded else [zero, replica]
+    # 2. The gradient is summed over all ranks that saw other tokens; the shard axis sums by its reduce-scatter.
+    partial_axes = [zero, replica]
+    if fully_sharded:
+        partial_axes.remove(zero)
     if inner.name in spec.partial:
-        partial.append(inner)
-    partial += ends
-    summed = [axis for axis in partial if axis.size > 1 and axis is not shard_axis]
+        partial_axes.append(inner)
+
+    # 3. A tied embedding is in two stages of a pipeline. Their sum comes after the sums inside each stage, so that
+    #    both add the same two numbers.
+    all_axes = [zero, replica, inner]
+    if grid.ends.name in spec.partial:
+        partial_axes.append(grid.ends)
+        all_axes.append(grid.ends)
+    sum_axes = [
+        axis for axis in partial_axes if axis.size > 1 and axis is not shard_axis
+    ]
 
     # 4. 16-bit parameters have float32 master weights of this rank's rows.
     slot = ParameterSlot(
@@ -129,9 +136,9 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         param=param,
         local=local,
         shard_axis=shard_axis,
-        sum_axes=tuple(summed),
+        sum_axes=tuple(sum_axes),
         spec=state_spec,
-        counts_in_norm=counts_in_norm(state_spec, (*axes, *ends)),
+        counts_in_norm=counts_in_norm(state_spec, all_axes),
         master=local,
     )
     slot.master = slot.own_rows.to(slot.gradient_dtype)

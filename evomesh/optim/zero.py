@@ -9,7 +9,7 @@ rows are gathered. With one process none of this communicates or copies.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -260,12 +260,11 @@ class ZeroOptimizer:
         """
         for root in _roots(model):
             waits_in = _waiting_modules(root)
-            names_of_module: dict[nn.Module, list[str]] = {}
+            names_of_module: dict[nn.Module, list[str]] = defaultdict(list)
             for slot in self.slots:
-                module = waits_in.get(slot.param)
-                if module is not None:
-                    names = names_of_module.setdefault(module, [])
-                    names.append(slot.name)
+                if slot.param in waits_in:
+                    module = waits_in[slot.param]
+                    names_of_module[module].append(slot.name)
             for module, names in names_of_module.items():
                 self._wait_before(module, names)
 
@@ -297,12 +296,14 @@ def _count_uses(slots: list[ParameterSlot], model: nn.Module | None) -> None:
 
 def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:
     """Map each parameter to the module whose forward waits for it: its block of a module list or dict, else root."""
-    waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
-    blocks: list[nn.Module] = []
-    for module in root.modules():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            blocks += module.children()
-    for block in blocks:
-        unsharded = [one for one in block.parameters() if not is_sharded(one)]
-        waits_in |= dict.fromkeys(unsharded, block)
+    waits_in: dict[nn.Parameter, nn.Module] = {}
+    for parameter in root.parameters():
+        waits_in[parameter] = root
+    for container in root.modules():
+        if not isinstance(container, nn.ModuleList | nn.ModuleDict):
+            continue
+        for block in container.children():
+            for parameter in block.parameters():
+                if not is_sharded(parameter):
+                    waits_in[parameter] = block
     return waits_in

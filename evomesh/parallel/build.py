@@ -22,26 +22,27 @@ if TYPE_CHECKING:
 
 def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     """Return the global ranks on each axis through ``rank``, in axis order."""
-    local = rank % sizes.ranks_per_stage  # rank within its stage
-    stage_start = rank - local
     # Adjacent ranks that hold different shards of the weights.
     weight_shards = sizes.wp if sizes.isp else sizes.tp
     # Adjacent ranks that hold one copy of the optimizer state.
     zero_block = sizes.zero * weight_shards
-    zero_start = rank - local % zero_block
 
-    # An axis is an arithmetic sequence of ranks: (first rank, distance, size).
+    # An axis is an arithmetic sequence of ranks: (distance of neighbors, size).
     axes = {
-        "pp": (local, sizes.ranks_per_stage, sizes.pp),
-        "dp": (stage_start + local % sizes.tp, sizes.tp, sizes.dp),
-        "tp": (rank - local % sizes.tp, 1, sizes.tp),
-        "wp": (rank - local % sizes.wp, 1, sizes.wp),
-        "zero": (zero_start + local % weight_shards, weight_shards, sizes.zero),
-        "replica": (stage_start + local % zero_block, zero_block, sizes.replica),
+        "pp": (sizes.ranks_per_stage, sizes.pp),
+        "dp": (sizes.tp, sizes.dp),
+        "tp": (1, sizes.tp),
+        "wp": (1, sizes.wp),
+        "zero": (weight_shards, sizes.zero),
+        "replica": (zero_block, sizes.replica),
     }
     members = {}
-    for name, (start, distance, size) in axes.items():
-        members[name] = [start + i * distance for i in range(size)]
+    for name, (distance, size) in axes.items():
+        # Blocks of distance * size ranks hold one axis beside the other: with distance 2
+        # and size 3, ranks 6 to 11 are the axes 6, 8, 10 and 7, 9, 11.
+        rank_on_axis = rank // distance % size
+        first = rank - rank_on_axis * distance
+        members[name] = [first + i * distance for i in range(size)]
     return members
 
 

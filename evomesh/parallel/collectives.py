@@ -221,8 +221,9 @@ def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
         return x
     # c10d concatenates along dim 0 only, and wants contiguous memory.
     source = x.movedim(dim, 0).contiguous()
-    length, *others = source.shape
-    whole = source.new_empty((axis.size * length, *others))
+    shape = list(source.shape)
+    shape[0] *= axis.size
+    whole = source.new_empty(shape)
     _gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
 
@@ -232,9 +233,11 @@ def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     if axis.size == 1:
         return x
     _check_divisible(x, axis, dim)
+    # c10d splits dim 0 only, and wants contiguous memory.
     source = x.movedim(dim, 0).contiguous()
-    length, *others = source.shape
-    own = source.new_empty((length // axis.size, *others))
+    shape = list(source.shape)
+    shape[0] //= axis.size
+    own = source.new_empty(shape)
     _reduce_scatter_single(own, source, group=axis.group)
     return own.movedim(0, dim)
 
@@ -308,11 +311,15 @@ class _PendingRowSum(PendingCollective):
 def _launch_row_exchange(
     bucket: Tensor, axis: Axis, shape: torch.Size | None = None
 ) -> PendingCollective:
-    rows = torch.empty_like(bucket)
+    """Launch the exchange of ``bucket`` [n, chunk]: each rank receives all summands of its own row."""
+    summands = torch.empty_like(bucket)
     work = dist.all_to_all_single(
-        rows.view(-1), bucket.view(-1), group=axis.group, async_op=True
+        summands.view(-1),
+        bucket.view(-1),
+        group=axis.group,
+        async_op=True,
     )
-    return _PendingRowSum(rows, work, bucket, axis, shape)
+    return _PendingRowSum(summands, work, bucket, axis, shape)
 
 
 def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
@@ -342,11 +349,22 @@ def launch_all_gather(
     """Launch the gather of every rank's ``chunk`` [chunk] into [n, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
-    bucket = out
-    if bucket is None:
-        bucket = chunk.new_empty((axis.size, *chunk.shape))
-    work = _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True)
-    return PendingCollective(bucket, work, chunk)
+    if out is None:
+        out = chunk.new_empty((axis.size, *chunk.shape))
+    flat = out.view(-1)
+    work = _gather_single(flat, chunk, group=axis.group, async_op=True)
+    return PendingCollective(out, work, chunk)
+
+
+def _as_rows(bucket: Tensor, ranks: int) -> Tensor:
+    """Return the elements as [ranks, chunk], each rank's row to sum; zeros fill the last row.
+
+    10 elements on 4 ranks are 4 rows of 3, with 2 zeros at the end.
+    """
+    flat = bucket.reshape(-1)
+    padding = -len(flat) % ranks
+    padded = torch.nn.functional.pad(flat, (0, padding))
+    return padded.view(ranks, -1)
 
 
 def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
@@ -358,12 +376,7 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
-        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill
-        # the last row: 10 elements on 4 ranks are 4 rows of 3, with 2 zeros at the end.
-        flat = bucket.reshape(-1)
-        padding = -bucket.numel() % axis.size
-        padded = torch.nn.functional.pad(flat, (0, padding))
-        rows = padded.view(axis.size, -1)
+        rows = _as_rows(bucket, axis.size)
         return _launch_row_exchange(rows, axis, bucket.shape)
     work = dist.all_reduce(bucket, group=axis.group, async_op=True)
     return PendingCollective(bucket, work, bucket)

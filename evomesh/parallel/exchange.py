@@ -79,7 +79,8 @@ class GroupExchange:
         self._group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)
         )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
 
     def gather(self, message: Any) -> list[Any] | None:
         try:
@@ -95,14 +96,10 @@ class GroupExchange:
 
     def _gather(self, message: Any) -> list[Any] | None:
         data = _encode(message)
-        # 1. gloo gathers tensors of equal size: all ranks learn the size of the longest message.
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        own_size = torch.tensor([len(data)])
-        dist.all_gather(sizes, own_size, group=self._group)
-        longest = int(max(sizes))
-
-        # 2. Each message is padded to it.
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        # gloo gathers tensors of equal size: all ranks learn all sizes, and each message
+        # is padded to that of the longest.
+        sizes = self._sizes_of_all(len(data))
+        padded = _zero_bytes(max(sizes))
         padded[: len(data)] = data
         if self.rank:
             dist.gather(padded, None, dst=0, group=self._group)
@@ -110,22 +107,28 @@ class GroupExchange:
         gathered = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.gather(padded, gathered, dst=0, group=self._group)
 
-        # 3. Rank 0 cuts the padding off again.
         messages = []
         for received, size in zip(gathered, sizes, strict=True):
-            without_padding = received[: int(size)]
+            without_padding = received[:size]
             messages.append(_decode(without_padding))
         return messages
 
+    def _sizes_of_all(self, own_size: int) -> list[int]:
+        """Return the size of each rank's message, in order of the ranks."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([own_size]), group=self._group)
+        return [int(size) for size in sizes]
+
     def _broadcast(self, message: Any) -> Any:
-        # The size first: a rank must make room for a message before it receives it.
-        data = torch.zeros(0, dtype=torch.uint8)
         if self.rank == 0:
             data = _encode(message)
+        else:
+            data = _zero_bytes(0)
+        # The size first: a rank must make room for a message before it receives it.
         size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)
         if self.rank:
-            data = torch.zeros(int(size), dtype=torch.uint8)
+            data = _zero_bytes(int(size))
         dist.broadcast(data, src=0, group=self._group)
         return _decode(data)
 
@@ -139,6 +142,10 @@ class GroupExchange:
 
 def _encode(message: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _zero_bytes(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.uint8)
 
 
 def _decode(data: torch.Tensor) -> Any:

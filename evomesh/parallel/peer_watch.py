@@ -310,9 +310,13 @@ class PeerWatch:
             return
         self._verdict = verdict
         self._has_verdict.set()
-        if verdict.rank != self.rank or threading.current_thread() in self._threads:
+        is_a_watcher = threading.current_thread() in self._threads
+        if verdict.rank != self.rank or is_a_watcher:
             threading.Thread(
-                target=self._end_soon, args=(verdict,), name="end of job", daemon=True
+                target=self._end_soon,
+                args=(verdict,),
+                name="end of job",
+                daemon=True,
             ).start()
 
     def _end_soon(self, verdict: Verdict) -> None:
@@ -324,11 +328,14 @@ class PeerWatch:
         """Find the store lost, whose calls may never return when its host is frozen."""
         woke = time.monotonic()
         while not self._stopped.wait(BEAT_S):
-            slept, woke = time.monotonic() - woke, time.monotonic()
-            if slept > SILENT_S / 2:
+            fell_asleep = woke
+            woke = time.monotonic()
+            if woke - fell_asleep > SILENT_S / 2:
                 self._last_round = woke  # this process itself was frozen
             silent_for = woke - self._last_round
-            limit = SUSPECT_SILENT_S if self._collective_failed.is_set() else SILENT_S
+            limit = SILENT_S
+            if self._collective_failed.is_set():
+                limit = SUSPECT_SILENT_S
             if silent_for >= limit and not self._has_verdict.is_set():
                 self._judge_store(silent_for)
 

@@ -107,17 +107,12 @@ def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     zero axis may hold different tp shards of these, so only the data axis of the
     activation view can shard their state.
     """
-    sharding = {axis for axis, _ in spec.shards}
-    uses_tp = "tp" in sharding or "tp" in spec.partial
-    # In isp, what wp does not shard is complete on each of its ranks, which see
-    # different data.
-    is_whole_in_wp = "wp" not in sharding
-    on_tensor_axis = is_whole_in_wp and (uses_tp or grid.wp.size > 1)
     # In isp, zero * replica * wp = dp * tp. So with zero * replica = dp, the axes wp
     # and tp are the same ranks.
-    views_agree = grid.zero.size * grid.replica.size == grid.dp.size
+    state_ranks = grid.zero.size * grid.replica.size
+    views_agree = state_ranks == grid.dp.size
 
-    if not on_tensor_axis:
+    if not _is_on_tensor_axis(spec, grid):
         inner = grid.wp
         if views_agree and grid.wp.size == 1:
             inner = grid.tp
@@ -127,3 +122,14 @@ def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     if grid.zero.size > 1:
         return grid.dp, Axis("replica"), grid.tp
     return Axis("zero"), grid.dp, grid.tp
+
+
+def _is_on_tensor_axis(spec: ShardSpec, grid: Grid) -> bool:
+    """Return whether the weight itself is sharded or replicated over tp rather than wp."""
+    sharding = {axis for axis, _ in spec.shards}
+    if "wp" in sharding:
+        return False
+    # In isp, what wp does not shard is complete on each of its ranks, which see
+    # different data.
+    uses_tp = "tp" in sharding or "tp" in spec.partial
+    return uses_tp or grid.wp.size > 1

@@ -86,12 +86,13 @@ def shard_weights(
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
     """Map each further name of a parameter that several modules hold to its first name."""
-    first_name: dict[nn.Parameter, str] = {}
+    first_names: dict[nn.Parameter, str] = {}
     further: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_name.setdefault(parameter, name)
-        if first != name:
-            further[name] = first
+        if parameter in first_names:
+            further[name] = first_names[parameter]
+        else:
+            first_names[parameter] = name
     return further
 
 

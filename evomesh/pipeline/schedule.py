@@ -231,14 +231,17 @@ class PipelineSchedule:
         # Torch's schedules are built for a fixed number of micro-batches.
         key = (num_micro_batches, tokens)
         if key not in self._torch_schedules:
-            self._torch_schedules[key] = self._build_torch_schedule(
-                num_micro_batches, tokens
-            )
-        arguments = (
-            (torch.arange(num_micro_batches)[:, None],) if 0 in self._stages else ()
-        )
-        target = batch.labels if self._num_stages - 1 in self._stages else None
-        with self._stage_inputs(_ScheduleInputs(batch, scales, terms, on_output)):
+            self._torch_schedules[key] = self._build_torch_schedule(*key)
+        # The first stage is given the numbers of the micro-batches, the last one the
+        # labels, and the others nothing.
+        arguments: tuple[Tensor, ...] = ()
+        if 0 in self._stages:
+            arguments = (torch.arange(num_micro_batches)[:, None],)
+        target = None
+        if self._num_stages - 1 in self._stages:
+            target = batch.labels
+        inputs = _ScheduleInputs(batch, scales, terms, on_output)
+        with self._stage_inputs(inputs):
             self._torch_schedules[key].step(
                 *arguments, target=target, return_outputs=False
             )
@@ -252,28 +255,34 @@ class PipelineSchedule:
         order.
         """
         num_micro_batches, tokens = batch.tokens.shape
-        module_of = dict(zip(self._stages, self._modules, strict=True))
         rank_of_stage = [self._rank_of(stage) for stage in range(self._num_stages)]
         arrived: dict[StageVisit, Tensor] = {}  # inputs of visits on this rank
         if 0 in self._stages:
             for index in range(num_micro_batches):
                 arrived[StageVisit(0, index)] = torch.tensor([index])
-        sends: list[Any] = []
         unscaled = [1.0] * num_micro_batches
         inputs = _ScheduleInputs(batch, unscaled, PLAIN, on_output)
+        sends: list[Any] = []
         with self._stage_inputs(inputs):
             for visits in evaluation_slots(rank_of_stage, num_micro_batches):
-                # This rank has at most one visit in a slot.
-                outputs = {}
-                for visit in visits:
-                    if visit.stage in module_of:
-                        module = module_of[visit.stage]
-                        outputs[visit] = module(arrived.pop(visit))
+                outputs = self._run_visits(visits, arrived)
                 # No output is kept for longer than until the next one: earlier sends
                 # end first.
                 _wait_for(sends)
                 sends = self._pass_on(visits, outputs, arrived, tokens)
             _wait_for(sends)
+
+    def _run_visits(
+        self, visits: Sequence[StageVisit], arrived: dict[StageVisit, Tensor]
+    ) -> dict[StageVisit, Tensor]:
+        """Run this rank's visits of one slot, at most one; return its output, and take its input from ``arrived``."""
+        module_of = dict(zip(self._stages, self._modules, strict=True))
+        outputs = {}
+        for visit in visits:
+            if visit.stage in module_of:
+                module = module_of[visit.stage]
+                outputs[visit] = module(arrived.pop(visit))
+        return outputs
 
     def _pass_on(
         self,
@@ -290,10 +299,8 @@ class PipelineSchedule:
         sends = []
         for visit in visits:
             following = visit.next()
-            is_source, is_target = (
-                visit.stage in self._stages,
-                following.stage in self._stages,
-            )
+            is_source = visit.stage in self._stages
+            is_target = following.stage in self._stages
             if is_source and is_target:  # the turn of a V
                 arrived[following] = outputs[visit]
             elif is_source and following.stage < self._num_stages:
@@ -346,8 +353,11 @@ class PipelineSchedule:
         """Receive hidden states from ``stage``; the first stage gets the number of the micro-batch instead."""
         if stage < 0:
             return torch.tensor([[index]])
-        shape = self._message_shape(tokens)
-        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        buffer = torch.empty(
+            self._message_shape(tokens),
+            dtype=self._dtype,
+            device=self._device,
+        )
         sender = self._rank_of(stage)
         if sender == self._pp.rank:  # in a rehearsal, at the turn of a V
             return buffer

@@ -67,17 +67,15 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
         if stage == stages - 1:
             this_stage = weight(stage, left)
             return this_stage, this_stage**2, (left,)
-        later_stages = stages - 1 - stage  # each needs at least one layer
         choices = []
-        for count in range(1, left - later_stages + 1):
+        later_stages = stages - 1 - stage
+        most = left - later_stages  # each later stage needs at least one layer
+        for count in range(1, most + 1):
             this_stage = weight(stage, count)
             heaviest, squares, counts = best(stage + 1, left - count)
-            choice = (
-                max(this_stage, heaviest),
-                squares + this_stage**2,
-                (count, *counts),
-            )
-            choices.append(choice)
+            heaviest = max(this_stage, heaviest)
+            squares += this_stage**2
+            choices.append((heaviest, squares, (count, *counts)))
         return min(choices)
 
     _, _, counts = best(0, num_layers)

@@ -83,8 +83,9 @@ def source_digest() -> str:
     folder = Path(evomesh.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
+        source = path.read_bytes()
         digest.update(name.encode() + b"\0")
-        digest.update(path.read_bytes())
+        digest.update(source)
     return digest.hexdigest()[:12]
 
 

@@ -150,10 +150,9 @@ def inference_layout(config: Config) -> Config:
     tensor_size = parallel.tensor.size
     if parallel.tensor.mode == "isp":
         tensor_size = _largest_tensor_size(config.model, parallel)
-    layout = ParallelConfig(
-        tensor=TensorConfig(size=tensor_size),
-        pipeline=PipelineConfig(size=parallel.pipeline.size),
-    )
+    tensor = TensorConfig(size=tensor_size)
+    pipeline = PipelineConfig(size=parallel.pipeline.size)
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
     model = config.model.model_copy(update={"num_chunks": 1, "compile": False})
     return config.model_copy(update={"parallel": layout, "model": model})
 

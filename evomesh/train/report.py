@@ -123,8 +123,10 @@ class RunReporter:
     def _open_board(self, step: int) -> TensorBoardWriter:
         """Open TensorBoard, which a new run starts with its command and its config."""
         run = self.config.run
-        earlier = expand_home(run.resume_tb_folder) if run.resume_tb_folder else None
         folder = tensorboard_folder(run, self.folder, self.name)
+        earlier = None
+        if run.resume_tb_folder:
+            earlier = expand_home(run.resume_tb_folder)
         board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
         attempt = self._board_output.attempt
         self._open_files.callback(attempt, board.close)

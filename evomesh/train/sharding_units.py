@@ -58,11 +58,13 @@ def gather_points(
         next_units = _first_units(following, model, weight)
         if _splits(layer, model, weight):
             block = cast(DecoderBlock, layer)
-            points.append(GatherPoint(block.attention, (block.feed_forward,)))
-            points.append(GatherPoint(block.feed_forward, next_units))
+            in_block = GatherPoint(block.attention, (block.feed_forward,))
+            at_end = GatherPoint(block.feed_forward, next_units)
+            points += [in_block, at_end]
         else:
             module, is_after = _point_in_layer(layer, model, weight)
-            points.append(GatherPoint(module, next_units, is_after))
+            point = GatherPoint(module, next_units, is_after)
+            points.append(point)
     return [point for point in points if point.units]
 
 
@@ -112,14 +114,17 @@ def _point_in_layer(
     """Return the module in a layer at which the next gather starts, and whether that is after its forward."""
     if not isinstance(layer, DecoderBlock) or _is_compiled(model):
         return layer, False
-    # The product of queries with keys is not a module: it starts where wqkv has ended.
-    points: dict[str, tuple[nn.Module, bool]] = {
-        "wqkv": (layer.attention.wqkv, False),
-        "attn": (layer.attention.wqkv, True),
-        "wo": (layer.attention.wo, False),
-        "w1": (layer.feed_forward, False),
+    attention = layer.attention
+    modules: dict[str, nn.Module] = {
+        "wqkv": attention.wqkv,
+        "attn": attention.wqkv,
+        "wo": attention.wo,
+        "w1": layer.feed_forward,
     }
-    return points[weight.launch_allgather_before]
+    point = weight.launch_allgather_before
+    # The product of queries with keys is not a module: it starts where wqkv has ended.
+    is_after = point == "attn"
+    return modules[point], is_after
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -120,15 +120,16 @@ def _tie_ends(models: list[LanguageModel]) -> None:
 
 def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[None]:
     """Return the layers of each chunk of this rank; one None, which means all layers, without a pipeline."""
-    if grid.pp.size == 1:
+    pipeline = grid.pp
+    if pipeline.size == 1:
         return [None]
     model = config.model
     chunks = model.num_chunks
     ends = None
     if config.parallel.pipeline.balance:
         ends = end_weights(model)
-    ranges = layer_ranges(model.num_layers, grid.pp.size, chunks, ends)
-    stages = stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)
+    ranges = layer_ranges(model.num_layers, pipeline.size, chunks, ends)
+    stages = stages_of_rank(pipeline.rank, pipeline.size, chunks, kind)
     return [ranges[stage] for stage in stages]
 
 

@@ -197,12 +197,14 @@ def micro_batch_weights(
     """
     # A micro-batch without a target has a loss of 0 whatever its factor: any divisor
     # but 0 will do.
-    targets = (labels != IGNORE).sum(1)
+    is_target = labels != IGNORE
+    targets = is_target.sum(1)  # [M]
     if loss_config.reduction == "micro_batch":
         num_micro_batches = len(targets) * grid.dp.size
         divisors = targets.clamp(min=1) * num_micro_batches
         return [1.0 / divisor for divisor in divisors.tolist()]
     # Two ranks with 30 and 10 targets divide by 40 both: a mean of the ranks' means
     # would weigh the 10 three times.
-    total = int(all_reduce_no_grad(targets.sum(), grid.dp))
-    return [1.0 / max(total, 1)] * len(targets)
+    total = all_reduce_no_grad(targets.sum(), grid.dp)
+    divisor = max(int(total), 1)
+    return [1.0 / divisor] * len(targets)

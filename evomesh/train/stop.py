@@ -186,7 +186,8 @@ class StopPoll:
         if signals is not None:
             # Rank 0 alone reads the file: a network file system may show it to some
             # ranks a step earlier than to others.
-            requests = [max(signals), self._read_file()]
+            file_number = self._read_file()
+            requests = [max(signals), file_number]
         signal_number, file_number = self._exchange.broadcast(requests)
         return signal_number, file_number
 

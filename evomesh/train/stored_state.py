@@ -73,7 +73,8 @@ def _check_parts(state: Mapping[str, Any]) -> None:
     _check_integers(state["optimizer"], ["steps"], "optimizer")
     _check_scaler(state["scaler"])
     _check_manifest(state["data"])
-    _check_position(mapping(state["sampler"], "sampler"))
+    position = mapping(state["sampler"], "sampler")
+    _check_position(position)
 
 
 def _check_integers(values: Any, names: list[str], where: str) -> None:

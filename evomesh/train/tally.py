@@ -41,13 +41,14 @@ class LossTally:
         is_target = labels != IGNORE
         nll = output.nll.double() * is_target
         correct = output.correct & is_target
-        per_token = torch.stack([nll, correct.double(), is_target.double()])  # [3, T]
+        values = [nll, correct.double(), is_target.double()]
+        per_token = torch.stack(values).unsqueeze(-1)  # [3, T, 1]
         # Sums over a [T, types] membership mask, because scattered adds have no fixed
         # order on CUDA. ``where`` instead of a product, because 0 * inf would leak one
         # type's overflow into the others.
         types = torch.arange(len(self.types), device=type_ids.device)
-        is_of_type = type_ids[:, None] == types
-        by_type = torch.where(is_of_type, per_token[:, :, None], 0.0)  # [3, T, types]
+        is_of_type = type_ids.unsqueeze(-1) == types  # [T, types]
+        by_type = torch.where(is_of_type, per_token, 0.0)  # [3, T, types]
         self.sums += by_type.sum(1)
 
     def reduce(self, *axes: Axis) -> LossTally:
