@@ -62,8 +62,9 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
             f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}"
         )
         if tokenizer is None:
+            shown_ids = ids.astype(str)
             shown_labels = np.where(is_target, labels.astype(str), ".")
-            lines.append("  tokens " + " ".join(ids.astype(str)))
+            lines.append("  tokens " + " ".join(shown_ids))
             lines.append("  labels " + " ".join(shown_labels))
             continue
         # A token is trained if it is the label of the position before it; the first
@@ -113,10 +114,12 @@ def histogram(lengths: NDArray[Any]) -> str:
     # Bin 0 holds length 0, bin k the lengths 2^(k-1) .. 2^k - 1.
     num_bins = int(lengths.max()).bit_length() + 1
     starts = np.append(0, 2 ** np.arange(num_bins))
-    bins = np.searchsorted(starts, lengths, side="right") - 1
+    starts_not_above = np.searchsorted(starts, lengths, side="right")
+    bins = starts_not_above - 1
     documents = np.bincount(bins)
     tokens = np.bincount(bins, weights=lengths)
-    shares = tokens / max(1, tokens.sum())
+    all_tokens = max(1, tokens.sum())
+    shares = tokens / all_tokens
     bar_widths = np.round(BAR_WIDTH * documents / documents.max())
 
     rows = []
@@ -124,8 +127,10 @@ def histogram(lengths: NDArray[Any]) -> str:
         low = starts[number]
         high = starts[number + 1] - 1
         count = documents[number]
+        share = shares[number]
+        # A single document among many is a bar of one sign, not of none.
         bar = "#" * max(1, int(bar_widths[number]))
-        row = f"  {low:>9,} .. {high:<9,} {count:>11,} documents {shares[number]:6.1%} of tokens  {bar}"
+        row = f"  {low:>9,} .. {high:<9,} {count:>11,} documents {share:6.1%} of tokens  {bar}"
         rows.append(row)
     return "\n".join(rows)
 

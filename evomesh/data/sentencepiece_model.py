@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +126,24 @@ def merges(model: Any) -> list[tuple[str, str]]:
     for number, piece in enumerate(model.pieces):
         ranks[piece.piece] = (-piece.score, number)
 
-    # Cut every piece at every place: "the" joins "t" + "he" and "th" + "e", if these
-    # are pieces.
-    pairs = []
-    for text in ranks:
-        for middle in range(1, len(text)):
-            left = text[:middle]
-            right = text[middle:]
-            if left in ranks and right in ranks:
-                pairs.append((left, right))
-
     def time_of_merge(pair: tuple[str, str]) -> tuple[Any, ...]:
         left, right = pair
         return ranks[left + right], ranks[left], ranks[right]
 
+    pairs = _pairs_of_pieces(ranks)
     pairs.sort(key=time_of_merge)
+    return pairs
+
+
+def _pairs_of_pieces(pieces: Collection[str]) -> list[tuple[str, str]]:
+    """Split every piece at every place: "the" joins "t" + "he" and "th" + "e", if these are pieces."""
+    pairs = []
+    for joined in pieces:
+        for middle in range(1, len(joined)):
+            left = joined[:middle]
+            right = joined[middle:]
+            if left in pieces and right in pieces:
+                pairs.append((left, right))
     return pairs
 
 
@@ -148,12 +152,11 @@ def merges_by_id(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
     So ``transformers`` finds the merges of a model; a shorter left part comes first.
     """
-    pairs = []
-    for piece, number in vocabulary.items():
-        for middle in range(1, len(piece)):
-            left = piece[:middle]
-            right = piece[middle:]
-            if left in vocabulary and right in vocabulary:
-                pairs.append(((number, middle), (left, right)))
-    pairs.sort()
-    return [pair for _, pair in pairs]
+
+    def id_of_joined(pair: tuple[str, str]) -> tuple[int, int]:
+        left, right = pair
+        return vocabulary[left + right], len(left)
+
+    pairs = _pairs_of_pieces(vocabulary)
+    pairs.sort(key=id_of_joined)
+    return pairs

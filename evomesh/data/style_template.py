@@ -189,8 +189,9 @@ class InternlmTemplate(StyleTemplate):
 
     def _encode_turns(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids = []
-        if self.tokenizer.bos_id is not None:
-            ids.append(self.tokenizer.bos_id)
+        bos_id = self.tokenizer.bos_id
+        if bos_id is not None:
+            ids.append(bos_id)
         for message in messages:
             turn = self.style.turns[message.role]
             opening = "".join(turn.opening)
@@ -202,7 +203,9 @@ class InternlmTemplate(StyleTemplate):
             else:
                 ids += self._encode_marked(opening)
                 rest = self.tokenizer.encode(message.text) + rest
-            ids += rest if message.train else mask(rest)
+            if not message.train:
+                rest = mask(rest)
+            ids += rest
         return ids
 
     def _encode_fragments(self, fragments: Iterable[str]) -> list[int]:

@@ -358,6 +358,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         if abs(left) > MAX_TEXT or abs(right) > 64:
             raise SecurityError("a power is too large")
     elif operator == "*":
+        # A text or list times a number; numbers alone have no size.
         if _is_sized(left) or _is_sized(right):
             _check_length(_size(left) * _size(right))
     elif operator == "+":

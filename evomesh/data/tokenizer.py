@@ -108,7 +108,9 @@ class HfTokenizer:
         self.path = path
         self.hash = _hash(path, folder, built.class_name)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        # Ids may have gaps, so that the number of tokens is not enough.
+        largest_id = max(vocabulary.values(), default=-1)
+        self.vocab_size = largest_id + 1
 
         self.special_tokens: Mapping[str, str] = built.special
         if not folder.exists:
@@ -221,10 +223,9 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for piece in pieces:
-            start = character_at[piece.begin]
-            end = character_at[piece.end]
+            span = (character_at[piece.begin], character_at[piece.end])
+            spans.append(span)
             ids.append(piece.id)
-            spans.append((start, end))
         return EncodedText(ids, spans)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -86,7 +86,10 @@ def build_backend(path: Path, folder: TokenizerFolder) -> FolderBackend:
         UserError: the file is neither, or the folder contradicts it.
     """
     is_json = path.suffix == ".json"
-    draft = _draft_json(path, folder) if is_json else _draft_model(path, folder)
+    if is_json:
+        draft = _draft_json(path, folder)
+    else:
+        draft = _draft_model(path, folder)
     backend = draft.backend
 
     # Tokens that the folder adds: those with ids first, then those with names.
@@ -104,23 +107,26 @@ def build_backend(path: Path, folder: TokenizerFolder) -> FolderBackend:
     special = {name: token.content for name, token in named.items()}
     bos = special.get("bos_token")
     if bos is not None and _sets_bos(draft, folder, is_json):
-        set_leading_bos(backend, bos, backend.token_to_id(bos))
+        bos_id = backend.token_to_id(bos)
+        set_leading_bos(backend, bos, bos_id)
     elif not CLASSES[draft.class_name].keeps_end:
         backend.post_processor = None
-    return FolderBackend(backend, special, draft.class_name, leading_ids(backend))
+    leading = leading_ids(backend)
+    return FolderBackend(backend, special, draft.class_name, leading)
 
 
 def leading_ids(backend: Any) -> list[int]:
     """Return the ids that a tokenizer puts in front of texts: of bos, of two marks as with GLM, or none."""
-    text = "a"
-    plain: list[int] = backend.encode(text, add_special_tokens=False).ids
-    whole: list[int] = backend.encode(text, add_special_tokens=True).ids
+    plain = backend.encode("a", add_special_tokens=False)
+    whole = backend.encode("a", add_special_tokens=True)
     # Of "a" as [7] and as [1, 7, 2], the first one stands in front.
-    num_added = len(whole) - len(plain)
+    size = len(plain.ids)
+    num_added = len(whole.ids) - size
     for start in range(num_added + 1):
-        end = start + len(plain)
-        if whole[start:end] == plain:
-            return whole[:start]
+        leading: list[int] = whole.ids[:start]
+        rest = whole.ids[start:]
+        if rest[:size] == plain.ids:
+            return leading
     return []
 
 
@@ -146,13 +152,18 @@ def _draft_model(path: Path, folder: TokenizerFolder) -> Draft:
     class_name = choose_class(
         folder.settings, folder.model_config, None, str(folder.path)
     )
-    rules = CLASSES[class_name]
-    extra = _symbols(model) if folder.extra is None else folder.extra
+    extra = folder.extra
+    if extra is None:
+        extra = _symbols(model)
     if class_name == BACKEND:
         backend = _build_plain(model)
-        return Draft(backend, class_name, folder.added, extra, _ends_of(model))
-    backend = _build(_pieces_of_model(model), rules, folder)
-    return Draft(backend, class_name, folder.added, extra, dict(rules.tokens))
+        tokens = _ends_of(model)
+    else:
+        rules = CLASSES[class_name]
+        pieces = _pieces_of_model(model)
+        backend = _build(pieces, rules, folder)
+        tokens = dict(rules.tokens)
+    return Draft(backend, class_name, folder.added, extra, tokens)
 
 
 def _sets_bos(draft: Draft, folder: TokenizerFolder, is_json: bool) -> bool:
@@ -185,12 +196,16 @@ def _pieces_of(record: dict[str, Any], post_processor: Any) -> Pieces:
     vocabulary = model.get("vocab") or {}
     if isinstance(vocabulary, list):
         # Of a unigram model: pieces with scores, in the order of their ids.
-        pieces = [piece for piece, _ in vocabulary]
-        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        pieces = vocabulary
+        vocabulary = {}
+        for number, (piece, _) in enumerate(pieces):
+            vocabulary[piece] = number
     merges = []
     for merge in model.get("merges") or []:
+        pair = merge
         # A pair, or in older files a text such as "th e".
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(merge, str):
+            pair = merge.split(" ")
         left, right = pair
         merges.append((left, right))
     return Pieces(vocabulary, merges, post_processor)
@@ -346,14 +361,17 @@ def _treat_bytes(backend: Any, rules: ClassRules, has_prefix: bool) -> None:
     from tokenizers import Regex, decoders, pre_tokenizers
 
     split = SPLITS.get(rules.treatment)
+    steps: list[Any] = []
+    if rules.treatment == "digits":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        steps.append(digits)
+    if split is not None:
+        parts = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        steps.append(parts)
     to_bytes = pre_tokenizers.ByteLevel(
         add_prefix_space=has_prefix, use_regex=split is None
     )
-    steps: list[Any] = [to_bytes]
-    if split is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    if rules.treatment == "digits":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    steps.append(to_bytes)
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
 

@@ -161,9 +161,13 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, AddedTokenSpec | None]:
         if is_usual or is_of_model:
             named[name] = token
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
-        if isinstance(settings.get(key), dict):
-            named |= settings[key]
-    return {name: _named_token(token) for name, token in named.items()}
+        tokens_of_model = settings.get(key)
+        if isinstance(tokens_of_model, dict):
+            named |= tokens_of_model
+    specs = {}
+    for name, token in named.items():
+        specs[name] = _named_token(token)
+    return specs
 
 
 def _named_token(token: Any) -> AddedTokenSpec | None:

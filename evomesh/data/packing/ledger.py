@@ -95,7 +95,8 @@ class StepLedger:
         for step in range(steps):
             packs, position = self.sampler.take(position)
             is_wanted = np.isin(packs, wanted)
-            for index in np.flatnonzero(is_wanted).tolist():
+            indices = np.flatnonzero(is_wanted)
+            for index in indices.tolist():
                 # Rank r reads packs[r::dp_size]: of eight packs for two ranks, index 5
                 # is micro-batch 2 of rank 1.
                 micro_batch, rank = divmod(index, self.dp_size)

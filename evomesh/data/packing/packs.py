@@ -256,12 +256,15 @@ class PackPlan:
             source_stop = min(stop, self.first_document[number + 1])
             documents = self.document_order[first:source_stop]
             if len(documents):
-                tokens.append(source.read(documents))
+                tokens_of_source = source.read(documents)
+                tokens.append(tokens_of_source)
                 types += [source.type_id] * len(documents)
             first = source_stop
             number += 1
         # Mostly one file, whose tokens need no copy.
-        stored = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        stored = tokens[0]
+        if len(tokens) > 1:
+            stored = np.concatenate(tokens)
         return stored, np.array(types, np.int64)
 
 
@@ -295,20 +298,22 @@ def assemble(
     tokens[: len(inside)] = np.abs(inside)
 
     # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them
-    # equal.
+    # equal. The padding has type 0.
     ends_inside = np.minimum(ends, length)
     edges = np.concatenate([[0], ends_inside, [length]])
     types_and_padding = np.append(types, 0)
-    sizes = np.diff(edges)
+    type_ids = np.repeat(types_and_padding, np.diff(edges))
 
     # A position counts from the start of its segment.
     bounds = _segment_bounds(edges, rule)
-    segment_start = np.repeat(bounds[:-1], np.diff(bounds))
+    starts = bounds[:-1]
+    start_of_token = np.repeat(starts, np.diff(bounds))
+    position_ids = np.arange(length) - start_of_token
     return Pack(
         tokens=tokens,
         labels=_labels(stored, ends, rule),
-        position_ids=np.arange(length) - segment_start,
-        type_ids=np.repeat(types_and_padding, sizes),
+        position_ids=position_ids,
+        type_ids=type_ids,
         cu_seqlens=bounds.astype(np.int32),
     )
 
@@ -320,8 +325,9 @@ def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
     following = stored[1 : length + 1]
     labels[: len(following)] = following
     if rule.order == "internevo":
-        last_tokens = ends[ends <= length] - 1
-        labels[last_tokens] = IGNORE  # a document's last token has no next one
+        # A document's last token has no next one.
+        ends_inside = ends[ends <= length]
+        labels[ends_inside - 1] = IGNORE
     if rule.one_sample or rule.order == "xtuner":
         # These two rules do not look past the end of the pack.
         labels[-1] = IGNORE
@@ -354,8 +360,9 @@ def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     # 1], j = [0 1 2 0], and the result is [0 2 4 5 7].
     counts = -(-sizes // seq_len)  # rounded up
     parts_before = np.cumsum(counts) - counts
-    i = np.repeat(np.arange(len(sizes)), counts)
-    part_numbers = np.arange(len(i))
-    j = part_numbers - parts_before[i]
+    segments = np.arange(len(sizes))
+    i = np.repeat(segments, counts)
+    parts = np.arange(len(i))
+    j = parts - parts_before[i]
     starts = bounds[i] + j * seq_len
     return np.append(starts, bounds[-1])

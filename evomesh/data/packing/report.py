@@ -89,7 +89,8 @@ def report_table(report: Sequence[dict[str, Any]]) -> str:
     if len(report) > 1:
         totals: Counter[str] = Counter()
         for row in report:
-            totals.update({name: row[name] for name in COUNTS})
+            for name in COUNTS:
+                totals[name] += row[name]
         cells = _table_row(f"{len(report)} files", "", totals)
         table.append(cells)
     return _align_columns(table)
@@ -119,12 +120,14 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Describe the data: files with their sizes, documents, tokens and hashes, in order."""
     files = []
+    identities = []
     for row in report:
         file = {key: row[key] for key in MANIFEST_KEYS if key in row}
         files.append(file)
+        identities.append(_identity(file))
     # Checkpoints store this hash: another way to write it would refuse old ones.
-    identity = repr([_identity(file) for file in files])
-    digest = xxhash.xxh3_64_hexdigest(identity.encode())
+    written = repr(identities)
+    digest = xxhash.xxh3_64_hexdigest(written.encode())
     return {"files": files, "types": list(types), "hash": digest}
 
 

@@ -74,9 +74,10 @@ class RowPlan(PackPlan):
         ranges = pairwise(self.first_document)
         in_rows = 0
         for source, (start, stop) in zip(self.sources, ranges, strict=True):
-            after_last = max(start, min(stop, rows))
-            documents = self.document_order[start:after_last]
-            lengths = np.minimum(source.lengths[documents], self.rule.seq_len)
+            in_range = self.document_order[start:stop]
+            documents = in_range[: max(0, rows - start)]
+            whole = source.lengths[documents]
+            lengths = np.minimum(whole, self.rule.seq_len)
             in_rows += int(lengths.sum())
         return in_rows
 

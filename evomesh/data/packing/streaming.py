@@ -122,9 +122,10 @@ class StreamingPacks:
         encoded = encode_texts(self.tokenizer, list(texts.values()))
         targets = 0
         for row, ids in zip(texts, encoded, strict=True):
-            tokens = np.array(self._prefix + ids + self._suffix, np.int64)
-            location = window.locations[row - window.first_row]
-            targets += self._add_document(row, tokens, location)
+            with_ends = self._prefix + ids + self._suffix
+            tokens = np.array(with_ends, np.int64)
+            index = row - window.first_row
+            targets += self._add_document(row, tokens, window.locations[index])
         self._unused.end_window(window.next_cursor, targets, self.min_length)
 
     def _needed_texts(self, window: RowWindow) -> dict[int, str]:
@@ -134,14 +135,15 @@ class StreamingPacks:
 
     def _add_document(self, row: int, tokens: TokenArray, location: str) -> int:
         """Hand a document to its lane unless it is too short; return how many of its tokens can be targets."""
-        if len(tokens) < max(1, self.min_length):
-            self._unused.add(len(tokens))
+        length = len(tokens)
+        if length < max(1, self.min_length):
+            self._unused.add(length)
             return 0
         largest = largest_id(tokens)
         check_ids(largest, self.vocab_size, self.tokenizer, location)
         targets = self._count_targets(tokens)
         if not targets:
-            self._unused.add(len(tokens), is_document=True)
+            self._unused.add(length, is_document=True)
         lane = self.lanes[row % self.num_lanes]
         lane.waiting.append((row, tokens))
         return targets
@@ -333,15 +335,23 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
     report = []
     identity: list[Any] = []
     for file in files:
-        report.append(
-            {"file": str(file.full_path), "type": TYPES[0], "bytes": file.size}
-        )
-        identity.append((_relative_name(file), file.size))
+        path = str(file.full_path)
+        report.append({"file": path, "type": TYPES[0], "bytes": file.size})
+        name = _relative_name(file)
+        identity.append((name, file.size))
+    # What a run may resume with: the same files, tokenizer and texts in them.
     identity += [tokenizer.hash, config.content_name]
-    digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
+    written = repr(identity)
+    digest = xxhash.xxh3_64_hexdigest(written.encode())
     manifest = {"files": report, "types": TYPES, "hash": digest}
     return StreamingData(
-        config, files, tokenizer, vocab_size, manifest, report, warnings
+        config,
+        files,
+        tokenizer,
+        vocab_size,
+        manifest,
+        report,
+        warnings,
     )
 
 

@@ -140,7 +140,8 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     unused = UnusedRows(RowCursor())
     rows = RowStream(files, config.content_name, config.seed)
     for ids in _encode_first_pass(rows, tokenizer):
-        document = np.array(prefix + ids + suffix, np.int64)
+        with_ends = prefix + ids + suffix
+        document = np.array(with_ends, np.int64)
         if len(document) < min_length:
             unused.add(len(document))
         else:
@@ -149,14 +150,19 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         raise unused.too_short("data.valid_folder", "data.valid_min_length", min_length)
 
     # 2. Check what training would only find in the middle of a run.
-    largest = max(map(largest_id, documents))
+    largest = -1
+    targets = 0
+    tokens = 0
+    for document in documents:
+        largest = max(largest, largest_id(document))
+        # The first token of a document has no predecessor.
+        targets += count_targets(document[1:])
+        tokens += len(document)
     check_ids(largest, vocab_size, tokenizer, str(config.valid_folder))
-    # The first token of a document has no predecessor.
-    targets = sum(count_targets(document[1:]) for document in documents)
     if not targets:
-        tokens = sum(map(len, documents))
         raise without_target(tokens, "data.valid_folder")
-    return MemoryDocuments(files[0].path.parent.name, documents)
+    folder = files[0].path.parent
+    return MemoryDocuments(folder.name, documents)
 
 
 def _encode_first_pass(rows: RowStream, tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -95,17 +95,22 @@ class ValidationSet:
             nothing = np.empty(0, np.int64)
             return assemble(nothing, nothing, nothing, self.rule)
         start, stop = self._pack_bounds[pack : pack + 2].tolist()
-        size = stop - start
         numbers = self._documents_of(start, stop)
         stored = self._read_from(start, numbers)
-        document_ends = self._document_bounds[numbers.start + 1 : numbers.stop + 1]
-        ends = np.minimum(document_ends, stop) - start
+        size = stop - start
+        tokens, following = np.split(stored, [size])
+
+        # The ends of the documents, counted from the start of the pack; that of the
+        # last one may be past its end.
+        document_ends = self._document_bounds[1:]
+        ends = document_ends[numbers.start : numbers.stop]
+        ends = np.minimum(ends, stop) - start
         types = np.zeros(len(ends), np.int64)
-        assembled = assemble(stored[:size], ends, types, self.rule)
+        assembled = assemble(tokens, ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
-        if len(stored) > size and stored[size] > 0:
-            assembled.labels[size - 1] = stored[size]
+        if len(following) and following[0] > 0:
+            assembled.labels[size - 1] = following[0]
         return assembled
 
     def _documents_of(self, start: int, stop: int) -> range:

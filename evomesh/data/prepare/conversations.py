@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -154,8 +155,9 @@ def _commit(
     for writer in writers:
         # A file that is appended to keeps the sources of what it held before.
         earlier = writer.previous.get("sources", [])
-        fingerprint = writer.commit(facts | {"sources": earlier + sources})
-        fingerprints[str(writer.path)] = fingerprint
+        all_facts = {**facts, "sources": earlier + sources}
+        path = str(writer.path)
+        fingerprints[path] = writer.commit(all_facts)
     return fingerprints
 
 
@@ -228,11 +230,11 @@ def _read_all(files: list[SourceFile]) -> Iterator[SourceRecord]:
 
 def _count_conversations(files: list[SourceFile]) -> dict[str, int]:
     """Return the number of conversations of each file, in the order in which they are read."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for file, stream, _ in open_files(files):
-        count = sum(1 for _ in read_records(stream, file))
+        records = read_records(stream, file)
         name = str(file.path)
-        sizes[name] = sizes.get(name, 0) + count
+        sizes[name] += sum(1 for _ in records)
     if not any(sizes.values()):
         raise UserError("the input contains no conversation", where=str(files[0].path))
     return sizes

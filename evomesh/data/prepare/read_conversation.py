@@ -220,12 +220,15 @@ def _read_xtuner_turn(
     messages = []
     if turn.get("system"):
         rules = _get_text(turn, "system", record)
-        messages.append(ChatMessage("system", rules, "system" in roles))
+        system = ChatMessage("system", rules, "system" in roles)
+        messages.append(system)
     # Without a question a turn is text to continue, as in pre-training.
     if question:
-        messages.append(ChatMessage("user", question, "user" in roles))
+        user = ChatMessage("user", question, "user" in roles)
+        messages.append(user)
     is_target = "assistant" in roles and not _is_muted(turn, record, (XTUNER_FLAG,))
-    messages.append(ChatMessage("assistant", answer, is_target))
+    assistant = ChatMessage("assistant", answer, is_target)
+    messages.append(assistant)
     return messages
 
 

@@ -114,7 +114,8 @@ def _open_tar_members(
             info = tarfile.TarInfo(member.name)
             info.size = member.size
             info.offset_data = member.offset
-            yield cast(IO[bytes], tar.extractfile(info))
+            opened = tar.extractfile(info)
+            yield cast(IO[bytes], opened)
 
 
 def _are_in_stored_order(members: Sequence[ArchiveMember]) -> bool:

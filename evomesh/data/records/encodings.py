@@ -67,14 +67,16 @@ class _RecodedStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
+        # A block may end inside its only character: then there is nothing ready yet.
         while not self._ready and not self._at_end:
             block = self._stream.read(BLOCK_BYTES)
             self._at_end = not block
-            self._ready = self._decode(block).encode(UTF8, "surrogatepass")
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+            text = self._decode(block)
+            self._ready = text.encode(UTF8, "surrogatepass")
+        part = self._ready[: len(buffer)]
+        self._ready = self._ready[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
 
     def _decode(self, block: bytes) -> str:
         try:

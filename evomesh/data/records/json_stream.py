@@ -129,11 +129,12 @@ class _GuardedStream:
         if not structure:
             return
         signs = np.frombuffer(structure, np.uint8)
-        depths = self._depth + np.cumsum(STEP_OF_BYTE[signs])
+        steps = STEP_OF_BYTE[signs]
+        depths = self._depth + np.cumsum(steps)
 
         # A comma of the list itself ends an element.
-        is_end = (signs == ord(",")) & (depths == 0)
-        ended = np.cumsum(is_end)
+        is_comma = signs == ord(",")
+        ended = np.cumsum(is_comma & (depths == 0))
         is_too_deep = depths > limits.MAX_NESTING
         if is_too_deep.any():
             first = is_too_deep.argmax()
@@ -149,7 +150,9 @@ class _GuardedStream:
         outside, quote, inside = outside.partition(b'"')
         # After an odd number of backslashes, the next byte is escaped: a quote there does
         # not end the string.
-        num_backslashes = len(inside) - len(inside.rstrip(b"\\"))
-        is_escaping = num_backslashes % 2 == 1
-        self._open_string = quote + b"\\" if is_escaping else quote
+        without_backslashes = inside.rstrip(b"\\")
+        num_backslashes = len(inside) - len(without_backslashes)
+        self._open_string = quote
+        if num_backslashes % 2 == 1:
+            self._open_string += b"\\"
         return outside

@@ -82,12 +82,16 @@ def find_split_files(
     splits = _find_splits(files, names, subset, split, root)
     distinct = sorted(set(splits.values()))
     chosen = choose_split(distinct, split, purpose, root)
-    selected = [file for file, name in splits.items() if chosen in (name, ALL_SPLITS)]
+    selected = []
+    split_of_name = {}
+    for file, split_of_file in splits.items():
+        split_of_name[names[file]] = split_of_file
+        if chosen in (split_of_file, ALL_SPLITS):
+            selected.append(file)
 
     # 3. Those of one format, and what a user might not expect of the choice.
     selected, warnings = _choose_format(selected, root)
     if purpose == "train" and split is None:
-        split_of_name = {names[file]: name for file, name in splits.items()}
         warnings += _warn_left_out(split_of_name, chosen)
     return selected, warnings
 
@@ -329,14 +333,14 @@ class RowStream:
 
     def _rows(self, file: int, row: int) -> Iterator[tuple[SourceRecord, int, int]]:
         """Yield each record from a position on, with the numbers of its file and row."""
-        # Only the first file is entered in the middle.
-        first_row = row
-        for opened, stream, _ in open_files(self.files[file:]):
-            records = read_records_from(stream, opened, first_row)
-            for number, record in enumerate(records, first_row):
+        files = self.files[file:]
+        for opened, stream, _ in open_files(files):
+            records = read_records_from(stream, opened, row)
+            for number, record in enumerate(records, row):
                 yield record, file, number
-            first_row = 0
+            # Only the first file is entered in the middle.
             file += 1
+            row = 0
 
     def _text(self, record: SourceRecord) -> str:
         try:

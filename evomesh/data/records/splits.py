@@ -33,11 +33,12 @@ def read_saved_splits(root: Path) -> dict[Path, list[str]]:
     for path in sorted(root.rglob("dataset_dict.json")):
         # A file of another kind may have this name: it lists no splits.
         try:
-            names = json.loads(path.read_bytes())["splits"]
+            content = json.loads(path.read_bytes())
+            names = content["splits"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         folder = path.parent.relative_to(root)
-        saved[folder] = list(map(str, names))
+        saved[folder] = [str(name) for name in names]
     return saved
 
 

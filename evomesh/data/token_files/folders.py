@@ -133,14 +133,15 @@ def group_sets(
     # and "code".
     sets: dict[str, list[TokenFile]] = {}
     for file in files:
-        if file.folder == PurePosixPath():
+        folder = file.folder
+        if folder == PurePosixPath():
             name = root_name
-        elif folders_with_name[file.folder.name] == 1:
-            name = file.folder.name
+        elif folders_with_name[folder.name] == 1:
+            name = folder.name
         else:
-            name = file.folder.as_posix()
+            name = folder.as_posix()
         sets.setdefault(name, []).append(file)
-    return {name: sets[name] for name in sorted(sets)}
+    return dict(sorted(sets.items()))
 
 
 def check_folder(folder: str | Path, key: str) -> Path:

@@ -61,7 +61,9 @@ def map_array(path: Path) -> NDArray[Any]:
         return np.empty(shape, dtype)
     content = map_file(path)
     array = np.frombuffer(content, dtype, count, start)
-    return array.reshape(shape, order="F" if is_fortran else "C")
+    if is_fortran:
+        return array.reshape(shape, order="F")
+    return array.reshape(shape)
 
 
 def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -88,10 +88,11 @@ class BinWriter:
             return
         self._update_largest(documents, masked)
         lines = format_lines(documents)
-        lengths = np.array([len(tokens) for tokens in documents])
         self._append(lines)
+        sizes = _line_sizes(lines)
+        self._sizes.append(sizes)
+        lengths = np.array([len(tokens) for tokens in documents])
         self._lengths.append(lengths)
-        self._sizes.append(_line_sizes(lines))
         self.documents += len(documents)
         self.tokens += int(lengths.sum())
 
@@ -105,10 +106,11 @@ class BinWriter:
         """Keep the largest id so far and the first line that has it."""
         # A masked token is stored as its id with a minus sign. Without one the largest
         # is the only extreme, which halves the time.
-        largest = max(max(tokens, default=-1) for tokens in documents)
-        if masked:
-            smallest = min(min(tokens, default=1) for tokens in documents)
-            largest = max(largest, -smallest)
+        largest = -1
+        for tokens in documents:
+            largest = max(largest, max(tokens, default=-1))
+            if masked:
+                largest = max(largest, -min(tokens, default=1))
         if largest <= self.max_id:
             return
         # This is rare after the first blocks, so the search for the line may be slow.
@@ -166,12 +168,13 @@ class BinWriter:
         """Copy the existing file into the part, with its counts."""
         rows = read_meta(self.path)
         self.previous = read_fingerprint(self.path) or {}
-        last = b""
+        last_block = b""
         with self.path.open("rb") as source:
             while block := source.read(COPY_BYTES):
                 self._append(block)
-                last = block[-1:]
-        if last != b"\n":  # files of other tools may lack the last newline
+                last_block = block
+        # Files of other tools may lack the last newline.
+        if not last_block.endswith(b"\n"):
             self._append(b"\n")
         # A line ends where the next one starts, the last one at the end of the file.
         offsets = rows[:, 0].astype(np.int64)
@@ -181,9 +184,10 @@ class BinWriter:
         self._lengths.append(lengths)
         self.documents = len(rows)
         self.tokens = int(lengths.sum())
-        if "max_id" in self.previous:
-            self.max_id = int(self.previous["max_id"])
-            self.max_id_line = int(self.previous["max_id_line"])
+        known = self.previous
+        if "max_id" in known:
+            self.max_id = int(known["max_id"])
+            self.max_id_line = int(known["max_id_line"])
         else:
             self._read_largest()
 
@@ -199,7 +203,8 @@ class BinWriter:
             self.max_id = largest
             # The document that holds the id is the first that ends after it.
             position = tokens.argmax()
-            ends = np.cumsum(existing.lengths[documents])
+            lengths = existing.lengths[documents]
+            ends = np.cumsum(lengths)
             index = np.searchsorted(ends, position, side="right")
             self.max_id_line = int(documents[index]) + 1
 
