@@ -45,8 +45,10 @@ def list_(path: PathArgument) -> None:
     for candidate in _candidates(path):
         for row in _rows(candidate):
             table.add_row(*row)
-    is_terminal = Console().is_terminal
-    console = Console(width=None if is_terminal else 200)
+    console = Console()
+    if not console.is_terminal:
+        # rich would wrap the lines of a pipe at 80 columns.
+        console = Console(width=200)
     console.print(table)
 
 

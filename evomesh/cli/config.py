@@ -336,12 +336,13 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
     if sys.stdout.isatty():
         _print_rich_table(head, rows)
         return
-    lines = [head, *rows]
-    columns = zip(*lines, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    for line in lines:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        text = "  ".join(padded)
+    columns = []
+    for column in zip(head, *rows, strict=True):
+        width = max(map(len, column))
+        padded = [cell.ljust(width) for cell in column]
+        columns.append(padded)
+    for line in zip(*columns, strict=True):
+        text = "  ".join(line)
         typer.echo(text.rstrip())
 
 

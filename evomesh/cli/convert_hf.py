@@ -26,14 +26,18 @@ UNITS = {
 
 def shard_bytes(text: str) -> int:
     """Parse a size: ``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
+    size = 0.0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    if match is not None:
+        number, unit = match.groups()
+        size = float(number) * UNITS.get(unit.upper(), 0)
+    if size <= 0:
         raise UserError(
             f"found {text!r}",
             where="--max-shard-size",
             expected="a size such as 5GB or 500MB",
         )
-    return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
+    return max(1, int(size))
 
 
 def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:

@@ -113,10 +113,12 @@ def _traffic_table(traffic: TrafficLog) -> Table:
 
     # One row for each operation on each axis, such as all_gather on tp.
     table = Table("operation", "axis", title="one step of this rank")
-    table.add_column("calls", justify="right")
-    table.add_column("MiB", justify="right")
+    for column in ("calls", "MiB"):
+        table.add_column(column, justify="right")
     sizes = traffic.nbytes()
-    for (operation, axis), calls in sorted(traffic.count().items()):
+    counts = traffic.count()
+    for operation, axis in sorted(counts):
+        calls = counts[operation, axis]
         mebibytes = sizes[operation, axis] / MIB
         table.add_row(operation, axis, str(calls), f"{mebibytes:.3f}")
     return table

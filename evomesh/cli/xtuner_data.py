@@ -66,14 +66,14 @@ def run_tokenize(command: Sequence[str]) -> None:
     """
     from evomesh.cli.tokenize import tokenize as command_line
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command_line)
-    option = command.index("--output")
-    output = Path(command[option + 1])
+    _, *arguments = command
+    option = arguments.index("--output")
+    output = Path(arguments[option + 1])
     output.parent.mkdir(parents=True, exist_ok=True)
     shown = " ".join(command)
     print(f"evomesh {shown}", file=sys.stderr)
-    arguments = list(command[1:])
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command_line)
     app(arguments, standalone_mode=False)
 
 

@@ -132,5 +132,7 @@ def load_with_strategy(
 
     world_size = planned_world_size(os.environ, launcher)
     settings, warnings = deepspeed_settings(deepspeed, loaded.config, world_size)
+    # Before the overrides, which win.
     loaded = load_config(path, [*settings, *overrides])
-    return replace(loaded, warnings=(*loaded.warnings, *warnings))
+    all_warnings = (*loaded.warnings, *warnings)
+    return replace(loaded, warnings=all_warnings)

@@ -58,16 +58,19 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
         return [*rows, ("keys", keys)]
 
     # What it may be.
-    rows.append(("type", _type_name(field.annotation)))
-    default = "required" if field.is_required() else str(field.default)
-    rows.append(("default", default))
+    type_name = _type_name(field.annotation)
+    default = str(field.default)
+    if field.is_required():
+        default = "required"
+    rows += [("type", type_name), ("default", default)]
     bounds = _bounds(field)
     if bounds:
         rows.append(("allowed", bounds))
 
     # What it is in this config.
-    rows.append(("value", str(_value_of(loaded.config, key))))
-    rows.append(("from", loaded.origins.get(key, "default")))
+    value = str(_value_of(loaded.config, key))
+    origin = loaded.origins.get(key, "default")
+    rows += [("value", value), ("from", origin)]
     return rows
 
 

@@ -294,12 +294,14 @@ class _ConfigReader(ConfigRecord):
         newer = newer.get("full_attention") or newer
         rope = self.mapping("rope_scaling") | newer
         rotary = self.mapping("rotary")
+        kind = rotary.get("type")
+        if not kind:
+            return rope
         has_other_spelling = self.record.keys() & {"rope_scaling", "rope_parameters"}
-        if rotary.get("type") and (
-            not has_other_spelling or rotary["type"] == "origin"
-        ):
-            factor = rotary.get("scaling_factor", rope.get("factor", 1.0))
-            rope |= {"rope_type": rotary["type"], "factor": factor}
+        if kind == "origin" or not has_other_spelling:
+            factor = rope.get("factor", 1.0)
+            rope["factor"] = rotary.get("scaling_factor", factor)
+            rope["rope_type"] = kind
         return rope
 
     def dynamic_factor(self) -> float | None:
@@ -315,7 +317,8 @@ class _ConfigReader(ConfigRecord):
             raise UserError(
                 f"rope_type is {kind!r}", where=self.where, expected="a name"
             )
-        return {"origin": "default", "su": "longrope"}.get(kind, kind)
+        other_names = {"origin": "default", "su": "longrope"}
+        return other_names.get(kind, kind)
 
     def rope_scaling(self, head_dim: int) -> RopeScaling | None:
         """Return the scaling of a type other than dynamic NTK, None for plain angles.

@@ -77,7 +77,9 @@ def _number(
 ) -> float | None:
     """Return a number, or None where the file says null."""
     value = record.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not is_number:
+    if value is None:
+        return None
+    # In Python true is the integer 1.
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{key} is {value!r}", where=where, expected="a number or null")
-    return None if value is None else float(value)
+    return float(value)

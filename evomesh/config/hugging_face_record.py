@@ -128,7 +128,12 @@ class LayerReader(ConfigRecord):
             return [layer for layer in range(layers) if layer >= first]
         if self.record.get("sliding_window_pattern") is not None:
             period = self.positive_integer("sliding_window_pattern")
-        return [layer for layer in range(layers) if (layer + 1) % period]
+        windowed = []
+        for layer in range(layers):
+            is_full = (layer + 1) % period == 0
+            if not is_full:
+                windowed.append(layer)
+        return windowed
 
     def settings(self) -> dict[str, Any]:
         """Return the window, ``layer_types`` and ``nope_layers``, each meaning written in one way."""

@@ -32,9 +32,16 @@ def encode_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [encode_json(item) for item in value]
     if isinstance(value, Mapping):
-        _check_keys(value)
-        return {key: encode_json(item) for key, item in value.items()}
+        return _encode_mapping(value)
     raise TypeError(f"a {type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def _encode_mapping(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    _check_keys(mapping)
+    encoded = {}
+    for key, value in mapping.items():
+        encoded[key] = encode_json(value)
+    return encoded
 
 
 def decode_json(value: Any) -> Any:

@@ -287,7 +287,8 @@ def _accepted_values(details: list[Any]) -> str:
     accepted: dict[str, None] = {}  # a set that keeps the order
     for detail in details:
         kind = detail["type"]
-        literals = detail.get("ctx", {}).get("expected", "")
+        context = detail.get("ctx", {})
+        literals = context.get("expected", "")
         words = ERRORS.get(kind, literals)
         accepted[words] = None
     return " or ".join(accepted)
@@ -308,10 +309,13 @@ def _suggested_fix(key: str, detail: Any) -> str:
     allowed = [word.strip("' ") for word in listed.split(",")]
     if key == "model.dtype":
         allowed += [f"torch.{word}" for word in allowed]
-    similar = difflib.get_close_matches(value, allowed, n=1)
-    same_start = [word for word in allowed if word.startswith(value[:2])]
-    suggestions = similar or same_start
-    return f"did you mean {suggestions[0]!r}?" if suggestions else ""
+    suggestions = difflib.get_close_matches(value, allowed, n=1)
+    if not suggestions:
+        start = value[:2]
+        suggestions = [word for word in allowed if word.startswith(start)]
+    if not suggestions:
+        return ""
+    return f"did you mean {suggestions[0]!r}?"
 
 
 def _is_number(text: str) -> bool:

@@ -273,11 +273,14 @@ class ModelConfig(Section):
             return values
         completed = dict(values)
         completed.pop("head_dim", None)
-        fields = cls.model_fields
-        width = values.get("hidden_size", fields["hidden_size"].default)
-        heads = values.get("num_attention_heads", fields["num_attention_heads"].default)
+        sizes = []
+        for name in ("hidden_size", "num_attention_heads"):
+            default = cls.model_fields[name].default
+            sizes.append(values.get(name, default))
+        width, heads = sizes
         # Values of another kind are reported by the validation that follows.
-        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        are_numbers = isinstance(width, int) and isinstance(heads, int)
+        if are_numbers and heads > 0:
             completed["head_dim"] = max(width // heads, 1)
         return completed
 
@@ -355,10 +358,15 @@ def differing_key(model: ModelConfig, family: str | None = None) -> str | None:
     Args:
         family: None: one with the schema's default of each key.
     """
-    facts = FamilyFacts() if family is None else FAMILY_FACTS[family]
+    facts = FamilyFacts()
+    if family is not None:
+        facts = FAMILY_FACTS[family]
     fixed = facts.architecture or {}
     for key in ARCHITECTURE_KEYS:
-        wanted = fixed.get(key, ModelConfig.model_fields[key].default)
-        if key not in facts.free and getattr(model, key) != wanted:
+        if key in facts.free:
+            continue
+        default = ModelConfig.model_fields[key].default
+        wanted = fixed.get(key, default)
+        if getattr(model, key) != wanted:
             return key
     return None

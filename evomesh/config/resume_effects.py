@@ -146,12 +146,14 @@ def compare_configs(
     by_effect: dict[str, list[ConfigDifference]] = defaultdict(list)
     for key, value in now.items():
         # A key that only this version has is not a difference.
-        if key in before and before[key] != value:
-            difference = ConfigDifference(key, before[key], value)
-            effect = effect_of(key, uses_length)
-            by_effect[effect].append(difference)
+        if key not in before or before[key] == value:
+            continue
+        difference = ConfigDifference(key, before[key], value)
+        effect = effect_of(key, uses_length)
+        by_effect[effect].append(difference)
     return ConfigDifferences(
-        function=tuple(by_effect["function"]), training=tuple(by_effect["training"])
+        function=tuple(by_effect["function"]),
+        training=tuple(by_effect["training"]),
     )
 
 

@@ -33,12 +33,13 @@ def base_modules(tree: ast.Module, package: str) -> set[str]:
     Args:
         package: what relative imports are relative to.
     """
-    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
     names: set[str] = set()
-    for block in blocks:
-        managers = [ast.unparse(item.context_expr) for item in block.items]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.With):
+            continue
+        managers = [ast.unparse(item.context_expr) for item in node.items]
         if f"{READ_BASE}()" in managers:
-            names |= _imported_modules(block.body, package)
+            names |= _imported_modules(node.body, package)
     return names
 
 

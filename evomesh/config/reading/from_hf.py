@@ -87,10 +87,11 @@ def take_from_load_info(draft: ConfigDraft, model: dict[str, Any]) -> None:
         return
     keys = {*FACTS, *LENGTH, "norm_head"}
     given = {key for key, value in model.items() if value is not None}
+    # One fact in several keys: whoever gives one of them gives all.
     if not given.isdisjoint(SCALING):
-        keys -= set(SCALING)
+        keys.difference_update(SCALING)
     if model.keys().isdisjoint(WIDTH):
-        keys |= set(WIDTH)
+        keys.update(WIDTH)
     if found.kv_heads == found.num_attention_heads:
         keys.remove("num_kv_attention_heads")  # the default of every family
     for key in sorted(keys - given):

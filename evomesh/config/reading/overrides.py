@@ -79,10 +79,13 @@ def _literal_value(node: ast.expr) -> Any:
 
 def _call_value(node: ast.Call, function: str) -> Any:
     """Evaluate ``dict(key=literal)`` or ``float("...")``."""
-    values = {keyword.arg: _literal_value(keyword.value) for keyword in node.keywords}
+    values = {}
+    for keyword in node.keywords:
+        values[keyword.arg] = _literal_value(keyword.value)
     arguments = node.args
     # `dict(**other)` is a keyword without a name.
-    if function == "dict" and not arguments and None not in values:
+    has_names_only = not arguments and None not in values
+    if function == "dict" and has_names_only:
         return values
     if function == "float" and len(arguments) == 1:
         text = ast.literal_eval(arguments[0])
@@ -107,12 +110,14 @@ def _with_value_at(old: Any, keys: tuple[str, ...], value: Any) -> Any:
     if not keys:
         # The int form of a parallel size over its dict form sets the size only: the
         # mode stays.
-        keeps_dict = isinstance(old, dict) and "size" in old and _is_int(value)
-        return {**old, "size": value} if keeps_dict else value
-    first, *rest = keys
-    base = _as_dict(old)
-    base[first] = _with_value_at(base.get(first), tuple(rest), value)
-    return base
+        has_size = isinstance(old, dict) and "size" in old
+        if has_size and _is_int(value):
+            return {**old, "size": value}
+        return value
+    first = keys[0]
+    copy = _as_dict(old)
+    copy[first] = _with_value_at(copy.get(first), keys[1:], value)
+    return copy
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

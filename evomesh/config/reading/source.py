@@ -236,10 +236,12 @@ class _StatementInstrumenter(ast.NodeTransformer):
         """Return the statement with the blocks in it instrumented; None for an import of ``read_base`` alone."""
         if isinstance(node, ast.ImportFrom):
             node.names = [alias for alias in node.names if alias.name != READ_BASE]
-            return node if node.names else None
+            if not node.names:
+                return None
         # Only blocks that run at the top of the file: the names in a function are local.
         if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
             node.body = self._instrument_block(node.body)
+        # An else branch; an empty one stays empty, as code is not added to it.
         if isinstance(node, ast.If | ast.Try | ast.For) and node.orelse:
             node.orelse = self._instrument_block(node.orelse)
         return node
@@ -355,9 +357,9 @@ def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     """Return ``below`` with the values of ``above`` put over it, section by section."""
     out = dict(below)
     for key, value in above.items():
+        merged = value
         known = out.get(key)
         if isinstance(known, dict) and isinstance(value, dict):
-            out[key] = merge_values(known, value)
-        else:
-            out[key] = value
+            merged = merge_values(known, value)
+        out[key] = merged
     return out

@@ -148,11 +148,13 @@ def _module_lines(
     file: str, module: str, imported: dict[str, AssignmentLines]
 ) -> AssignmentLines:
     try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        tree = ast.parse(text)
     except (OSError, SyntaxError, UnicodeDecodeError):
         return {}
-    package = module.rpartition(".")[0]
-    return config_lines(tree, _relative_path(file), {"__package__": package}, imported)
+    package, _, _ = module.rpartition(".")
+    path = _relative_path(file)
+    return config_lines(tree, path, {"__package__": package}, imported)
 
 
 def _authors_file(module: str) -> str | None:

@@ -162,6 +162,11 @@ def _resolve_top_level(draft: ConfigDraft) -> None:
         # Some files have such a name inside the model section instead.
         elif section_name == "model" and name in draft.take_section("model"):
             draft.sources[target] = target
+    _resolve_environment(draft)
+
+
+def _resolve_environment(draft: ConfigDraft) -> None:
+    """Take TensorBoard's folders from the environment where the config leaves them out, as InternEvo does."""
     run = draft.take_section("run")
     for key in ("tensorboard_folder", "resume_tb_folder"):
         value = os.environ.get(key)
@@ -315,11 +320,13 @@ def _resolve_rotary_order(
 
 def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """Take the family's default of each key that the config leaves out."""
-    defaults = _family_defaults(family, model) if isinstance(family, str) else {}
+    defaults: dict[str, Any] = {}
+    if isinstance(family, str):
+        defaults = _family_defaults(family, model)
     for key, value in defaults.items():
         if key not in model:
             model[key] = value
-            draft.families[f"model.{key}"] = str(family)
+            draft.families[f"model.{key}"] = family
     if model.get("head_dim", 0) is None:
         del model["head_dim"]
     # InternEvo's word for the activation of the gate, which such a family fixes.
@@ -333,10 +340,13 @@ def _family_defaults(family: str, model: dict[str, Any]) -> dict[str, Any]:
     if facts is None:
         return {}
     defaults = facts.defaults | architecture_of(family)
-    layers = model.get("num_layers", ModelConfig.model_fields["num_layers"].default)
+    default_layers = ModelConfig.model_fields["num_layers"].default
+    layers = model.get("num_layers", default_layers)
     interval = facts.nope_interval
     if interval is not None and isinstance(layers, int):
-        defaults["nope_layers"] = list(range(interval - 1, layers, interval))
+        # Every fourth layer of SmolLM3: 3, 7, 11 ...
+        nope_layers = range(interval - 1, layers, interval)
+        defaults["nope_layers"] = list(nope_layers)
     return defaults
 
 
@@ -382,7 +392,9 @@ def _put_tuple(section: dict[str, Any], key: str) -> None:
         del section[key]
     elif isinstance(value, list | set):
         section[key] = tuple(value)
-    elif isinstance(value, int | str) and not isinstance(value, bool):
+    elif isinstance(value, bool):
+        return
+    elif isinstance(value, int | str):
         section[key] = (value,)
 
 
@@ -395,6 +407,6 @@ def _resolve_tuples(draft: ConfigDraft) -> None:
             node = node.get(name) if isinstance(node, dict) else None
         if isinstance(node, dict) and key in node:
             _put_tuple(node, key)
-    smoothing = draft.sections.get("loss", {})
-    if "label_smoothing" in smoothing and smoothing["label_smoothing"] is None:
-        smoothing["label_smoothing"] = 0.0
+    loss = draft.sections.get("loss", {})
+    if "label_smoothing" in loss and loss["label_smoothing"] is None:
+        loss["label_smoothing"] = 0.0

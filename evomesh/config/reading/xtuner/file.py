@@ -67,10 +67,11 @@ def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
     file = Path(path).resolve()
     if file in above:
         return False
+    words = (*OWNERS, *RUNNER_NAMES, "_base_")
     try:
         text = file.read_bytes().decode("utf-8-sig")
         # Parsing is slow, and most files have none of these words.
-        if not any(word in text for word in (*OWNERS, *RUNNER_NAMES, "_base_")):
+        if not any(word in text for word in words):
             return False
         tree = ast.parse(text)
     except (OSError, ValueError, SyntaxError):
@@ -122,6 +123,9 @@ def run_file(
         variables.update(found.variables)
         return found
 
+    def read_names(other: str, names: dict[str, str]) -> dict[str, Any]:
+        return _import(read_beside(other), names)
+
     # 1. Execute the file, with imports replaced: ``from .base import lr`` reads that
     #    file, and ``from transformers import AutoModel`` makes a stand-in.
     namespace: dict[str, Any] = {
@@ -129,22 +133,28 @@ def run_file(
         "__package__": HERE,
         "__file__": str(file),
         STAND_IN: ForeignName,
-        READ_NAMES: lambda other, names: _import(read_beside(other), names),
+        READ_NAMES: read_names,
         READ_BASE: nullcontext,
     }
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    code = compile(_without_imports(tree, file), str(file), "exec")
+    without_imports = _without_imports(tree, file)
+    code = compile(without_imports, str(file), "exec")
     with config_imports(file):
         execute(code, namespace, path, text)
-    values = {name: value for name, value in namespace.items() if not _is_private(name)}
+    values = {}
+    for name, value in namespace.items():
+        if not _is_private(name):
+            values[name] = value
 
     # 2. Put its values over those of its bases. An override wins over all of them, also
     #    where a base has the key and the file replaces its section.
     below: dict[str, Any] = {}
-    for base_path in _as_list(namespace.get("_base_", [])):
+    base_paths = _as_list(namespace.get("_base_", []))
+    for base_path in base_paths:
         base = read_beside(str(file.parent / base_path))
         below = merge_values(below, base.values)
-    lines.update(config_lines(tree, path, {"__package__": ""}))
+    own_lines = config_lines(tree, path, {"__package__": ""})
+    lines.update(own_lines)
     variables.update(_find_variables(tree))
     merged = merge_values(below, values)
     if below:

@@ -73,17 +73,17 @@ def last_name(value: Any) -> str:
 
 def is_xtuner_config(tree: ast.Module) -> bool:
     """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
-    imported: list[str | None] = []
+    packages: set[str] = set()
     assigned: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
-            imported.append(node.module)
+            packages.add(_package(node.module))
         elif isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
+            packages.update(_package(alias.name) for alias in node.names)
         elif isinstance(node, ast.Assign):
-            assigned |= set(map(ast.unparse, node.targets))
-    packages = set(map(_package, imported))
-    return not packages.isdisjoint(OWNERS) or assigned >= RUNNER_NAMES
+            assigned.update(ast.unparse(target) for target in node.targets)
+    imports_owner = not packages.isdisjoint(OWNERS)
+    return imports_owner or assigned >= RUNNER_NAMES
 
 
 class ImportReplacer(ast.NodeTransformer):
@@ -124,7 +124,8 @@ class ImportReplacer(ast.NodeTransformer):
     def _replacements(self, node: ast.ImportFrom) -> list[ast.stmt]:
         """Return stand-ins, the reading of a file beside the config, or the import as it is."""
         module = node.module or ""
-        if not node.level and _package(module) in PACKAGES:
+        is_absolute = node.level == 0
+        if is_absolute and _package(module) in PACKAGES:
             return self._stand_ins(module, node.names)
         file = self._find_file(module, node.level)
         if file is None:
@@ -138,7 +139,8 @@ class ImportReplacer(ast.NodeTransformer):
         for alias in names:
             if alias.name not in (READ_BASE, "*"):
                 path = f"{module}.{alias.name}"
-                assignment = self._assign(alias.asname or alias.name, path)
+                new_name = alias.asname or alias.name
+                assignment = self._assign(new_name, path)
                 out.append(assignment)
         return out
 
@@ -169,15 +171,13 @@ class ImportReplacer(ast.NodeTransformer):
         keys: list[ast.expr | None] = []
         values: list[ast.expr] = []
         for alias in names:
-            key = ast.Constant(alias.name)
-            value = ast.Constant(alias.asname or alias.name)
-            keys.append(key)
-            values.append(value)
-        found = _call(
-            _load(self.read_names),
-            ast.Constant(str(file)),
-            ast.Dict(keys, values),
-        )
+            new_name = alias.asname or alias.name
+            keys.append(ast.Constant(alias.name))
+            values.append(ast.Constant(new_name))
+        reader = _load(self.read_names)
+        path = ast.Constant(str(file))
+        new_names = ast.Dict(keys, values)
+        found = _call(reader, path, new_names)
         namespace = _call(_load("globals"))
         update = ast.Attribute(namespace, "update", ast.Load())
         return ast.Expr(_call(update, found))

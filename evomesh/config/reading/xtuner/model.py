@@ -189,8 +189,11 @@ def _check_length(out: Translation) -> None:
 def _put_tokenizer(out: Translation) -> None:
     key = "tokenizer.pretrained_model_name_or_path"
     name = out.settings.get(key)
-    folder = find_model_folder(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return
+    folder = find_model_folder(name)
     if folder is None:
         return
-    if any((Path(folder) / file).exists() for file in TOKENIZER_FILES):
+    files = [Path(folder, file) for file in TOKENIZER_FILES]
+    if any(file.exists() for file in files):
         out.put("data.tokenizer_path", str(folder), key)

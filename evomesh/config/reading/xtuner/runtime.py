@@ -140,10 +140,15 @@ def _put_start(out: Translation) -> None:
 
 
 def _put_trackers(out: Translation) -> None:
-    names = _tracker_names(out.settings.get("visualizer"))
-    writes_tensorboard = any(BACKENDS.get(name, False) for name in names)
+    visualizer = out.settings.get("visualizer")
+    writes_tensorboard = False
+    unknown = []
+    for name in _tracker_names(visualizer):
+        if name not in BACKENDS:
+            unknown.append(name)
+        elif BACKENDS[name]:
+            writes_tensorboard = True
     out.put("enable_tb", writes_tensorboard, "visualizer")
-    unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         listed = ", ".join(unknown)
         out.warn("visualizer", f"{listed} is not written to; TensorboardVisBackend is")
