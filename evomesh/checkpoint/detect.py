@@ -95,9 +95,11 @@ def kind_at(url: str) -> str | None:
     """
     storage, folder = open_storage(url)
     kind = kind_of(storage, folder)
+    if kind is not None:
+        return kind
     parent, _, name = folder.rpartition("/")
-    if kind is None and name.isdigit():
+    if name.isdigit():
         kind = kind_of(storage, parent or ".")
-    if kind is None and folder.endswith(".pth") and storage.exists(folder):
+    elif name.endswith(".pth") and storage.exists(folder):
         kind = "xtuner"
     return kind

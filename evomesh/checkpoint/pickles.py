@@ -120,7 +120,8 @@ def _tensor(
     ``rest``: whether it needs gradients and its hooks, which are ignored, and flags,
     which no checkpoint sets.
     """
-    if not isinstance(flat, Tensor | FileStorage) or any(rest[2:]):
+    flags = rest[2:]
+    if not isinstance(flat, Tensor | FileStorage) or any(flags):
         raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
     if isinstance(flat, FileStorage):
         check_view(flat.count, offset, size, stride)
@@ -283,16 +284,18 @@ def _read_zip(path: str) -> Any:
         storages: dict[str, Tensor] = {}
 
         def read_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-            if key not in storages:
-                entry = entries[f"data/{key}"]
-                tensor, buffer = _allocate(dtype, count, entry.file_size)
-                with archive.open(entry) as file:
-                    _fill(file, buffer)
-                storages[key] = tensor
-            return storages[key]
+            if key in storages:
+                return storages[key]
+            entry = entries[f"data/{key}"]
+            tensor, buffer = _allocate(dtype, count, entry.file_size)
+            with archive.open(entry) as file:
+                _fill(file, buffer)
+            storages[key] = tensor
+            return tensor
 
         with archive.open(entries["data.pkl"]) as file:
-            return _Unpickler(file, read_storage).load()
+            unpickler = _Unpickler(file, read_storage)
+            return unpickler.load()
 
 
 def _open_zip(path: str, inert: Collection[str]) -> Any:
@@ -302,13 +305,14 @@ def _open_zip(path: str, inert: Collection[str]) -> Any:
         storages: dict[str, FileStorage] = {}
 
         def find_storage(key: str, dtype: torch.dtype, count: int) -> FileStorage:
-            if key not in storages:
-                name = f"data/{key}"
-                entry = entries[name]
-                size = count * dtype.itemsize
-                start = _position(raw, entry, size)
-                storages[key] = FileStorage(path, start, dtype, count, entry.CRC)
-            return storages[key]
+            if key in storages:
+                return storages[key]
+            entry = entries[f"data/{key}"]
+            size = count * dtype.itemsize
+            start = _position(raw, entry, size)
+            storage = FileStorage(path, start, dtype, count, entry.CRC)
+            storages[key] = storage
+            return storage
 
         with archive.open(entries["data.pkl"]) as file:
             unpickler = _Unpickler(file, find_storage, inert)

@@ -88,12 +88,17 @@ def check_view(
         pickle.UnpicklingError: it is such a view.
     """
     numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    are_counts = all(type(number) is int and number >= 0 for number in numbers)
+    if len(shape) != len(stride) or not are_counts:
         raise pickle.UnpicklingError("a tensor in it has an impossible shape")
-    steps = [(size - 1) * step for size, step in zip(shape, stride, strict=True)]
-    last = offset + sum(steps)
+    # The position of the last element: that of shape [2, 3] with stride [3, 1] is
+    # offset + 1 * 3 + 2 * 1.
+    last = offset
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
     elements = math.prod(shape)
-    if elements > count or (elements and last >= count):
+    reaches_out = elements > 0 and last >= count
+    if elements > count or reaches_out:
         raise pickle.UnpicklingError(
             f"a tensor in it has the shape {list(shape)}, its storage {count} numbers"
         )

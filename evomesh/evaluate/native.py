@@ -223,14 +223,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         """Score packed requests in one forward pass; the result is keyed by request number."""
         # 1. Pack the inputs.
         device = self._device
-        lengths = [len(request.inputs) for request in batch]
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        bounds = SequenceBounds(
-            positions.to(device),
-            cu_seqlens.to(device, torch.int32),
-            max(lengths),
-        )
+        bounds = self._bounds([len(request.inputs) for request in batch])
 
         # 2. The rows that predict targets are the last ones of each request: the inputs
         #    1 2 3 and 4 5 with the targets 3 9 and 6 are packed as 1 2 3 4 5, and the
@@ -259,6 +252,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             scores[request.number] = TextScore(total, is_greedy)
             start = end
         return scores
+
+    def _bounds(self, lengths: Sequence[int]) -> SequenceBounds:
+        """Return the bounds of packed texts: lengths 3 and 2 have cu_seqlens 0 3 5 and positions 0 1 2 0 1."""
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return SequenceBounds(
+            positions.to(self._device),
+            cu_seqlens.to(self._device, torch.int32),
+            max(lengths),
+        )
 
     def _score_targets(
         self,

@@ -28,14 +28,17 @@ def initial_weight(
 
 def _input_std(part: str, config: ModelConfig, family: DecoderFamily) -> float:
     """Return the standard deviation of a weight that does not write to the residual stream."""
-    if part == "embedding.weight":
-        return _first(config.embedding_init_std, family.embedding_std)
-    if part == "head.weight":
-        return _first(config.out_head_init_std, family.head_std)
-    if part == "wqkv.weight":
-        return _first(config.attn_wqkv_init_std, family.wqkv_std)
-    assert part in ("w1.weight", "w3.weight"), part
-    return _first(config.ffn_uplayer_init_std, family.up_std)
+    # What the config says, else what the family does.
+    up_std = (config.ffn_uplayer_init_std, family.up_std)
+    choices = {
+        "embedding.weight": (config.embedding_init_std, family.embedding_std),
+        "head.weight": (config.out_head_init_std, family.head_std),
+        "wqkv.weight": (config.attn_wqkv_init_std, family.wqkv_std),
+        "w1.weight": up_std,
+        "w3.weight": up_std,
+    }
+    given, default = choices[part]
+    return _first(given, default)
 
 
 def _residual_std(

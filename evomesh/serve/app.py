@@ -235,7 +235,9 @@ class ApiRoutes:
         for prompt in api_request.prompts:
             if isinstance(prompt, str):
                 texts += [prompt] * api_request.n
-        return Echo(texts or None, only_prompt=api_request.max_tokens == 0)
+        # Zero new tokens: the client wants the scores of its own text.
+        only_prompt = api_request.max_tokens == 0
+        return Echo(texts or None, only_prompt)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:
         """Pass deltas through, and add them to the answer and to the metrics."""

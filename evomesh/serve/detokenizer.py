@@ -129,14 +129,17 @@ class Detokenizer:
         self._read = len(self._ids)
         if with_scores:
             # A bos that the tokenizer puts in front is no text.
-            spans = self._tokenizer.encode_with_spans(text).spans
-            starts = [start for start, _ in spans]
+            encoded = self._tokenizer.encode_with_spans(text)
+            starts = [start for start, _ in encoded.spans]
             silent = len(ids) - len(starts)
             offsets = [0] * silent + starts
             for score, offset in zip(scores, offsets, strict=True):
-                self._scored.append(replace(self._score(score), offset=offset))
+                scored = replace(self._score(score), offset=offset)
+                self._scored.append(scored)
         self._held_back = text
-        return self._emit(text, "length" if is_all else "", self._take_scored())
+        finish = "length" if is_all else ""
+        scores_of_text = self._take_scored()
+        return self._emit(text, finish, scores_of_text)
 
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
@@ -144,10 +147,10 @@ class Detokenizer:
         self._take(token)
 
         # The first complete stop string ends the answer.
-        positions = [self._held_back.find(stop) for stop in self._stops]
-        found = [position for position in positions if position >= 0]
-        if found:
-            text = self._held_back[: min(found)]
+        held_back = self._held_back
+        starts = [held_back.find(stop) for stop in self._stops if stop in held_back]
+        if starts:
+            text = held_back[: min(starts)]
             scored = self._scored_before_stop(text)
             return self._emit(text, "stop", scored)
 
@@ -156,10 +159,10 @@ class Detokenizer:
         # back.
         if token.finish:
             scored = self._take_scored()
-            return self._emit(self._held_back, token.finish, scored)
-        overlaps = [_overlap(self._held_back, stop) for stop in self._stops]
-        complete = len(self._held_back) - max(overlaps, default=0)
-        text = self._held_back[:complete]
+            return self._emit(held_back, token.finish, scored)
+        overlaps = [_overlap(held_back, stop) for stop in self._stops]
+        complete = len(held_back) - max(overlaps, default=0)
+        text = held_back[:complete]
         scored = self._take_scored(before=complete)
         return self._emit(text, "", scored)
 
@@ -167,12 +170,14 @@ class Detokenizer:
         """Add a generated token's text to what is held back, and its score to those of that text."""
         score = TokenScore(token.id, token.logprob, token.top)
         has_score = token.logprob is not None
-        is_text = token.finish != "stop"  # the id that ends an answer is a mark
-        if is_text:
+        is_mark = token.finish == "stop"  # the id that ends an answer is no text
+        if not is_mark:
             self._append(score, with_score=has_score)
-        self._held_back += self._decode_new(flush=bool(token.finish))
+        is_last = bool(token.finish)
+        self._held_back += self._decode_new(flush=is_last)
         # The mark comes after all text, which the flush has just completed.
-        if not is_text and has_score and self._score_end:
+        scores_mark = is_mark and self._score_end
+        if scores_mark and has_score:
             scored_end = replace(self._score(score), content=b"")
             self._scored.append(scored_end)
 

@@ -137,6 +137,7 @@ class EngineLoop:
     ) -> None:
         self.builders = builders
         self.commands: SimpleQueue[_Command] = SimpleQueue()
+        # One engine for each rotary type, built when the first request asks for it.
         self._engines: dict[RotaryType, GenerationEngine] = {}
         # Both ways: tokens come with the engine's number of a request, cancellations
         # with the submission's.

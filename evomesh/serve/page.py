@@ -234,8 +234,9 @@ class ChatPage:
         needle = NEEDLE.format(key=key)
 
         # Fill up with lines of hay, and put the needle after an eighth of them.
+        num_tokens = min(desired_tokens, max_tokens)
         other_ids = service.text_ids(needle + QUESTION)
-        hay_tokens = min(desired_tokens, max_tokens) - len(other_ids)
+        hay_tokens = num_tokens - len(other_ids)
         ids_of_line = service.text_ids(HAY)
         num_lines = max(2, hay_tokens // len(ids_of_line))
         lines = [HAY] * num_lines
@@ -399,11 +400,16 @@ def _connect_chat_tab(
     typed = [tab.message, tab.conversation]
     asked = [tab.conversation, *settings]
     shown = [tab.conversation, status]
+    # The message appears at once, and its answer as it is generated.
     for event in (tab.message.submit, tab.send.click):
         appended = event(append_message, typed, typed, **IMMEDIATE)
         appended.then(page.answer_conversation, asked, shown, **STREAMING)
+
+    def nothing() -> tuple[list[Any], str]:
+        return [], ""
+
     tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
-    tab.clear.click(lambda: ([], ""), None, shown, **IMMEDIATE)
+    tab.clear.click(nothing, None, shown, **IMMEDIATE)
 
 
 def _create_completion_tab() -> CompletionTab:

@@ -111,8 +111,10 @@ class GradioGuard:
         request = Request(scope, receive)
         received = await read_body(request, self.max_body_bytes)
         # Gradio gets a new body, which holds nothing but what was checked.
-        body = await run_in(self.parser, _checked_call, scope["path"], received)
-        return _with_content_length(scope, len(body)), _replay(body, receive)
+        path = scope["path"]
+        body = await run_in(self.parser, _checked_call, path, received)
+        checked_scope = _with_content_length(scope, len(body))
+        return checked_scope, _replay(body, receive)
 
     async def _forward(
         self, scope: Scope, receive: Receive, response: PageResponse
@@ -240,8 +242,10 @@ def message_text(message: Any) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [content]
-    return "".join(map(_part_text, parts))
+    if not isinstance(content, list):
+        content = [content]
+    texts = map(_part_text, content)
+    return "".join(texts)
 
 
 def _part_text(part: Any) -> str:

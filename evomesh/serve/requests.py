@@ -189,14 +189,18 @@ class StringScanner:
     def _escaped(self, block: np.ndarray) -> np.ndarray:
         """Return the positions in the next block that follow a backslash which escapes them."""
         is_backslash = block == ord("\\")
-        carried = self._is_escaping
-        if carried:
+        starts_escaped = self._is_escaping
+        if starts_escaped:
             is_backslash[0] = False
-        escaped = _escaping(np.flatnonzero(is_backslash)) + 1
-        self._is_escaping = bool(escaped.size) and int(escaped[-1]) == block.size
-        if self._is_escaping:
-            escaped = escaped[:-1]
-        return np.append(escaped, 0) if carried else escaped
+        backslashes = np.flatnonzero(is_backslash)
+        escaped = _escaping(backslashes) + 1
+        # The last one may be the first byte of the next block.
+        is_inside = escaped < block.size
+        self._is_escaping = not is_inside.all()
+        escaped = escaped[is_inside]
+        if starts_escaped:
+            escaped = np.append(escaped, 0)
+        return escaped
 
 
 def _escaping(backslashes: np.ndarray) -> np.ndarray:

@@ -62,9 +62,10 @@ class TokenTexts:
 
         # 2. A name in which each symbol stands for a byte, as in byte-level BPE. A name
         #    that means something else does not give the token's text.
-        symbols = [self._byte_of_symbol.get(symbol) for symbol in name]
-        content = bytes(symbol for symbol in symbols if symbol is not None)
-        is_complete = len(content) == len(symbols)
+        byte_of_symbol = self._byte_of_symbol
+        values = [byte_of_symbol[sign] for sign in name if sign in byte_of_symbol]
+        content = bytes(values)
+        is_complete = len(content) == len(name)
         if is_complete and content.decode(errors="replace") == alone:
             return content
 

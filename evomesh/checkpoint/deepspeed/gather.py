@@ -87,8 +87,10 @@ class GatheredWeight:
             pieces += source.read(self.start, self.stop)
         if not pieces:
             return torch.empty(self.shape)
+        # The last part may end with padding.
+        numel = math.prod(self.shape)
         numbers = torch.cat(pieces)
-        return numbers[: math.prod(self.shape)].view(self.shape)
+        return numbers[:numel].view(self.shape)
 
 
 def gather_weights(folder: ZeroFolder) -> dict[str, Weight]:
@@ -163,7 +165,8 @@ def _trained(folder: ZeroFolder) -> dict[str, Weight]:
     shapes = _shapes(folder, "param_shapes")
     flat = [_flat_groups(folder, state) for state in folder.optimizers]  # [rank][group]
     if folder.stage == 3:
-        return dict(_from_equal_parts(folder, shapes, flat))
+        gathered = _from_equal_parts(folder, shapes, flat)
+        return dict(gathered)
     counts = sorted({len(groups) for groups in flat})
     if counts != [len(shapes)]:
         raise CheckpointError(
@@ -173,9 +176,9 @@ def _trained(folder: ZeroFolder) -> dict[str, Weight]:
         )
     weights: dict[str, Weight] = {}
     for number, group in enumerate(shapes):
-        whole = FlatParts(tuple(groups[number] for groups in flat))
+        parts = tuple(groups[number] for groups in flat)  # of each rank
         gaps = _gaps(folder, number, len(group))
-        weights |= _from_whole(folder, number, group, whole, gaps)
+        weights |= _from_whole(folder, number, group, FlatParts(parts), gaps)
     return weights
 
 
@@ -281,7 +284,7 @@ def _frozen(folder: ZeroFolder) -> Iterator[tuple[str, Weight]]:
     ranks = len(parts_by_rank)
     for name, shape in shapes.items():
         numel = math.prod(shape)
-        part_size = -(-numel // ranks)
+        part_size = -(-numel // ranks)  # rounded up
         held = [parts[name] for parts in parts_by_rank if name in parts]
         sizes = [part.numel for part in held]
         if sizes != [part_size] * ranks:

@@ -71,13 +71,14 @@ def open_zero_folder(path: Path) -> ZeroFolder:
     files = _list_files(path)
     optimizers = _open_optimizers(path, files.optimizers)
     stage = _common_stage(path, files.optimizers, optimizers)
+    name_of_rank = files.models
     if stage == 3:
-        _refuse_gaps(path, files.models, len(optimizers), "model_states.pt")
-        names = [files.models[rank] for rank in sorted(files.models)]
+        _refuse_gaps(path, name_of_rank, len(optimizers), "model_states.pt")
+        names = [name_of_rank[rank] for rank in sorted(name_of_rank)]
     elif files.whole_model:
         names = [files.whole_model]
     else:
-        raise _without_model(path, stage, bool(files.models))
+        raise _without_model(path, stage, bool(name_of_rank))
     models = tuple(_open(path / name) for name in names)
     return ZeroFolder(path, stage, models, optimizers)
 

@@ -166,8 +166,8 @@ class HfFolder:
 
     def _weight_map(self, index: str) -> dict[str, str]:
         weight_map: Any = self.json(index).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(file, str) for file in files):
+        is_map = isinstance(weight_map, dict)
+        if not is_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(
                 "has no weight_map",
                 where=join(self.path, index),

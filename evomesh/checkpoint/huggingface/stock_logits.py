@@ -297,10 +297,10 @@ def _without_w_pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".W_pack." not in name:
             renamed[name] = value
             continue
-        parts = value.chunk(3)
-        for part, rows in zip(QKV, parts, strict=True):
-            llama = name.replace("W_pack", part)
-            renamed[llama] = rows.contiguous()
+        matrices = value.chunk(3)
+        for part, matrix in zip(QKV, matrices, strict=True):
+            llama_name = name.replace("W_pack", part)
+            renamed[llama_name] = matrix.contiguous()
     return renamed
 
 
