@@ -311,7 +311,7 @@ class _PendingRowSum(PendingCollective):
 def _launch_row_exchange(
     bucket: Tensor, axis: Axis, shape: torch.Size | None = None
 ) -> PendingCollective:
-    """Launch the exchange of ``bucket`` [n, chunk]: each rank receives all summands of its own row."""
+    """Launch the exchange of ``bucket`` [n, chunk]: each rank receives all summands of the row that it sums."""
     summands = torch.empty_like(bucket)
     work = dist.all_to_all_single(
         summands.view(-1),

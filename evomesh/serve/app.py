@@ -235,7 +235,7 @@ class ApiRoutes:
         for prompt in api_request.prompts:
             if isinstance(prompt, str):
                 texts += [prompt] * api_request.n
-        # Zero new tokens: the client wants the scores of its own text.
+        # Zero new tokens: the client wants the scores of the text that it sent.
         only_prompt = api_request.max_tokens == 0
         return Echo(texts or None, only_prompt)
 

@@ -141,10 +141,7 @@ def run_file(
     code = compile(without_imports, str(file), "exec")
     with config_imports(file):
         execute(code, namespace, path, text)
-    values = {}
-    for name, value in namespace.items():
-        if not _is_private(name):
-            values[name] = value
+    values = {name: value for name, value in namespace.items() if not _is_private(name)}
 
     # 2. Put its values over those of its bases. An override wins over all of them, also
     #    where a base has the key and the file replaces its section.
