@@ -1,5 +1,7 @@
 """A pool of ranks that live as long as the pytest run and compute one function after the other.
 
+They talk through gloo, but every job is held to NCCL's rules (``nccl_model.py``).
+
 def sum_of_ranks(rank, offset):                  # module level: it goes to the ranks by name
     return int(sum_over(torch.tensor(rank + offset), grid_of(tensor=4).tp))
 
@@ -32,8 +34,11 @@ from evomesh.config.schema import ParallelConfig
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from tests.support.forking import context
+from tests.support.nccl_log import OperationLog
+from tests.support.nccl_model import RuleError, check_rules
 
 RANKS = 4
+LOOK_AT_LOGS = 1.0  # seconds without an answer, after which the logs may tell why
 GRACE = 2.0  # seconds that the other ranks get to report too, once one has failed
 
 
@@ -67,6 +72,7 @@ class _Rank:
     process: BaseProcess
     connection: Connection
     stderr: Path
+    log: Path
 
 
 class Pool:
@@ -100,12 +106,16 @@ class Pool:
         for worker in workers:
             worker.connection.send_bytes(job)
         answers = self._collect(workers, timeout)
-        if len(answers) == ranks and all(good for good, _ in answers.values()):
+        all_ended = set(range(ranks))
+        violation = _violation(_read_logs(workers), all_ended)
+        all_good = len(answers) == ranks and all(good for good, _ in answers.values())
+        if all_good and not violation:
             return [answers[rank][1] for rank in range(ranks)]
         message = self._explain(workers, answers, timeout)
-        # The others may be inside a collective: a fresh world for the next test.
-        self._end(ranks)
-        raise RankError(message)
+        if not all_good:
+            # The others may be inside a collective: a fresh world for the next test.
+            self._end(ranks)
+        raise RankError(f"{violation}\n{message}")
 
     def close(self) -> None:
         for ranks in list(self._worlds):
@@ -127,24 +137,32 @@ class Pool:
             here, there = context().Pipe()
             stderr = folder / f"stderr{rank}"
             stderr.touch()
+            log = _log_of(folder, rank)
+            log.touch()
             process = context().Process(
                 target=_serve, args=(rank, ranks, str(folder), there), daemon=True
             )
             process.start()
             there.close()
-            workers.append(_Rank(process, here, stderr))
+            workers.append(_Rank(process, here, stderr, log))
         self._worlds[ranks] = workers
 
     def _collect(
         self, workers: list[_Rank], timeout: float
     ) -> dict[int, tuple[bool, Any]]:
+        """Wait for the ranks' answers, until all have come, the time is over or NCCL would hang."""
         answers: dict[int, tuple[bool, Any]] = {}
         pending = {worker.connection: index for index, worker in enumerate(workers)}
         deadline = time.monotonic() + timeout
+        logs: dict[int, list[str]] = {}
         while pending:
-            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            ready = wait(list(pending), min(left, LOOK_AT_LOGS))
             if not ready:
-                break
+                before, logs = logs, _read_logs(workers)
+                stands_still = logs == before
+                if left == 0.0 or (stands_still and _violation(logs, set(answers))):
+                    break
             for connection in ready:
                 assert isinstance(connection, Connection)
                 index = pending.pop(connection)
@@ -182,6 +200,27 @@ class Pool:
         return "\n".join(lines)
 
 
+def _log_of(folder: Path, rank: int) -> Path:
+    return folder / f"log{rank}"
+
+
+def _read_logs(workers: list[_Rank]) -> dict[int, list[str]]:
+    """Return the lines that each rank has logged of this job."""
+    logs = {}
+    for rank, worker in enumerate(workers):
+        logs[rank] = worker.log.read_text().splitlines(keepends=True)
+    return logs
+
+
+def _violation(logs: dict[int, list[str]], ended: set[int]) -> str:
+    """Return what the ranks did that NCCL does not allow, with their stacks; "" if nothing."""
+    try:
+        check_rules(logs, ended)
+    except RuleError as error:
+        return str(error)
+    return ""
+
+
 def _serve(rank: int, ranks: int, folder: str, connection: Connection) -> None:
     """The life of one rank: join the group, then answer jobs until the pipe closes."""
     descriptor = os.open(
@@ -193,34 +232,17 @@ def _serve(rank: int, ranks: int, folder: str, connection: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
     )
-    _share_groups()
+    log = OperationLog(_log_of(Path(folder), rank))
+    log.install()
     while True:
         try:
             job = connection.recv_bytes()
         except EOFError:
             return
+        log.restart()
         try:
             function, args = pickle.loads(job)
             answer = pickle.dumps((True, function(rank, *args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
-
-
-def _share_groups() -> None:
-    """Lets all grids of this world have one group for the same members.
-
-    gloo wakes a thread of each group a hundred times a second: a group for each axis of each test's grid would take
-    a core by the end of a run.
-    """
-    make, made = dist.new_group, dict[tuple[int, ...], dist.ProcessGroup]()
-
-    def new_group(ranks: list[int] | None = None, **options: Any) -> Any:
-        if ranks is None:
-            return make(**options)
-        key = tuple(ranks)
-        if key not in made:
-            made[key] = make(ranks, **options)
-        return made[key]
-
-    dist.new_group = new_group
