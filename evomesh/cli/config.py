@@ -45,6 +45,8 @@ def check(
     loaded = load_config(config, overrides or [])
     if loaded.config.model.model_type not in get_args(ModelFamily):
         _check_custom_model(loaded)
+    if loaded.config.ckpt.enable_internevo2hf_ckpt:
+        _check_export(loaded)
     warnings = list(loaded.warnings)
     if gpus is not None:
         warnings += check_world(loaded.config, gpus)
@@ -65,6 +67,13 @@ def _check_custom_model(loaded: LoadedConfig) -> None:
         check_arguments(loaded.config.model)
     except ConfigError as error:
         raise ConfigError(error.problems, path=loaded.path) from None
+
+
+def _check_export(loaded: LoadedConfig) -> None:
+    """Check that the checkpoints of a run can be exported; the rules of that need torch."""
+    from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
+
+    refuse_unexportable_run(loaded.config)
 
 
 @app.command()

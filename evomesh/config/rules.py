@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from evomesh.config.architecture import architecture_findings
 from evomesh.config.data_rules import data_findings
+from evomesh.config.export_hf import export_findings, exports_once
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
@@ -296,6 +297,7 @@ def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
             fix="set ckpt.enable_save_ckpt=False to save none",
         )
     yield from _folder_role_findings(ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder)
+    yield from export_findings(ckpt)
     if ckpt.load_ckpt_info is not None:
         yield from _load_content_findings(ckpt.load_ckpt_info.content)
 
@@ -346,9 +348,9 @@ def _switched_off_warnings(
         value = values[switch.key]
         if given(switch.key) or not switch.is_off(value):
             continue  # whoever writes a switch knows what it turns off
-        for key in switch.governed:
-            differs = values.get(key) != defaults.get(key)
-            if differs and given(key):
+        for key, found in values.items():
+            differs = found != defaults.get(key)
+            if differs and switch.governs(key) and given(key):
                 yield key, f"has no effect while {switch.key} is {value}"
 
 
@@ -358,6 +360,7 @@ def _without_effect_warnings(
     """Yield the keys that were set and that the values of others make inert."""
     streams = config.data.type == "streaming"
     family = config.model.model_type
+    saves_once = exports_once(config.ckpt)
     has_post_norm = family == "INTERNLM2_PUBLIC" or family not in FAMILY_FACTS
     conditions = (
         (
@@ -371,6 +374,11 @@ def _without_effect_warnings(
             ("model.apply_post_layer_norm",),
             has_post_norm or not config.model.apply_post_layer_norm,
             f"{family} has its norms before each sublayer",
+        ),
+        (
+            ("ckpt.export_hf.every",),
+            not saves_once,
+            "ckpt.checkpoint_every is inf, so the last checkpoint is the only one, and it is always exported",
         ),
     )
     for keys, acts, reason in conditions:

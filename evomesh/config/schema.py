@@ -1,6 +1,7 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-The sections ``model``, ``data`` and ``grad_profiling`` have files of their name.
+The sections ``model``, ``data``, ``grad_profiling`` and ``ckpt.export_hf`` have files of
+their name.
 
 Field names are InternEvo's. A field's default and description are written here and
 nowhere else. The loader (``loader.py``) resolves older spellings
@@ -17,6 +18,7 @@ from typing import Literal
 from pydantic import Field
 
 from evomesh.config.data import DataConfig
+from evomesh.config.export_hf import ExportHfConfig
 from evomesh.config.grad_profiling import GradProfilingConfig
 from evomesh.config.model import (
     DType,
@@ -31,6 +33,7 @@ from evomesh.config.section import Section
 __all__ = [
     "DType",
     "DataConfig",
+    "ExportHfConfig",
     "GradProfilingConfig",
     "LayerType",
     "ModelConfig",
@@ -364,6 +367,13 @@ class CheckpointConfig(Section):
         None,
         ge=1,
         description="Also keep checkpoints whose step is a multiple of this.",
+    )
+    enable_internevo2hf_ckpt: bool = Field(
+        False,
+        description="Export checkpoints in the background; unset: if export_hf is set.",
+    )
+    export_hf: ExportHfConfig = Field(
+        ExportHfConfig(), description="Hugging Face folders written after a save."
     )
 
 

@@ -129,7 +129,12 @@ SWITCHES: tuple[Switch, ...] = (
             "ckpt.keep_every",
             "ckpt.save_optimizer",
             "ckpt.enable_internevo2hf_ckpt",
+            "ckpt.export_hf.*",
         ),
+    ),
+    # A block without the switch turns it on.
+    Switch(
+        "ckpt.enable_internevo2hf_ckpt", ("ckpt.export_hf.*",), off_by_default=False
     ),
     Switch("ckpt.async_upload", ("ckpt.async_upload_tmp_folder",)),
     Switch("enable_tb", ("tensorboard_folder", "resume_tb_folder", "tensorboard.*")),

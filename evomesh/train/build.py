@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
+from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.listener import CommitListener
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import check_config, decide, restore
@@ -50,6 +53,7 @@ class TrainingRun:
 
     Attributes:
         checkpoints: None when nothing is saved.
+        exports: None when no checkpoint is exported.
         resumed_step: step of the checkpoint this process started from, None for a fresh start.
         reason: one line that says what the run starts from.
         stream: the batches; taken by ``take_batch``.
@@ -71,6 +75,7 @@ class TrainingRun:
     resumed_step: int | None
     reason: str
     gradient_profile: GradientProfile | None = None
+    exports: BackgroundExports | None = None
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -110,13 +115,23 @@ class TrainingRun:
         }
 
 
-def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
+def build_run(
+    loaded: LoadedConfig,
+    context: RunContext,
+    exports: BackgroundExports | None = None,
+) -> TrainingRun:
     """Build all parts of a run and restore what it resumes or starts from.
+
+    Args:
+        exports: what exports its checkpoints, if anything does.
 
     Raises:
         UserError: data, model or checkpoint cannot be used. Nothing has been written by then.
     """
     config, grid = loaded.config, context.grid
+
+    if exports is not None:
+        refuse_unexportable_run(config)
 
     # 1. Data first, because it is what most often cannot be used.
     train_data, valid_sets = _build_data(config)
@@ -149,7 +164,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
 
     # 5. What the run writes to.
     reporter = RunReporter(config, loaded.text, context, state, train_data)
-    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange)
+    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, exports)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
     return TrainingRun(
@@ -168,6 +183,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
         resumed_step=start.resumed_step,
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
+        exports=exports,
     )
 
 
@@ -256,7 +272,11 @@ def save_folder(config: CheckpointConfig) -> SaveFolder | None:
 
 
 def build_checkpoint_writer(
-    config: CheckpointConfig, folder: SaveFolder | None, grid: Grid, exchange: Exchange
+    config: CheckpointConfig,
+    folder: SaveFolder | None,
+    grid: Grid,
+    exchange: Exchange,
+    listener: CommitListener | None = None,
 ) -> CheckpointWriter | None:
     """Return the writer of the save folder, None if nothing is saved."""
     if folder is None or not config.enable_save_ckpt:
@@ -268,4 +288,5 @@ def build_checkpoint_writer(
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         upload_folder=config.async_upload_tmp_folder if config.async_upload else None,
+        listener=listener,
     )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from os import PathLike
 
+from evomesh.checkpoint.huggingface.background_exports import (
+    BackgroundExports,
+    running_exports,
+)
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.train.allocator import keep_freed_memory
@@ -12,6 +16,7 @@ from evomesh.train.build import build_run
 from evomesh.train.job import reporting_early_errors
 from evomesh.train.launch import RunContext, launch
 from evomesh.train.launchers import spawn_ranks
+from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -44,18 +49,36 @@ def run_training(
     with reporting_early_errors(launcher, port):
         loaded = config if isinstance(config, LoadedConfig) else load_config(config)
         spawn_ranks(launcher)
-        with launch(loaded.config, launcher=launcher, port=port) as context:
-            return _train(loaded, context, profile)
+        with running_exports(loaded.config.ckpt) as exports:
+            with launch(loaded.config, launcher=launcher, port=port) as context:
+                exit_code = _train(loaded, context, profile, exports)
+            # Only now: the other ranks have left, and none of them waits for rank 0.
+            if exports is not None:
+                _finish(exports, exit_code)
+    return exit_code
 
 
-def _train(loaded: LoadedConfig, context: RunContext, profile: bool) -> int:
+def _finish(exports: BackgroundExports, exit_code: int) -> None:
+    """Wait for what the run still exports, as long as no signal is in a hurry."""
+    request = StopRequest.installed() or StopRequest()
+    exports.finish(
+        is_complete=exit_code == 0, should_stop=lambda: request.signal is not None
+    )
+
+
+def _train(
+    loaded: LoadedConfig,
+    context: RunContext,
+    profile: bool,
+    exports: BackgroundExports | None,
+) -> int:
     """Build the run on this rank and train it; return the exit code."""
     if context.device.type == "cpu":
         keep_freed_memory()
     if context.rank == 0:
         for warning in loaded.warnings:
             logger.warning("%s", warning)
-    run = build_run(loaded, context)
+    run = build_run(loaded, context, exports)
     try:
         return Trainer(run, profile).train()
     except Exception:

@@ -53,6 +53,9 @@ class Trainer:
                 self.state.step,
                 total,
             )
+            if self.run.exports is not None:
+                # A run that was killed at its end may not have exported its last checkpoint.
+                self.run.exports.start()
             return 0
         with ExitStack() as stack:
             stop_request = stack.enter_context(StopRequest.installed() or StopRequest())
@@ -62,6 +65,8 @@ class Trainer:
                 self.run.checkpoints.prepare(
                     self.run.tensors(), saves=self._remaining_saves(), blocking=False
                 )
+            if self.run.exports is not None:
+                self.run.exports.start()
             stack.enter_context(self.run.reporter)
             logger.info("%s", self.run.reason)
             self._run_steps(self._stop_poll(stop_request), stack)

@@ -345,7 +345,21 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.keep_every", 100, E),
     CompatibilityRow("ckpt.generate_meta_data", True, W),
     CompatibilityRow("ckpt.universal_ckpt", {"enable": True}, W),
-    CompatibilityRow("ckpt.enable_internevo2hf_ckpt", True, R),
+    CompatibilityRow(
+        "ckpt.enable_internevo2hf_ckpt", True, E, ("ckpt.save_ckpt_folder=x",)
+    ),
+    CompatibilityRow("ckpt.export_hf", {"keep": 2}, E, ("ckpt.save_ckpt_folder=x",)),
+    CompatibilityRow(
+        "ckpt.export_hf.every",
+        10,
+        E,
+        ("ckpt.save_ckpt_folder=x", "ckpt.checkpoint_every=5"),
+    ),
+    CompatibilityRow("ckpt.export_hf.keep", 2, E, ("ckpt.save_ckpt_folder=x",)),
+    CompatibilityRow(
+        "ckpt.export_hf.dtype", "torch.bfloat16", E, ("ckpt.save_ckpt_folder=x",)
+    ),
+    CompatibilityRow("ckpt.export_hf.folder", "hf", E, ("ckpt.save_ckpt_folder=x",)),
     CompatibilityRow("monitor.alert.enable_feishu_alert", True, L),
     CompatibilityRow("monitor.alert.feishu_alert_address", "http://x", W),
     CompatibilityRow("monitor.alert.light_monitor_address", "http://x", L),

@@ -34,6 +34,7 @@ from evomesh.checkpoint.huggingface.config import (
     rotary_scaling,
 )
 from evomesh.checkpoint.huggingface.data_files import DataFiles
+from evomesh.checkpoint.huggingface.exported_folder import ExportMark
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import foreign_tensors
 from evomesh.checkpoint.huggingface.names import (
@@ -81,6 +82,7 @@ class ExportOptions:
     rotary_type, scaling_factor, max_position: None: as trained.
     chat_template: Jinja file; None: the tokenizer's template.
     compare: reload and compare logits.
+    mark: written into the folder, so that the run which exports knows it again.
     """
 
     arch: Architecture | None = None
@@ -92,6 +94,27 @@ class ExportOptions:
     max_position: int | None = None
     chat_template: str | None = None
     compare: bool = True
+    mark: ExportMark | None = None
+
+
+def refuse_unexportable_run(config: Config) -> None:
+    """Check that the model of a run which exports its checkpoints can be exported.
+
+    Raises:
+        CheckpointError: no architecture can represent it.
+    """
+    arch = default_architecture(config.model)
+    try:
+        refuse_unexportable(config.model, arch)
+        rotary = rotary_scaling(config.model, config.data.seq_len)
+        refuse_other_positions(config.model, arch, rotary)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoints of this model cannot be exported: {error.found}",
+            where="ckpt.enable_internevo2hf_ckpt",
+            expected=error.expected,
+            fix="set ckpt.enable_internevo2hf_ckpt=False, and remove ckpt.export_hf",
+        ) from None
 
 
 def export(
@@ -127,6 +150,8 @@ def export(
     template = _template(options.chat_template)
     job = _WeightExport(found, config.model, arch, dtype)
     with new_folder(out, job.total_bytes) as work:
+        if options.mark is not None:
+            options.mark.begin(work)
         # What can be refused comes before the weights, which take long.
         written = None
         if tokenizer is not None:
@@ -144,6 +169,8 @@ def export(
         if options.compare:
             for line in _compare(job, work, rotary):
                 report(line)
+        if options.mark is not None:
+            options.mark.complete(work)
     scaling = config.model.rope_scaling
     kind = scaling.type if scaling else rotary.type
     report(f"wrote {out}: {arch}, {dtype}, {readable(job.total_bytes)}, rotary {kind}")
@@ -167,7 +194,7 @@ def _tokenizer(
     if path is not None and expand_home(path).exists():
         return load_tokenizer(path, "data.tokenizer_path")
     report(
-        f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH"
+        f"no tokenizer is exported: data.tokenizer_path is {path!r}; set it, or give one with --tokenizer PATH"
     )
     return None
 

@@ -45,9 +45,11 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
         work.mkdir(parents=True)
         yield work
         if local:
+            _sync(work)
             if local_path.is_dir():
                 local_path.rmdir()  # empty, as checked
             os.rename(work, local_path)
+            _sync_name(local_path.parent)
         else:
             _upload(storage, work, path)
     except OSError as error:
@@ -56,6 +58,25 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make all files below a folder durable.
+
+    Else a power failure could leave the name of the folder and not the weights in it.
+    """
+    for path in sorted(folder.rglob("*")):
+        _sync_name(path)
+    _sync_name(folder)
+
+
+def _sync_name(path: Path) -> None:
+    """Make one file, or the names in one folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_in_use(

@@ -6,7 +6,7 @@ Their files go in a safe order, and nothing of anybody else's does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.commit import new_attempt, parent_folder
@@ -52,11 +52,18 @@ class Retention:
         """
         self._verified[folder] = True
 
-    def apply(self, storage: Storage, root: str, own: str) -> list[str]:
+    def apply(
+        self,
+        storage: Storage,
+        root: str,
+        own: str,
+        in_use: Collection[str] = (),
+    ) -> list[str]:
         """Delete what no rule keeps and return the folders. Call it on one rank.
 
         Args:
             own: the step folder that this run has just committed.
+            in_use: step folders that are being read; a later call deletes them.
         """
         # 1. What is there. The checkpoint just committed can be missing: a store may list
         #    it late, and a user may have moved it. Then nothing is certain, so nothing is
@@ -77,8 +84,9 @@ class Retention:
         # 3. Delete it.
         deleted = []
         for candidate in unneeded:
-            delete_checkpoint(candidate)
-            deleted.append(candidate.folder)
+            if candidate.folder not in in_use:
+                delete_checkpoint(candidate)
+                deleted.append(candidate.folder)
         self._delete_leftovers(newest)
         return deleted
 

@@ -32,6 +32,7 @@ from evomesh.checkpoint.native.format import (
     ParentRecord,
     layout_record,
 )
+from evomesh.checkpoint.native.listener import CommitListener, NoListener
 from evomesh.checkpoint.native.plan import (
     LocalTensor,
     SavePlan,
@@ -93,6 +94,7 @@ class CheckpointWriter:
         keep_last, keep_every: see ``Retention``; None keeps everything.
         upload_folder: local folder in which files for an object store are written first
             (``async_upload_tmp_folder``).
+        listener: hears of each checkpoint, but not of snapshots.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class CheckpointWriter:
         keep_last: int | None = None,
         keep_every: int | None = None,
         upload_folder: str | None = None,
+        listener: CommitListener | None = None,
     ) -> None:
         opened = SaveFolder.open(folder) if isinstance(folder, str) else folder
         self.root = opened.root
@@ -118,6 +121,7 @@ class CheckpointWriter:
             self.snapshot_storage = staged(
                 self.snapshot_storage, upload_folder, f"{name}-snapshot"
             )
+        self._listener = listener or NoListener()
         self._claim = FolderClaim(self.root, self.exchange)
         # For the thread that writes while training runs. In one group with the messages
         # of the main thread, each rank would send the two kinds in another order, and
@@ -369,6 +373,8 @@ class CheckpointWriter:
         )
         # Only now, with the new one safe, may an old one be deleted.
         if exchange.rank == 0:
+            if not record.snapshot:
+                self._listener.committed(folder, record)
             self._delete_old(folder, record.snapshot)
         return folder
 
@@ -377,8 +383,9 @@ class CheckpointWriter:
         storage, root = self._target(snapshot)
         retention = self._snapshot_retention if snapshot else self._retention
         retention.trust(committed)
+        in_use = self._listener.in_use()
         try:
-            deleted = retention.apply(storage, root, committed)
+            deleted = retention.apply(storage, root, committed, in_use)
         except (OSError, UserError) as error:
             self._report(f"old checkpoints were not deleted: {error}", logging.WARNING)
             return
@@ -449,6 +456,8 @@ class CheckpointWriter:
             _, root = self._target(snapshot)
             if parent == root:
                 self._committed[checkpoint.step, snapshot] = checkpoint.folder
+        if self.exchange.rank == 0 and parent == self.root:
+            self._listener.committed(checkpoint.folder, checkpoint.record)
 
     def close(self) -> None:
         """Wait for the pending save, release the folder and the background exchange."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.reading.dtypes import dtype_name
 
 REMOTE = ("boto3:", "volc:", "oss2:", "s3:")
 
@@ -14,6 +16,7 @@ def resolve_checkpoint(draft: ConfigDraft) -> None:
     ckpt = draft.take_section("ckpt")
     _resolve_load_info(draft, ckpt)
     _resolve_s3_endpoint(ckpt)
+    _resolve_export(draft, ckpt)
     # InternEvo saves by default and fails without a folder; here the folder decides.
     folder = ckpt.get("save_ckpt_folder")
     if ckpt.get("enable_save_ckpt") is None:
@@ -38,6 +41,21 @@ def resolve_checkpoint(draft: ConfigDraft) -> None:
     if uploads and ckpt.get("async_upload_tmp_folder") is None:
         job = draft.take_section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
+
+
+def _resolve_export(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
+    """Let the block ``export_hf`` turn exports on, and read the spellings of its dtype."""
+    if "ckpt.export_hf" in draft.off:
+        ckpt.pop("export_hf", None)
+    export = ckpt.get("export_hf")
+    if ckpt.get("enable_internevo2hf_ckpt") is None:
+        ckpt["enable_internevo2hf_ckpt"] = export is not None
+        draft.sources["ckpt.enable_internevo2hf_ckpt"] = "ckpt.export_hf"
+    if export is None:
+        ckpt.pop("export_hf", None)
+    elif isinstance(export, Mapping) and "dtype" in export:
+        name = dtype_name(export["dtype"])
+        ckpt["export_hf"] = {**export, "dtype": name}
 
 
 def _resolve_s3_endpoint(ckpt: dict[str, Any]) -> None:

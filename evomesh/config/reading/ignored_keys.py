@@ -124,10 +124,6 @@ REFUSED: dict[str, Refusal] = {
     "parallel.pipeline.zero_bubble": _ZERO_BUBBLE,
     "parallel.pipeline.use_zeropp": _ZERO_BUBBLE,
     "parallel.pipeline.decouple_grad": _ZERO_BUBBLE,
-    "ckpt.enable_internevo2hf_ckpt": Refusal(
-        "a finished checkpoint is exported instead",
-        "remove it, and run evomesh convert to-hf on a checkpoint",
-    ),
 }
 # Inert keys that the resolved config keeps -> the value that needs no warning; the schema says why they have no effect.
 INERT_FIELDS: dict[str, Any] = {

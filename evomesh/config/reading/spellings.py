@@ -9,6 +9,7 @@ from typing import Any, get_args
 from evomesh.config.families import FAMILY_FACTS, architecture_of
 from evomesh.config.reading.checkpoint import resolve_checkpoint
 from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.reading.dtypes import dtype_name
 from evomesh.config.reading.from_hf import (
     resolve_from_hf,
     take_checkpoint_folder,
@@ -77,16 +78,6 @@ SPELLINGS = {
     "model.use_sliding_window": "False: there is no window, whatever model.sliding_window says.",
 }
 QUEUE = "tensorboard.queue_max_length"
-DTYPES = {
-    "torch.float16": "float16",
-    "torch.half": "float16",
-    "torch.bfloat16": "bfloat16",
-    "torch.float32": "float32",
-    "torch.float": "float32",
-    "torch.tf32": "tf32",
-    "torch.float64": "float64",
-    "torch.double": "float64",
-}
 TUPLES = (
     "ckpt.load_ckpt_info.content",
     "generation.eos_id",
@@ -266,7 +257,7 @@ def _resolve_model(draft: ConfigDraft) -> None:
             "model.dtype",
             'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale',
         )
-    model["dtype"] = _dtype_name(model.get("dtype", "float16"))
+    model["dtype"] = dtype_name(model.get("dtype", "float16"))
     _resolve_rotary_order(draft, model, family)
     _resolve_family(draft, model, family)
     if model.pop("use_sliding_window", True) is False:
@@ -283,13 +274,6 @@ def _move_custom_parameters(draft: ConfigDraft, model: dict[str, Any]) -> None:
     for key in custom:
         extra[key] = model.pop(key)
         draft.sources[f"model.extra.{key}"] = f"model.{key}"
-
-
-def _dtype_name(dtype: Any) -> Any:
-    """Return "float16" for "torch.half", torch.half and the like; a value of another kind as it is."""
-    # A file may import torch, but this package must not: the class is known by its name.
-    name = str(dtype) if type(dtype).__name__ == "dtype" else dtype
-    return DTYPES.get(name, name) if isinstance(name, str) else name
 
 
 def _resolve_rotary_order(
