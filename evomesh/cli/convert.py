@@ -19,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("to-hf")(convert_hf.to_hf)
 app.command("from-hf")(convert_hf.from_hf)
 app.command("check")(convert_hf.check)
+app.command("push")(convert_hf.push)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""``evomesh convert to-hf | from-hf | check``: Hugging Face folders."""
+"""``evomesh convert to-hf | from-hf | check | push``: Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -177,6 +177,30 @@ def from_hf(
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
     convert(hf, out, dtype, compare, print)
+
+
+def push(
+    folder: Annotated[str, typer.Argument(help="Hugging Face folder, on this disk.")],
+    repo: Annotated[
+        str, typer.Argument(help="Repository on the hub, OWNER/NAME; made if need be.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch to commit to; made if need be [default: main]."),
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Commit message [default: names the folder].")
+    ] = None,
+) -> None:
+    """Upload a model folder to the Hugging Face hub. Checks it first; takes the token of hf auth login, or HF_TOKEN."""
+    from evomesh.checkpoint.huggingface.push import PushOptions
+    from evomesh.checkpoint.huggingface.push import push as upload
+
+    options = PushOptions(private, revision, message)
+    upload(folder, repo, options, report=print)
 
 
 def check(

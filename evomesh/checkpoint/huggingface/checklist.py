@@ -67,9 +67,9 @@ def checklist(path: str) -> list[ChecklistItem]:
     folder = HfFolder(LocalStorage(), str(local_folder(path)))
     checks: dict[str, Check] = {
         "config.json": _config,
-        "weights": _weights,
+        "weights": check_weights,
         "finite": _finite,
-        "tokenizer": _tokenizer,
+        "tokenizer": check_tokenizer,
         "chat template": _template,
         "end of text": _eos,
         "transformers": _transformers,
@@ -101,7 +101,8 @@ def _config(folder: HfFolder) -> str:
     return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
 
 
-def _weights(folder: HfFolder) -> str:
+def check_weights(folder: HfFolder) -> str:
+    """Check that the weights are those of config.json: none missing, too many or cut off."""
     described = describe_folder(folder)
     match_tensors(folder, described.naming, described.model, described.tied)
     files = set(folder.files.values())
@@ -134,7 +135,8 @@ def _finite(folder: HfFolder) -> str:
     return "no NaN or infinity"
 
 
-def _tokenizer(folder: HfFolder) -> str:
+def check_tokenizer(folder: HfFolder) -> str:
+    """Check that the tokenizer loads, fits the embedding and gives the ids of ``transformers``."""
     path = Path(folder.path)
     tokenizer = load_tokenizer(folder.path, folder.path)
     vocab_size = int(folder.json("config.json")["vocab_size"])
