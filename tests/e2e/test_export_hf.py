@@ -27,7 +27,7 @@ data |= dict(total_steps={STEPS}, valid_every=0)
 lr_scheduler["total_steps"] = {STEPS}
 ckpt |= dict(checkpoint_every=2)
 """
-EXPORTS = "ckpt |= dict(enable_internevo2hf_ckpt=True)\n"
+EXPORTS = "ckpt |= dict(enable_internevo2hf_ckpt=True, export_hf=dict(every=4))\n"
 TRAIN = ["evomesh", "train", "config.py"]
 EXPORTED = f"step {STEPS} exported: ckpts/hf/hf-{STEPS:08d} ("
 
@@ -49,8 +49,9 @@ def test_the_export_is_that_of_the_command(
 ) -> None:
     parallel = f"parallel = dict({layout})\n"
     write_run(tmp_path, COMMON + EXPORTS + parallel)
-    running = [interpreter.start(TRAIN, cwd=tmp_path)]
-    if ranks > 1:
+    if ranks == 1:
+        running = [interpreter.start(TRAIN, cwd=tmp_path)]
+    else:
         running = interpreter.start_ranks(TRAIN, ranks, cwd=tmp_path)
     finished = [one.wait(250) for one in running]
     said = "".join(one.stdout + one.stderr for one in finished)
