@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
-from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.listener import CommitListener
 from evomesh.checkpoint.native.load import CheckpointReader
@@ -53,7 +51,6 @@ class TrainingRun:
 
     Attributes:
         checkpoints: None when nothing is saved.
-        exports: None when no checkpoint is exported.
         resumed_step: step of the checkpoint this process started from, None for a fresh start.
         reason: one line that says what the run starts from.
         stream: the batches; taken by ``take_batch``.
@@ -75,7 +72,6 @@ class TrainingRun:
     resumed_step: int | None
     reason: str
     gradient_profile: GradientProfile | None = None
-    exports: BackgroundExports | None = None
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -116,22 +112,17 @@ class TrainingRun:
 
 
 def build_run(
-    loaded: LoadedConfig,
-    context: RunContext,
-    exports: BackgroundExports | None = None,
+    loaded: LoadedConfig, context: RunContext, listener: CommitListener | None = None
 ) -> TrainingRun:
     """Build all parts of a run and restore what it resumes or starts from.
 
     Args:
-        exports: what exports its checkpoints, if anything does.
+        listener: hears of its checkpoints.
 
     Raises:
         UserError: data, model or checkpoint cannot be used. Nothing has been written by then.
     """
     config, grid = loaded.config, context.grid
-
-    if exports is not None:
-        refuse_unexportable_run(config)
 
     # 1. Data first, because it is what most often cannot be used.
     train_data, valid_sets = _build_data(config)
@@ -156,15 +147,11 @@ def build_run(
     state = _restore_counters(start, stored, optimizer, scaler)
 
     # 4. Data position.
-    position = stored["sampler"] if start.wants("sampler") else None
-    if position is not None:
-        check_manifest(stored["data"], train_data.manifest)
-    stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
-    stream.check()
+    stream = _open_stream(train_data, start, stored, grid)
 
     # 5. What the run writes to.
     reporter = RunReporter(config, loaded.text, context, state, train_data)
-    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, exports)
+    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
     return TrainingRun(
@@ -183,8 +170,19 @@ def build_run(
         resumed_step=start.resumed_step,
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
-        exports=exports,
     )
+
+
+def _open_stream(
+    train_data: TrainData, start: StartPoint, stored: dict[str, Any], grid: Grid
+) -> BatchStream:
+    """Return the batches of this rank from where the run starts or continues."""
+    position = stored["sampler"] if start.wants("sampler") else None
+    if position is not None:
+        check_manifest(stored["data"], train_data.manifest)
+    stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
+    stream.check()
+    return stream
 
 
 def _gradient_profile(

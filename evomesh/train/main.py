@@ -9,6 +9,7 @@ from evomesh.checkpoint.huggingface.background_exports import (
     BackgroundExports,
     running_exports,
 )
+from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.train.allocator import keep_freed_memory
@@ -78,9 +79,11 @@ def _train(
     if context.rank == 0:
         for warning in loaded.warnings:
             logger.warning("%s", warning)
+    if exports is not None:
+        refuse_unexportable_run(loaded.config)
     run = build_run(loaded, context, exports)
     try:
-        return Trainer(run, profile).train()
+        return Trainer(run, profile, exports).train()
     except Exception:
         if run.checkpoints is not None and context.rank == 0:
             logger.error("%s", restart_line(run.checkpoints.folder))

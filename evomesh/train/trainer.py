@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
+from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
 from evomesh.config.record import config_to_dict
 from evomesh.data.batch import Batch
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
@@ -30,10 +31,17 @@ class Trainer:
 
     Args:
         profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
+        exports: what exports the checkpoints of the run, if anything does.
     """
 
-    def __init__(self, run: TrainingRun, profile: bool = False) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        profile: bool = False,
+        exports: BackgroundExports | None = None,
+    ) -> None:
         self.run = run
+        self.exports = exports
         self.profile = profile
         self.config = run.config
         self.state = run.state
@@ -53,9 +61,9 @@ class Trainer:
                 self.state.step,
                 total,
             )
-            if self.run.exports is not None:
+            if self.exports is not None:
                 # A run that was killed at its end may not have exported its last checkpoint.
-                self.run.exports.start()
+                self.exports.start()
             return 0
         with ExitStack() as stack:
             stop_request = stack.enter_context(StopRequest.installed() or StopRequest())
@@ -65,8 +73,8 @@ class Trainer:
                 self.run.checkpoints.prepare(
                     self.run.tensors(), saves=self._remaining_saves(), blocking=False
                 )
-            if self.run.exports is not None:
-                self.run.exports.start()
+            if self.exports is not None:
+                self.exports.start()
             stack.enter_context(self.run.reporter)
             logger.info("%s", self.run.reason)
             self._run_steps(self._stop_poll(stop_request), stack)

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from evomesh.checkpoint.huggingface.compare_logits import native_logits
 from evomesh.checkpoint.huggingface.data_files import DataFiles
+from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.stock_logits import fixed_batch
 from evomesh.checkpoint.native.load import resolve
+from evomesh.cli.convert_hf import write_folder
 from evomesh.config.record import config_from_dict
 from tests.e2e.conftest import Run
 from tests.support.covers import covers
@@ -45,7 +47,7 @@ EXPORTED = f"step {STEPS} exported: ckpts/hf/hf-{STEPS:08d} ("
     ids=["one", "tensor", "pipeline", "fsdp", "isp"],
 )
 def test_the_export_is_that_of_the_command(
-    layout: str, ranks: int, tmp_path: Path, interpreter: Interpreter, run: Run
+    layout: str, ranks: int, tmp_path: Path, interpreter: Interpreter
 ) -> None:
     parallel = f"parallel = dict({layout})\n"
     write_run(tmp_path, COMMON + EXPORTS + parallel)
@@ -60,7 +62,8 @@ def test_the_export_is_that_of_the_command(
     assert said.count(f"waiting for the export of step {STEPS}") <= 1
 
     checkpoint = f"ckpts/step-{STEPS:08d}"
-    run("evomesh", "convert", "to-hf", checkpoint, "by-hand", cwd=tmp_path)
+    by_command = str(tmp_path / "by-hand")
+    write_folder(str(tmp_path / checkpoint), by_command, ExportOptions(compare=False))
     folder = tmp_path / f"ckpts/hf/hf-{STEPS:08d}"
     exported = load_file(folder / "model.safetensors")
     by_hand = load_file(tmp_path / "by-hand" / "model.safetensors")
@@ -81,11 +84,13 @@ def test_the_export_is_that_of_the_command(
 def test_a_run_with_exports_has_the_losses_of_one_without(
     tmp_path: Path, run: Run
 ) -> None:
+    """The export of step 2 runs beside steps 3 and 4."""
     plain, exporting = tmp_path / "plain", tmp_path / "exporting"
     write_run(plain, COMMON)
-    write_run(exporting, COMMON + EXPORTS)
+    write_run(exporting, COMMON + EXPORTS.replace("every=4", "every=2"))
     run(*TRAIN, cwd=plain)
-    run(*TRAIN, cwd=exporting)
+    said = run(*TRAIN, cwd=exporting)
+    assert "step 2 exported" in said and EXPORTED in said
     assert losses(exporting) == losses(plain)
     assert not list(plain.glob("ckpts/hf*"))
 

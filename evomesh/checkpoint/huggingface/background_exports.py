@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -46,7 +47,7 @@ DIFFERENCE = "largest logit difference"  # how the lines of a comparison begin
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which checkpoints of a run are exported, and where to.
+    """The choice of checkpoints that a run exports, and the place where they go.
 
     Attributes:
         save_folder: as in the config; the checkpoints are in it.
@@ -265,31 +266,32 @@ class BackgroundExports:
         """
         if self._newest is None or not self._is_started:
             return
-        if is_complete and not should_stop():
+        if not is_complete or should_stop():
+            self._drop_waiting()
+            self._wait(lambda: True)
+        else:
             if self._newest.job.out not in self._tried:
                 self._request(self._newest)
-        else:
-            self._drop_waiting()
-        reported = False
-        deadline = None
-        with self._changed:
-            while self._running is not None or self._waiting is not None:
-                if not reported:
-                    self._report_wait()
-                    reported = True
-                if deadline is None and (should_stop() or not is_complete):
-                    deadline = time.monotonic() + GRACE_S
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-                self._changed.wait(POLL_S)
+            self._wait(should_stop)
         self.give_up()
 
-    def _report_wait(self) -> None:
-        request = self._running or self._waiting
-        assert request is not None
-        _log(
-            f"waiting for the export of step {request.job.step} (a signal ends the wait after {GRACE_S:g} s)"
-        )
+    def _wait(self, should_stop: Callable[[], bool]) -> None:
+        """Wait until nothing is left to export, but not for longer than ``GRACE_S`` once the run should stop."""
+        with self._changed:
+            request = self._running or self._waiting
+            if request is not None:
+                step = request.job.step
+                _log(
+                    f"waiting for the export of step {step} (a signal ends the wait after {GRACE_S:g} s)"
+                )
+            deadline = math.inf
+            while self._running is not None or self._waiting is not None:
+                now = time.monotonic()
+                if now > deadline:
+                    return
+                if should_stop():
+                    deadline = min(deadline, now + GRACE_S)
+                self._changed.wait(POLL_S)
 
     def _drop_waiting(self) -> None:
         """Take what waits for its turn off the list."""

@@ -102,7 +102,7 @@ def _config(folder: HfFolder) -> str:
 
 
 def check_weights(folder: HfFolder) -> str:
-    """Check that the weights are those of config.json: none missing, too many or cut off."""
+    """Check that the weights are those of config.json: none missing, too many or truncated."""
     described = describe_folder(folder)
     match_tensors(folder, described.naming, described.model, described.tied)
     files = set(folder.files.values())

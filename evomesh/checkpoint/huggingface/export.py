@@ -129,13 +129,7 @@ def export(
     config = config_from_dict(found.config)
     arch = options.arch or default_architecture(config.model)
     refuse_unexportable(config.model, arch)
-    dtype = options.dtype or {"tf32": "float32"}.get(
-        config.model.dtype, config.model.dtype
-    )
-    if dtype not in DTYPES:
-        raise CheckpointError(
-            f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}"
-        )
+    dtype = _export_dtype(config.model, options.dtype)
     rotary = rotary_scaling(
         config.model,
         config.data.seq_len,
@@ -153,16 +147,9 @@ def export(
         if options.mark is not None:
             options.mark.begin(work)
         # What can be refused comes before the weights, which take long.
-        written = None
         if tokenizer is not None:
             write_tokenizer(tokenizer, work, template, rotary.max_position)
-            written = load_tokenizer(work)
-        ids = special_ids(written, config.generation, config.model.vocab_size)
-        record = build_config(config.model, arch, rotary, ids, dtype)
-        write_json(
-            work / "config.json", record | {"evomesh_version": evomesh.__version__}
-        )
-        write_json(work / "generation_config.json", build_generation_config(ids))
+        _write_settings(job, config, rotary, work, has_tokenizer=tokenizer is not None)
         if options.compare and tokenizer is not None and has_transformers():
             compare_tokenizers(tokenizer, work)
         job.write_weights(work, options.max_shard_bytes)
@@ -175,6 +162,32 @@ def export(
     kind = scaling.type if scaling else rotary.type
     report(f"wrote {out}: {arch}, {dtype}, {readable(job.total_bytes)}, rotary {kind}")
     return out
+
+
+def _export_dtype(model: ModelConfig, given: str | None) -> str:
+    """Return the dtype of the exported weights: the given one, else that of the training."""
+    dtype = given or {"tf32": "float32"}.get(model.dtype, model.dtype)
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def _write_settings(
+    job: _WeightExport,
+    config: Config,
+    rotary: RotaryScaling,
+    work: Path,
+    *,
+    has_tokenizer: bool,
+) -> None:
+    """Write config.json and generation_config.json, with the ids of the tokenizer in the folder."""
+    written = load_tokenizer(work) if has_tokenizer else None
+    ids = special_ids(written, config.generation, config.model.vocab_size)
+    record = build_config(config.model, job.arch, rotary, ids, job.dtype_name)
+    write_json(work / "config.json", record | {"evomesh_version": evomesh.__version__})
+    write_json(work / "generation_config.json", build_generation_config(ids))
 
 
 def _template(file: str | None) -> str | None:

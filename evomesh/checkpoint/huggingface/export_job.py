@@ -1,4 +1,4 @@
-"""What a run and the process that exports its checkpoints tell each other."""
+"""Messages between a run and the process that exports its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What became of an export.
+    """The outcome of an export.
 
     Attributes:
         lines: what it reported.

@@ -35,7 +35,7 @@ HIDDEN = re.compile(r"\.hf-[0-9]{8,18}(?:-[0-9a-f]{8})?\.[0-9a-f]{8}\.tmp\Z")
 
 @dataclass(frozen=True)
 class ExportMark:
-    """What an exported folder says about itself.
+    """The mark in an exported folder, which says who exported what.
 
     Attributes:
         run: the run that exports, as its save folder; see ``run_name``.
@@ -74,7 +74,7 @@ def read_mark(folder: Path) -> ExportMark | None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return path -> size of all files in a folder but its mark; -1 for what is no plain file."""
+    """Return path -> size of all files in a folder but its mark; -1 for anything but a plain file."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         is_folder = path.is_dir() and not path.is_symlink()

@@ -1,7 +1,7 @@
 """Upload a Hugging Face folder to the hub, or to another server that speaks its protocol.
 
-The folder is checked first: half a model, or a file that is no safetensors file, never
-leaves this machine. The client is ``huggingface_hub``; it takes the server from
+The folder is checked first: half a model, or a truncated file of weights, never leaves
+this machine. The client is ``huggingface_hub``; it takes the server from
 ``HF_ENDPOINT`` and the token from ``HF_TOKEN`` or from ``hf auth login``.
 """
 
@@ -122,7 +122,7 @@ def _check_folder(folder: Path, report: Report) -> list[Path]:
 
     Raises:
         UserError: config.json is missing or describes another model, or weights are
-            missing, cut off or too many.
+            missing, truncated or too many.
     """
     model = HfFolder(LocalStorage(), str(folder))
     weights = check_weights(model)

@@ -32,7 +32,7 @@ class RunningExport(Protocol):
 
 
 class ExportProcess:
-    """An export in a process of its own, see ``export_process``."""
+    """An export in a separate process, see ``export_process``."""
 
     def __init__(self, job: ExportJob) -> None:
         command = worker_command(job)
@@ -40,7 +40,7 @@ class ExportProcess:
         self._over = threading.Event()
         self._lock = threading.Lock()
         try:
-            # In a session of its own, for Ctrl-C reaches every process of a terminal's.
+            # In a new session, since Ctrl-C reaches every process of a terminal's.
             self._process = subprocess.Popen(
                 command,
                 stdin=reader,

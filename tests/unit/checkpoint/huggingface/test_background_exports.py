@@ -36,7 +36,7 @@ WAIT_S = 60.0  # until a test fails; nothing here takes that long
 
 
 class FakeExport:
-    """An export that ends when the test lets it, or when it is told to."""
+    """An export that ends when the test lets it, or when the run gives it up."""
 
     def __init__(self, job: ExportJob, result: ExportResult) -> None:
         self.job, self.result = job, result

@@ -271,7 +271,7 @@ def test_a_server_that_is_no_hub(hub: FakeHub, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command(hub: FakeHub, folder: Path) -> None:
-    """In a process of its own, which loads the client as a user's does."""
+    """In a new process, which loads the client as a user's does."""
     words = ["convert", "push", str(folder), REPO, "--message", "by hand"]
     variables = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
     for token, code in ((TOKEN, 0), ("hf_another", 2)):
