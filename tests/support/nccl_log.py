@@ -77,6 +77,11 @@ class LoggedWork:
     def __init__(self, work: dist.Work, log: OperationLog, operation: int) -> None:
         self._work, self._log, self._operation = work, log, operation
 
+    @property
+    def __class__(self) -> type:
+        """Be one of torch's: FSDP2 waits for nothing else."""
+        return dist.Work
+
     def wait(self, *timeout: Any) -> Any:
         self._log.write("wait", threading.get_native_id(), self._operation)
         return self._work.wait(*timeout)
@@ -90,14 +95,22 @@ class OperationLog:
 
     Args:
         path: of the file; ``restart`` empties it.
+        is_on_host: whether a tensor is one that NCCL could not send.
+        stand_in: the backend that takes NCCL's place.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        is_on_host: Callable[[Tensor], bool] = lambda x: isinstance(x, HostTensor),
+        stand_in: str = "gloo",
+    ) -> None:
+        self._is_on_host, self._stand_in = is_on_host, stand_in
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._operations = self._batches = 0
         self._stacks: dict[tuple[Any, ...], int] = {}
         self._groups: set[str] = set()
-        self._device_only: set[str] = set()
+        self._device_only: set[ProcessGroup] = set()
         self._batch_of_thread: dict[int, int] = {}
 
     def restart(self) -> None:
@@ -186,14 +199,14 @@ class OperationLog:
             everybody = list(range(dist.get_world_size()))
             callers = ranks if is_local and ranks is not None else everybody
             self._log_meeting(callers, f"new_group({ranks}, {backend})")
-            real_backend = "gloo" if backend == "nccl" else backend
+            real_backend = self._stand_in if backend == "nccl" else backend
             if ranks is None:
                 return make(backend=real_backend, **options)
-            key = (*ranks, backend)
+            key = (dist.group.WORLD, backend, *ranks)
             if key not in made:
                 made[key] = make(ranks, backend=real_backend, **options)
                 if backend == "nccl":
-                    self._device_only.add(made[key].group_name)
+                    self._device_only.add(made[key])
             return made[key]
 
         return new_group
@@ -208,9 +221,9 @@ class OperationLog:
 
     def _next_operation(self, group: ProcessGroup, args: Sequence[Any]) -> int:
         name = group.group_name
-        if name in self._device_only:
+        if group in self._device_only:
             for tensor in _tensors(args):
-                if isinstance(tensor, HostTensor):
+                if self._is_on_host(tensor):
                     raise HostTensorError(
                         f"a host tensor {tuple(tensor.shape)} in a group of "
                         f"ranks {dist.get_process_group_ranks(group)} that only NCCL connects"
