@@ -17,6 +17,8 @@ from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserErr
 from evomesh.outside_errors import TORCH_LOG_LEVEL, as_user_error, discard
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
+WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SPIN_COUNT = 3000  # about 10 microseconds; see "A busy machine" in docs/performance.md
 
 
 class OutputStream(RedactingStream):
@@ -56,6 +58,7 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
     # Torch reads it when it is loaded. Its warnings of a lost connection are pages of
     # C++ stack frames; `peer_watch` names the rank instead.
     os.environ.setdefault(TORCH_LOG_LEVEL, "ERROR")
+    _limit_spinning()
     _accept_any_text()
     _hide_secrets()
     threading.excepthook = _report_thread_error
@@ -139,6 +142,17 @@ def _is_in_world() -> bool:
     """Return whether this process is in a process group; it is not before the module that makes one is imported."""
     process_group = sys.modules.get("evomesh.parallel.process_group")
     return process_group is not None and process_group.in_world()
+
+
+def _limit_spinning() -> None:
+    """Let OpenMP threads sleep soon when they wait for each other, unless the user has chosen how they wait.
+
+    They wait at the end of every operator, by default in a loop that takes the core from
+    the very thread that they wait for if other programs use the cores too. GNU's OpenMP,
+    which torch's CPU builds bring along, reads the variable when torch is loaded.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def _accept_any_text() -> None:
