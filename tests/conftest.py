@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.interpreter import Interpreter
-from tests.support.pool import Pool
+# Imported when a test asks for them: they need torch, and pytest-xdist's controller,
+# which loads this file before it starts its workers, does not.
+if TYPE_CHECKING:
+    from tests.support.interpreter import Interpreter
+    from tests.support.pool import Pool
 
 # Fixtures that start processes or servers.
 SHARED_PROCESSES = {"pool", "interpreter", "endpoint"}
@@ -16,6 +22,8 @@ SHARED_PROCESSES = {"pool", "interpreter", "endpoint"}
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Four gloo ranks (tests/support/pool.py)."""
+    from tests.support.pool import Pool
+
     pool = Pool()
     yield pool
     pool.close()
@@ -24,6 +32,8 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Interpreter]:
     """Commands in forked processes (tests/support/interpreter.py)."""
+    from tests.support.interpreter import Interpreter
+
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
@@ -34,3 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SHARED_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Spare each test the cost of what all tests together have imported."""
+    # The garbage collector would look at a million objects of torch, transformers and
+    # the tests again and again; none of them is garbage before the end.
+    gc.collect()
+    gc.freeze()
+    # Around each phase of a test pytest adds and removes a handler at every logger that
+    # does not propagate. torch has 60 of these; where they propagate, the handler at the
+    # root gets their records.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.") and isinstance(logger, logging.Logger):
+            logger.propagate = True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from evomesh.config.redact import redact_setting
+from evomesh.config.redact import redact_setting, secret_values
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 
@@ -16,7 +17,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
     Infinities stay floats; ``encode_json`` makes strict JSON of the result.
     """
-    record = _plain_value(config.model_dump(mode="python"), "")
+    record = _plain_value(config.model_dump(mode="python"), "", secret_values())
     assert isinstance(record, dict)
     return record
 
@@ -39,17 +40,17 @@ def config_from_dict(record: dict[str, Any]) -> Config:
         ) from None
 
 
-def _plain_value(value: Any, key: str) -> Any:
+def _plain_value(value: Any, key: str, secrets: Sequence[str]) -> Any:
     if isinstance(value, dict):
         record = {}
         for name, item in value.items():
             dotted = f"{key}.{name}" if key else name
-            record[name] = _plain_value(item, dotted)
+            record[name] = _plain_value(item, dotted, secrets)
         return record
     if isinstance(value, list | tuple):
-        return [_plain_value(item, key) for item in value]
+        return [_plain_value(item, key, secrets) for item in value]
     if isinstance(value, str):
-        return redact_setting(key, value)
+        return redact_setting(key, value, secrets)
     if value is None or isinstance(value, bool | int | float):
         return value
     return str(value)  # a parameter of a custom model that JSON cannot express

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
@@ -81,31 +81,37 @@ _PATTERNS = (
 
 def redact_text(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Hide secrets in any text: values of secret variables, and whatever has the form of a secret."""
-    for value in sorted(_secret_values(environment), key=len, reverse=True):
+    return _hide(text, secret_values(environment))
+
+
+def _hide(text: str, secrets: Sequence[str]) -> str:
+    for value in secrets:
         text = text.replace(value, REDACTED)
     for pattern in _PATTERNS:
         text = pattern.sub(rf"\1{REDACTED}", text)
     return text
 
 
-def redact_setting(key: str, text: str) -> str:
+def redact_setting(key: str, text: str, secrets: Sequence[str]) -> str:
     """Hide a config value that is secret as a whole by its key; in any other, what ``redact_text`` hides.
 
     Args:
         key: dotted key of the resolved config.
+        secrets: ``secret_values``, found once for all settings of a config.
     """
     is_secret = key in SECRET_KEYS or _SECRET_NAME.search(key) is not None
-    return REDACTED if is_secret and text else redact_text(text)
+    return REDACTED if is_secret and text else _hide(text, secrets)
 
 
-def _secret_values(environment: Mapping[str, str]) -> set[str]:
-    """Return the values to hide, in each of the forms in which they may be written."""
+def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the values to hide, in each of the forms in which they may be written, the longest first."""
     values: set[str] = set()
     for name, value in environment.items():
         for secret in _secrets_of_variable(name, value):
             if len(secret) >= SHORTEST_SECRET:
                 values |= {secret, quote(secret, safe=""), repr(secret)[1:-1]}
-    return values
+    # A secret may be a part of a longer one.
+    return sorted(values, key=len, reverse=True)
 
 
 def _secrets_of_variable(name: str, value: str) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomesh.config.schema import ModelConfig
 from evomesh.models.language_model import LanguageModel
@@ -12,13 +12,13 @@ from evomesh.models.language_model import LanguageModel
 
 def stock_llama(
     model: LanguageModel, config: ModelConfig, **rope: object
-) -> LlamaForCausalLM:
+) -> transformers.LlamaForCausalLM:
     """Args:
     config: of ``model``, without attention biases and with half-split rotary pairs.
     rope: ``rope_parameters`` besides theta, such as ``rope_type="dynamic", factor=2.0``.
     """
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             hidden_size=config.hidden_size,
             intermediate_size=config.mlp_width,
             num_hidden_layers=config.num_layers,

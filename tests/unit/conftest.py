@@ -1,15 +1,44 @@
-"""The line between the inner loop and the rest: a test that starts another interpreter is slow, and marked so."""
+"""The line between the inner loop and the rest: a test that starts another interpreter is slow, and marked so.
+
+And what unit tests share: which of them run in one worker, and the commands that they call.
+"""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.process
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
+
+HERE = Path(__file__).parent
+# gradio, and the models of transformers, take seconds to import: one worker does.
+ONE_WORKER_FOLDERS = (HERE / "serve", HERE / "checkpoint/huggingface")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker of pytest-xdist run the tests of a file, so that its fixtures are made once."""
+    for item in items:
+        file = item.path
+        if not file.is_relative_to(HERE) or item.get_closest_marker("xdist_group"):
+            continue
+        group = next((f for f in ONE_WORKER_FOLDERS if file.is_relative_to(f)), file)
+        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(HERE))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """Keep the command that typer builds: for each call it would read the options of all functions again."""
+    with pytest.MonkeyPatch.context() as patch:
+        build = typer.testing._get_command
+        patch.setattr(typer.testing, "_get_command", functools.cache(build))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -94,7 +94,10 @@ def read_source(
     _add_helpers(namespace, overrides)
     bases = base_modules(tree, HERE)
     with config_imports(file, bases, _base_runner(bases, overrides)):
-        execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
+        # `tree` stays as written, for the lines of the keys; parsing the text again is
+        # several times faster than copying the tree.
+        program = instrument(ast.parse(text, str(file)))
+        execute(compile(program, str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
 
     # 2. Put its settings over those of its bases.
@@ -264,9 +267,11 @@ def _apply_call(node: ast.stmt) -> ast.stmt:
 
 
 def instrument(tree: ast.Module) -> ast.Module:
-    return ast.fix_missing_locations(
-        _StatementInstrumenter().visit_Module(copy.deepcopy(tree))
-    )
+    """Return the program with a call that applies the overrides after each statement.
+
+    It takes the nodes of ``tree`` and changes them.
+    """
+    return ast.fix_missing_locations(_StatementInstrumenter().visit_Module(tree))
 
 
 def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:

@@ -124,8 +124,10 @@ def test_other_texts_stay(text: str) -> None:
     ],
 )
 def test_settings_are_secret_by_their_key(key: str, is_secret: bool) -> None:
-    assert redact_setting(key, "something") == (REDACTED if is_secret else "something")
-    assert redact_setting(key, "") == ""
+    assert redact_setting(key, "something", []) == (
+        REDACTED if is_secret else "something"
+    )
+    assert redact_setting(key, "", []) == ""
 
 
 def test_a_stream_hides_what_is_written_and_is_otherwise_the_stream(

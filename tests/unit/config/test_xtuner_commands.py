@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from evomesh.checkpoint.native.find import SaveFolder
@@ -198,7 +198,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     """A folder with the config.json of a tiny model, and weights under XTuner's names."""
     folder = model_folder(tmp_path_factory.mktemp("model") / "tiny")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).state_dict()
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig.from_pretrained(folder)
+    ).state_dict()
     return folder, {f"llm.{name}": value for name, value in model.items()}
 
 
@@ -220,7 +222,7 @@ def test_pth_to_hf_reads_what_xtuner_wrote(
     config = config_of(here, folder)
     out = run("xtuner", "convert", "pth_to_hf", config, str(path), "hf", "--fp32")
     assert "its optimizer state is not used" in out
-    exported = LlamaForCausalLM.from_pretrained(here / "hf").state_dict()
+    exported = transformers.LlamaForCausalLM.from_pretrained(here / "hf").state_dict()
     assert exported.keys() == {name.removeprefix("llm.") for name in state}
     for name, value in exported.items():
         assert torch.equal(value, state[f"llm.{name}"]), name
@@ -237,7 +239,7 @@ def test_pth_to_hf_keeps_the_dtype_of_the_training(
     config = config_of(here, folder)
     # The work folder means its newest checkpoint.
     run("xtuner", "convert", "pth_to_hf", config, str(path.parent), "hf")
-    model = LlamaForCausalLM.from_pretrained(here / "hf", dtype="auto")
+    model = transformers.LlamaForCausalLM.from_pretrained(here / "hf", dtype="auto")
     name = "model.norm.weight"
     assert torch.equal(model.state_dict()[name], state[f"llm.{name}"].bfloat16())
 

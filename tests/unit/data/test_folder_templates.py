@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from transformers import AutoTokenizer
+import transformers
 
 from evomesh.data.chat import build_template, end_of_answer_ids
 from evomesh.data.chat_message import ChatMessage
@@ -53,7 +53,7 @@ def folder(row: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_theirs(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(
+    return transformers.AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=False, local_files_only=True
     )
 

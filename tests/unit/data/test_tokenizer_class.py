@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
-from transformers.models.auto import tokenization_auto
+import transformers
 
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.folder_template import JinjaTemplate
@@ -117,7 +116,9 @@ def test_texts_tokens_and_conversations_of_transformers(
             with pytest.raises(UserError, match="its file is a sentencepiece model"):
                 load_tokenizer(folder)
             continue
-        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True
+        )
         ours = load_tokenizer(folder)
         for text in TEXTS:
             wanted = theirs.encode(text, add_special_tokens=False)
@@ -141,12 +142,16 @@ def test_a_class_that_is_not_known_here_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_no_library_knows_takes_the_file_as_it_is(tmp_path: Path) -> None:
     write_folder(tmp_path, "bytes", "SomethingTokenizer", "names")
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        str(tmp_path), local_files_only=True
+    )
     assert load_tokenizer(tmp_path).encode(TEXTS[1]) == theirs.encode(TEXTS[1])
 
 
 def test_the_tables_are_those_of_transformers() -> None:
     """A class of the library that is in no table would be taken for one that uses the file as it is."""
+    from transformers.models.auto import tokenization_auto
+
     registered = {
         name for name in tokenization_auto.TOKENIZER_MAPPING_NAMES.values() if name
     }

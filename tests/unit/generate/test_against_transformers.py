@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+import transformers
 
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
@@ -20,7 +20,7 @@ from tests.support.stock import stock_llama
 pytestmark = pytest.mark.slow
 
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30]]
-Pair = tuple[LanguageModel, LlamaForCausalLM]
+Pair = tuple[LanguageModel, "transformers.LlamaForCausalLM"]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,16 @@ def pair() -> Pair:
 
 
 def theirs(
-    model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams
+    model: transformers.LlamaForCausalLM, prompt: list[int], sampling: SamplingParams
 ) -> list[list[int]]:
     """The answers of transformers, without the padding behind an end token."""
     wanted = asdict(sampling)
     del wanted["seed"], wanted["logprobs"]
     ends = list(wanted.pop("eos_ids"))
     options = {key: value for key, value in wanted.items() if value is not None}
-    config = GenerationConfig(**options, eos_token_id=ends or None, pad_token_id=0)
+    config = transformers.GenerationConfig(
+        **options, eos_token_id=ends or None, pad_token_id=0
+    )
     out = model.generate(
         torch.tensor([prompt]),
         generation_config=config,

@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
 
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
@@ -35,19 +29,19 @@ def test_candidates_follow_transformers(
         )
         * 3
     )
-    scores = TemperatureLogitsWarper(0.7)(None, logits[None])
+    scores = transformers.TemperatureLogitsWarper(0.7)(None, logits[None])
     scores = (
-        TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores)
+        transformers.TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores)
         if top_k
         else scores
     )
     scores = (
-        TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores)
+        transformers.TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores)
         if top_p < 1
         else scores
     )
     scores = (
-        MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores)
+        transformers.MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores)
         if min_p
         else scores
     )
@@ -67,7 +61,7 @@ def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
         VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
     seen = torch.tensor([3, 9, 3, 3, 40, 41])
-    wanted = RepetitionPenaltyLogitsProcessor(penalty)(
+    wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
         seen[None], logits[None].clone()
     )[0]
     before = logits.clone()

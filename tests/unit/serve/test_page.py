@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -21,12 +20,12 @@ from starlette.routing import Mount
 from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel
 from evomesh.serve import page_security
-from evomesh.serve.page import ChatPage, PageSettings, append_message, mount_page
 from evomesh.serve.page_security import GradioGuard, OpenStreams
 from evomesh.serve.requests import ApiError
 from tests.support.serving import Served, serving, tiny_service
 from tests.unit.serve.conftest import LIMITS
 
+# gradio takes seconds to import: the tests that need it do so, and collecting does not.
 CONTROLS = ["", 0, 0.95, 0, 0, 1, 3, 1, False]
 JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 OTHER_SITE_HEADERS = [
@@ -42,6 +41,8 @@ OTHER_SITE_HEADERS = [
 def served(
     model: LanguageModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
+    from evomesh.serve.page import mount_page
+
     service = tiny_service(tmp_path_factory.mktemp("tokenizer"), model, LIMITS)
     with serving(service, extend=lambda app: mount_page(app, service, None)) as served:
         yield served
@@ -187,6 +188,8 @@ def test_gradio_checks_paths_itself(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uploads: Path
 ) -> None:
     """Without the guard, gradio rejects the file as well."""
+    from evomesh.serve.page import mount_page
+
     private = Path(__file__).parent / "conftest.py"
     service = tiny_service(tmp_path, model, LIMITS)
 
@@ -399,6 +402,8 @@ def test_unchecked_keys_of_a_call_do_not_reach_gradio(
 def test_a_control_with_a_value_of_the_wrong_type_is_rejected(
     index: int, value: Any
 ) -> None:
+    from evomesh.serve.page import PageSettings
+
     values: list[Any] = [*CONTROLS]
     values[index] = value
     with pytest.raises(UserError, match="has no valid value"):
@@ -419,6 +424,10 @@ def test_a_control_with_a_value_of_the_wrong_type_is_rejected(
 def test_functions_accept_conversations_of_text_only(
     served: Served, history: Any
 ) -> None:
+    import gradio as gr
+
+    from evomesh.serve.page import ChatPage, append_message
+
     with pytest.raises(UserError, match="conversation"):
         append_message("hello", history)
 
@@ -525,6 +534,10 @@ def test_long_names_of_sessions_are_rejected(client: httpx.Client) -> None:
 def test_a_session_without_an_answer_leaves_nothing_of_its_stops(
     served: Served,
 ) -> None:
+    import gradio as gr
+
+    from evomesh.serve.page import ChatPage
+
     page = ChatPage(served.service)
     for number in range(50):
         page.stop_answer(gr.Request(session_hash=f"session {number}"))
@@ -545,6 +558,10 @@ def test_a_session_without_an_answer_leaves_nothing_of_its_stops(
 def test_a_status_line_shows_no_secret(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import gradio as gr
+
+    from evomesh.serve.page import ChatPage
+
     def fail(text: str) -> list[int]:
         raise UserError("cannot read https://user:hunter2hunter2@example.org/tokenizer")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from evomesh.data.chat import build_template
 from evomesh.data.chat_message import ChatMessage
@@ -58,7 +58,7 @@ def test_a_prompt_is_the_beginning_of_the_training_text(
 @pytest.mark.parametrize("source", [CHATML, TEMPLATE])
 def test_jinja_prompts_equal_transformers(tmp_path: Path, source: str) -> None:
     tokenizer = special_tokenizer(tmp_path, source)
-    theirs = PreTrainedTokenizerFast(
+    theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=source
     )
     turns = [{"role": role, "content": text} for role, text in TURNS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -137,8 +136,8 @@ def run_file(
         READ_BASE: nullcontext,
     }
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    without_imports = _without_imports(tree, file)
-    code = compile(without_imports, str(file), "exec")
+    program = _without_imports(ast.parse(text, str(file)), file)
+    code = compile(program, str(file), "exec")
     with config_imports(file):
         execute(code, namespace, path, text)
     values = {name: value for name, value in namespace.items() if not _is_private(name)}
@@ -168,9 +167,12 @@ def _import(file: XTunerFile, names: dict[str, str]) -> dict[str, Any]:
 
 
 def _without_imports(tree: ast.Module, file: Path) -> ast.Module:
-    """Return the program with imports of foreign names and of files beside it replaced, and overrides applied."""
+    """Return the program with imports of foreign names and of files beside it replaced, and overrides applied.
+
+    It takes the nodes of ``tree`` and changes them.
+    """
     replacer = ImportReplacer([file.parent, Path.cwd()], STAND_IN, READ_NAMES)
-    replaced = replacer.visit(copy.deepcopy(tree))
+    replaced = replacer.visit(tree)
     return instrument(ast.fix_missing_locations(replaced))
 
 

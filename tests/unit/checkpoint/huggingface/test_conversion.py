@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
@@ -85,7 +85,7 @@ def ours(model: LanguageModel, ids: Tensor = IDS) -> Tensor:
 
 @torch.inference_mode()
 def theirs(folder: Path, ids: Tensor = IDS) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float64, attn_implementation="sdpa"
     ).eval()
     logits: Tensor = model(ids[None]).logits[0]
@@ -173,7 +173,7 @@ def test_a_folder_of_transformers_own(
     binary: bool, tmp_path: Path, float64_upcasts: None
 ) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=24,
         intermediate_size=37,
@@ -183,7 +183,7 @@ def test_a_folder_of_transformers_own(
         rope_theta=700.0,
         rms_norm_eps=3e-6,
     )
-    model = LlamaForCausalLM(config).double()
+    model = transformers.LlamaForCausalLM(config).double()
     model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     folder = tmp_path / "hf"
     if binary:

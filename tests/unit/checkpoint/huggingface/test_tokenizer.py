@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoTokenizer
 
 from evomesh.checkpoint.huggingface.tokenizer import (
     TEXTS,
@@ -73,7 +73,7 @@ def test_ids_of_sentencepiece(
     (tmp_path / "hf").mkdir()
     path = train(tmp_path, prefix=prefix, **options)
     write_tokenizer(load_tokenizer(path), tmp_path / "hf", None, 64)
-    theirs = AutoTokenizer.from_pretrained(
+    theirs = transformers.AutoTokenizer.from_pretrained(
         str(tmp_path / "hf"), trust_remote_code=False
     )
     truth = SentencePieceProcessor(model_file=str(path))
@@ -107,7 +107,7 @@ def test_bos_where_the_tokenizer_adds_it(prefix: bool, tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
     tokenizer = load_tokenizer(path)
     write_tokenizer(tokenizer, tmp_path / "hf", "{{ messages[0].content }}", 64)
-    theirs = AutoTokenizer.from_pretrained(
+    theirs = transformers.AutoTokenizer.from_pretrained(
         str(tmp_path / "hf"), trust_remote_code=False
     )
     assert theirs.encode("the cat") == [1, *tokenizer.encode("the cat")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from transformers import AutoTokenizer
+import transformers
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
@@ -217,7 +217,9 @@ def test_the_folder_has_the_chat_template_of_its_marks(
     options = ["--vocab-size", "340", "--kind", kind, "--chat", chat]
     options += ["--text-field", "body"]
     run("train", str(folder / "raw"), "-o", str(tmp_path / "tok"), *options)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "tok"), local_files_only=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        str(tmp_path / "tok"), local_files_only=True
+    )
     tokenizer = load_tokenizer(tmp_path / "tok")
     style = build_template(chat, tokenizer)
     turns = [
