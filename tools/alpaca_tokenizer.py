@@ -1,9 +1,9 @@
 """InternEvo's command: tokenize the Alpaca dataset and hold out a share of it for validation.
 
-    python tools/alpaca_tokenizer.py alpaca_data.json OUT TOKENIZER [--split_ratio 0.1]
+    python tools/alpaca_tokenizer.py alpaca_data.json OUT TOKENIZER [--split_ratio 0.1] [--chat-template chatml]
 
 writes OUT/train/en/dataset.bin and OUT/valid/en/dataset.bin, each with .meta. `evomesh tokenize --format alpaca`
-also offers other templates and lengths.
+also offers lengths.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ def main() -> None:
     parser.add_argument(
         "--encoding", default="utf-8", help="of the dataset, such as gb18030"
     )
+    parser.add_argument(
+        "--chat-template",
+        default="internlm",
+        help="how a conversation is written: internlm, chatml, llama3, or tokenizer for the tokenizer's own",
+    )
     options = parser.parse_args()
-    chat = ChatOptions("alpaca", "internlm", split_ratio=options.split_ratio)
+    template = options.chat_template
+    chat = ChatOptions("alpaca", template, split_ratio=options.split_ratio)
     tokenize_conversations(
         [options.dataset_path],
         options.output_path,

@@ -35,12 +35,18 @@ GpusOption = Annotated[
 
 @app.command()
 def check(
-    config: ConfigArgument, overrides: OverrideOption = None, gpus: GpusOption = None
+    config: ConfigArgument,
+    overrides: OverrideOption = None,
+    gpus: GpusOption = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print every warning in full.")
+    ] = False,
 ) -> None:
     """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any."""
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
     from evomesh.config.schema import ModelFamily
+    from evomesh.config.warning_lines import warning_lines
 
     loaded = load_config(config, overrides or [])
     if loaded.config.model.model_type not in get_args(ModelFamily):
@@ -50,7 +56,7 @@ def check(
     warnings = list(loaded.warnings)
     if gpus is not None:
         warnings += check_world(loaded.config, gpus)
-    for words in warnings:
+    for words in warnings if verbose else warning_lines(warnings, config):
         typer.echo(f"warning: {words}")
     count = ""
     if warnings:

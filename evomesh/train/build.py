@@ -128,7 +128,14 @@ def build_run(
     train_data, valid_sets = _build_data(config)
     config = _resolve_epochs(config, train_data, context)
 
-    # 2. Model and optimizer, without weights.
+    # 2. What the run starts from, before a large model is built in vain.
+    exchange = default_exchange()
+    reader = CheckpointReader(grid, exchange)
+    folder = save_folder(config.ckpt)
+    start = decide(config.ckpt, reader, folder, check=check_stored_state)
+    check_config(start, config, reader)
+
+    # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
     named_parameters = stages.parameters().items()
     zero_config = config.hybrid_zero_optimizer
@@ -137,19 +144,14 @@ def build_run(
     )
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
-    # 3. Weights and counters: from a checkpoint, from other weights, or initial values.
-    exchange = default_exchange()
-    reader = CheckpointReader(grid, exchange)
-    folder = save_folder(config.ckpt)
-    start = decide(config.ckpt, reader, folder, check=check_stored_state)
-    check_config(start, config, reader)
+    # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
     stored = _restore_weights(config, start, reader, stages, optimizer, grid)
     state = _restore_counters(start, stored, optimizer, scaler)
 
-    # 4. Data position.
+    # 5. Data position.
     stream = _open_stream(train_data, start, stored, grid)
 
-    # 5. What the run writes to.
+    # 6. What the run writes to.
     reporter = RunReporter(config, loaded.text, context, state, train_data)
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
     if writer is not None and start.checkpoint is not None:

@@ -26,6 +26,7 @@ from evomesh.config.schema import (
     PipelineConfig,
     TensorConfig,
 )
+from evomesh.config.warning_lines import warning_lines
 from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.prompts import find_tasks, read_prompts
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
@@ -133,7 +134,7 @@ def _load_tokenizer(path: str | None) -> Tokenizer | None:
 
 
 def _log_warnings(loaded: LoadedConfig, config: Config) -> None:
-    for warning in loaded.warnings:
+    for warning in warning_lines(loaded.warnings, loaded.path):
         logger.warning("%s", warning)
     if warning := warn_of_larger_shards(loaded.config.parallel, config.parallel):
         logger.warning("%s", warning)

@@ -12,11 +12,13 @@ from evomesh.checkpoint.huggingface.background_exports import (
 from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
+from evomesh.config.warning_lines import warning_lines
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import build_run
 from evomesh.train.job import reporting_early_errors
 from evomesh.train.launch import RunContext, launch
 from evomesh.train.launchers import spawn_ranks
+from evomesh.train.memory import float16_warning, product_ratio, refuse_too_large
 from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
 
@@ -74,10 +76,14 @@ def _train(
     exports: BackgroundExports | None,
 ) -> int:
     """Build the run on this rank and train it; return the exit code."""
+    warnings = warning_lines(loaded.warnings, loaded.path)
     if context.device.type == "cpu":
+        refuse_too_large(loaded.config, context.world_size)
         keep_freed_memory()
+        slow = float16_warning(loaded.config, product_ratio)
+        warnings += [slow] if slow else []
     if context.rank == 0:
-        for warning in loaded.warnings:
+        for warning in warnings:
             logger.warning("%s", warning)
     if exports is not None:
         refuse_unexportable_run(loaded.config)

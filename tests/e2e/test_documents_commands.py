@@ -106,6 +106,34 @@ def test_data_order_says_what_it_wrote(checkout: Path, run: Run) -> None:
     ).read_text() == "code/data.bin\nen/data.bin\n"
 
 
+def test_alpaca_takes_the_template_that_its_fix_names(checkout: Path, run: Run) -> None:
+    record = {"instruction": "the cat", "input": "", "output": "sat on the mat"}
+    (checkout / "alpaca.json").write_text(json.dumps([record] * 20))
+    command = ["tools/alpaca_tokenizer.py", "alpaca.json", "out", "tok"]
+    run(
+        *("evomesh", "tokenizer", "train", "raw.txt", "--output", "tok"),
+        *("--vocab-size", "270", "--chat", "chatml"),
+        cwd=checkout,
+    )
+    assert "--chat-template chatml" in run(*command, cwd=checkout, code=2)
+    run(*command, "--chat-template", "chatml", cwd=checkout)
+    assert (checkout / "out/train/en/dataset.bin.meta").exists()
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
+    tmp_path: Path, run: Run
+) -> None:
+    config = ROOT / "configs/7B_sft.py"
+    said = run(
+        *("evomesh", "train", str(config), "--set", "model.num_layers=100000"),
+        *("--set", "data.train_folder=None", "--set", "model.dtype=torch.float16"),
+        cwd=tmp_path,
+        code=2,
+    )
+    assert "GiB on this machine" in said and "Traceback" not in said
+    assert said.count("settings have no effect or need a look") == 0
+
+
 def test_version(tmp_path: Path, run: Run) -> None:
     assert run("evomesh", "--version", cwd=tmp_path) == f"evomesh {__version__}\n"
 

@@ -169,9 +169,7 @@ def find_config_file(path: str) -> Path:
             "no such config file",
             path,
             expected=f"a file; looked in {file.parent.resolve()}",
-            fix=f"did you mean {near}?"
-            if near
-            else "evomesh config list shows the shipped configs",
+            fix=_fix_of_missing(file, near),
         )
     if file.suffix != ".py":
         raise _source_error(
@@ -181,6 +179,15 @@ def find_config_file(path: str) -> Path:
             fix="rewrite it as Python: each section becomes NAME = dict(key=value, ...)",
         )
     return file.resolve()
+
+
+def _fix_of_missing(file: Path, near: str) -> str:
+    """Return the fix for a file that does not exist; a bare name may be meant as that of a shipped config."""
+    shipped = "evomesh config list shows the shipped configs, evomesh config copy NAME . writes one"
+    is_bare = file.parent == Path() and not file.suffix
+    if near and is_bare:
+        return f"did you mean {near}? {shipped}"
+    return f"did you mean {near}?" if near else shipped
 
 
 def _nearby_configs(file: Path) -> str:
@@ -295,12 +302,14 @@ def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) ->
             f"{type(error).__name__} while the config ran: {error}\n    {line}",
             f"{shown}:{lineno}",
             expected=MODULE_FOLDERS if is_not_found else "",
-            fix=_fix_of_line(error),
+            fix=_fix_of_line(error, line),
         ) from None
 
 
-def _fix_of_line(error: BaseException) -> str:
+def _fix_of_line(error: BaseException, line: str) -> str:
     """Return the fix for an error in a line of a config."""
+    if isinstance(error, KeyError) and "environ" in line:
+        return f"set the variable of the environment: export {error.args[0]}=VALUE"
     if isinstance(error, ModuleNotFoundError):
         package, _, _ = (error.name or "").partition(".")
         if package in ("internlm", "internevo"):  # such as internlm.model.registry

@@ -35,6 +35,7 @@ from evomesh.errors import UserError
 
 WINDOW = 1024  # rows that are shuffled among themselves
 WINDOW_CHARS = 1 << 28  # of a window's texts, which are in memory together
+TEXT_FOLDER = "a folder of text files (parquet, json, jsonl, csv, txt), or the id of a downloaded dataset"
 PREFERRED = ("parquet", "arrow", "json", "csv", "txt")  # among equally many files
 
 
@@ -46,13 +47,13 @@ def _find_folder(name: str, key: str) -> Path:
     """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
     if not is_hub_id or Path(name).exists():
-        return check_folder(name, key)
+        return check_folder(name, key, TEXT_FOLDER)
     cached = cached_dataset(name)
     if cached is None:
         raise UserError(
             f"no folder {name}, and no dataset of this name in the hub cache {cache_folder()}",
             where=key,
-            expected="a folder of text files, or the id of a downloaded dataset",
+            expected=TEXT_FOLDER,
             fix=f"hf download {name} --repo-type dataset",
         )
     return cached

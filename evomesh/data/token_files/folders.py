@@ -144,9 +144,11 @@ def group_sets(
     return dict(sorted(sets.items()))
 
 
-def check_folder(folder: str | Path, key: str) -> Path:
+def check_folder(folder: str | Path, key: str, expected: str = TREE) -> Path:
     """Return ``folder`` as a path, after checking that it can be listed.
 
+    Args:
+        expected: what the folder should hold, for the message.
     Raises:
         UserError: it is missing, not a folder, or not readable.
     """
@@ -157,7 +159,7 @@ def check_folder(folder: str | Path, key: str) -> Path:
         raise UserError(
             f"cannot read the folder {path}: {error.strerror} (as user {user_name()})",
             where=key,
-            expected=TREE,
+            expected=expected,
         ) from None
     return path
 

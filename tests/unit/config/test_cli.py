@@ -28,8 +28,20 @@ def run(*arguments: str) -> str:
 def test_check() -> None:
     out = run("check", SEVEN_B, "--set", "data.train_folder=x")
     assert out.endswith("7B_sft.py: ok, 6 warnings\n")
+    line, _ = out.splitlines()
+    assert "6 settings have no effect or need a look: ckpt.load_ckpt_info, " in line
+    assert line.endswith(f"; why: evomesh config check {SEVEN_B} -v")
+    in_full = run("check", SEVEN_B, "--set", "data.train_folder=x", "-v")
+    assert len(in_full.splitlines()) == 7
+    assert "grad_scaler" in line and "only float16 needs a loss scale" in in_full
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")
+
+
+def test_a_few_warnings_are_printed_in_full(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("model = dict(dtype='torch.float32')\n")
+    assert "SYNTHETIC data" in run("check", str(config))
 
 
 OWN = """

@@ -440,3 +440,13 @@ def test_two_files_may_share_a_base(tmp_path: Path) -> None:
     config = tmp_path / "config.py"
     config.write_text(BASE + "_base_ = ['a.py', 'b.py']\n")
     assert load_config(str(config)).config.adam.lr == 7e-4
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="export BOTO3_NOWHERE=VALUE"):
+        load(tmp_path, 'import os\nIP = os.environ["BOTO3_NOWHERE"]\n')
+
+
+def test_a_bare_name_is_pointed_to_the_shipped_configs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evomesh config copy NAME"):
+        load_config("7B_nowhere")

@@ -1,0 +1,116 @@
+"""Memory of a run on the CPU, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from evomesh.config.layout import axis_sizes
+from evomesh.config.schema import Config
+from evomesh.config.size import parameter_count
+from evomesh.errors import UserError
+
+GIB = 1024**3
+HALF = ("float16", "bfloat16")
+
+
+def bytes_per_rank(config: Config, world_size: int) -> float | None:
+    """Return what weights, gradients and the optimizer's state need at least, in bytes; None for a custom model.
+
+    Activations, buckets and the data come on top, and the largest stage has more than
+    its share.
+    """
+    parameters = parameter_count(config.model)
+    if parameters is None:
+        return None
+    # 16-bit weights have gradients, masters and two moments in float32.
+    is_half = config.model.dtype in HALF
+    width = 8 if config.model.dtype == "float64" else 4
+    weight = 2 if is_half else width
+    state = 3 * width if is_half else 2 * width
+
+    sizes = axis_sizes(config.parallel, world_size)
+    shards = sizes.pp * (sizes.wp if sizes.isp else sizes.tp)
+    shards_of_state = shards * sizes.zero
+    shards_of_weights = shards_of_state if config.parallel.zero1.fsdp else shards
+    held = (weight + width) / shards_of_weights
+    return parameters * (held + state / shards_of_state)
+
+
+def available_bytes() -> int | None:
+    """Return how much memory this process may still take; None where the system does not report it."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        free = sum(int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+    except (OSError, ValueError, KeyError):
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    available = 1024 * free
+    return available if limit == resource.RLIM_INFINITY else min(available, limit)
+
+
+def refuse_too_large(
+    config: Config,
+    world_size: int,
+    environment: Mapping[str, str] = os.environ,
+    available: Callable[[], int | None] = available_bytes,
+) -> None:
+    """Refuse a model that cannot fit into the memory of this machine, before it is built.
+
+    Raises:
+        UserError: the ranks on this machine need more than is free.
+    """
+    needed = bytes_per_rank(config, world_size)
+    free = available()
+    if needed is None or free is None:
+        return
+    stated = environment.get("LOCAL_WORLD_SIZE", "1")  # by torchrun
+    ranks = int(stated) if stated.isdigit() else 1
+    needed *= max(ranks, 1)
+    if needed <= free:
+        return
+    parameters = parameter_count(config.model)
+    raise UserError(
+        f"the model does not fit: weights, gradients and AdamW's state of its {parameters:,} parameters need at least "
+        f"{needed / GIB:,.1f} GiB on this machine, and {free / GIB:,.1f} GiB are free",
+        where="model",
+        expected="a model that fits into memory",
+        fix="train a smaller one here (evomesh config copy demo .), or shard it over GPUs or more machines: "
+        "evomesh plan CONFIG shows what each needs",
+    )
+
+
+def float16_warning(config: Config, ratio: Callable[[], float]) -> str | None:
+    """Return the warning about float16 on a CPU, None where it is no slower than float32.
+
+    Args:
+        ratio: how many times as long as in float32 a product takes; measured if needed.
+    """
+    if config.model.dtype != "float16":
+        return None
+    times = ratio()
+    if times <= 1:
+        return None
+    return (
+        f"model.dtype: float16 is slow on a CPU: here a matrix product takes {times:.1f} times as long as in "
+        'float32; set model.dtype="torch.float32"'
+    )
+
+
+def product_ratio(size: int = 256, repeats: int = 3) -> float:
+    """Return the time of a float16 matrix product as a multiple of the same in float32, the best of a few."""
+    fastest = {}
+    for dtype in (torch.float32, torch.float16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - started)
+        fastest[dtype] = min(times)
+    return fastest[torch.float16] / fastest[torch.float32]
