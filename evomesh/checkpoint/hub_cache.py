@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from evomesh.checkpoint.native.format import CheckpointError
@@ -29,9 +30,11 @@ def local_folder(url: str) -> Path:
     cached = cached_model(path)
     if cached is not None:
         return cached
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
+    model = path if is_hub_id else "OWNER/MODEL"
     raise CheckpointError(
         f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
-        fix="give an existing folder, or download the model into the cache first",
+        fix=f"give an existing folder, or download the model into the cache first: hf download {model}",
     )
 
 

@@ -16,6 +16,7 @@ from evomesh.config.redact import RedactingStream, redact_text
 from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserError
 from evomesh.outside_errors import TORCH_LOG_LEVEL, as_user_error, discard
 
+SAME_ERROR = "the same error as of another rank"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPIN_COUNT = 3000  # about 10 microseconds; see "A busy machine" in docs/performance.md
@@ -121,8 +122,10 @@ def _report(error: Exception) -> None:
 def _fail(message: UserError) -> None:
     """Print the message, unless another rank prints the same one, and end with its exit code."""
     text = redact_text(f"error: {message}")
-    _write_error_file(text)
-    if not message.printed_elsewhere:
+    if message.printed_elsewhere:
+        _write_error_file(SAME_ERROR, seconds_later=60)
+    else:
+        _write_error_file(text)
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
     _end(message.exit_code)
@@ -204,11 +207,16 @@ def _report_thread_error(args: threading.ExceptHookArgs) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _write_error_file(text: str) -> None:
-    """Leave the error where torchrun reads it; torchrun prints that of the rank that failed first, after all output."""
+def _write_error_file(text: str, seconds_later: int = 0) -> None:
+    """Leave the error where torchrun reads it; torchrun prints that of the rank that failed first, after all output.
+
+    Args:
+        seconds_later: what to add to the time of an error that is not the first one, so
+            that torchrun does not take it for the cause.
+    """
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
-    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    details = {"py_callstack": text, "timestamp": str(int(time.time()) + seconds_later)}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": {"message": text, "extraInfo": details}}, file)

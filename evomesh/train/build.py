@@ -128,7 +128,7 @@ def build_run(
     train_data, valid_sets = _build_data(config)
     config = _resolve_epochs(config, train_data, context)
 
-    # 2. What the run starts from, before a large model is built in vain.
+    # 2. What the run starts from, before a large model is built.
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
@@ -137,11 +137,7 @@ def build_run(
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
-    named_parameters = stages.parameters().items()
-    zero_config = config.hybrid_zero_optimizer
-    optimizer = ZeroOptimizer(
-        named_parameters, config.adam, zero_config, grid, stages.module
-    )
+    optimizer = _build_optimizer(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -185,6 +181,12 @@ def _open_stream(
     stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
     stream.check()
     return stream
+
+
+def _build_optimizer(config: Config, stages: ModelStages, grid: Grid) -> ZeroOptimizer:
+    named_parameters = stages.parameters().items()
+    zero = config.hybrid_zero_optimizer
+    return ZeroOptimizer(named_parameters, config.adam, zero, grid, stages.module)
 
 
 def _gradient_profile(

@@ -86,7 +86,7 @@ def refuse_too_large(
 
 
 def float16_warning(config: Config, ratio: Callable[[], float]) -> str | None:
-    """Return the warning about float16 on a CPU, None where it is no slower than float32.
+    """Return the warning about float16 on a CPU, None where it is as fast as float32.
 
     Args:
         ratio: how many times as long as in float32 a product takes; measured if needed.

@@ -149,3 +149,18 @@ def test_a_lost_store_prints_no_frames_of_torch(
     assert jobs[1].end() == 75
     assert "error: rank 0 on " in jobs[1].text
     assert "frame #" not in jobs[1].text and "Exception raised" not in jobs[1].text
+
+
+def test_ranks_that_fail_alike_show_one_error_which_stands_last(
+    tmp_path: Path, jobs: list[Job]
+) -> None:
+    write_run(tmp_path)
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = Job(tmp_path, [*agent, *TRAIN, "--set", "data.train_folder=nowhere"])
+    jobs.append(job)
+    assert job.end() == 1
+    first, summary = job.text.split("FAILED", 1)
+    error = "cannot read the folder nowhere"
+    assert first.count(error) == summary.count(error) == 1
+    others, root_cause = summary.split("Root Cause")
+    assert error in root_cause and "the same error as of another rank" in others

@@ -133,7 +133,8 @@ def test_without_auto_resume_load_ckpt_info_decides(tmp_path: Path) -> None:
     nowhere = LoadConfig(path="some/model")
     with pytest.raises(
         UserError,
-        match="neither an existing folder nor a model in the local Hugging Face cache",
+        match=r"neither an existing folder nor a model in the local Hugging Face cache[^\n]*\n"
+        r".*hf download some/model",
     ):
         decide(
             config(tmp_path, auto_resume=False, load_ckpt_info=nowhere),
