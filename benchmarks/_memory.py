@@ -73,11 +73,9 @@ def backward_in_16_bits(of: Sizes, recompute: float) -> int:
 
 
 def loss_in_16_bits(of: Sizes) -> int:
-    """The last norm's input and output, and the gradient of the latter; that of the head, as it is summed up and as it
-    comes from a chunk; a chunk's logits twice."""
+    """The last norm's input and output, and the gradient of the latter; that of the head as it is summed up, beside a
+    chunk's logits twice or, in the end, itself rounded."""
     rows = (WIDE + 2 * HALF) * of.tokens * of.hidden
-    return (
-        rows
-        + (WIDE + HALF) * of.vocab * of.hidden
-        + (WIDE + HALF) * of.chunk * of.vocab
-    )
+    rounded_gradient = HALF * of.vocab * of.hidden
+    logits = (WIDE + HALF) * of.chunk * of.vocab
+    return rows + WIDE * of.vocab * of.hidden + max(rounded_gradient, logits)

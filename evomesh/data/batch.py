@@ -33,7 +33,8 @@ class Batch:
         labels: [M, T] int64, the token to predict at each position, ``IGNORE`` where there is none.
         position_ids: [M, T] int64, position within the segment, restarting at 0.
         type_ids: [M, T] int64, index into the dataset's ``types``.
-        cu_seqlens: [M, K] int32, segment bounds 0 .. T of each micro-batch, padded on the right by repeating T.
+        cu_seqlens: [M, K] int32, segment bounds 0 .. T of each micro-batch, padded on the right by repeating T; from a
+            loader, K - 1 is a power of two.
         max_seqlen: longest segment over all micro-batches (a Python int: reading it never syncs with the device).
         host_bounds: ``cu_seqlens`` on the host, set once the batch is on a device.
         numbers: set for training with dropout; without it nothing is dropped.

@@ -166,7 +166,7 @@ def _varlen(
         # Not every version of the kernel takes a scale; all divide by sqrt(H).
         q = q * (scale * q.shape[2] ** 0.5)
     cu_seqlens = bounds.cu_seqlens
-    longest = bounds.max_seqlen
+    longest = bounds.kernel_max_seqlen()
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only on demand
     return out

@@ -6,14 +6,17 @@ Every element is a function of (seed, parameter name, global position). The glob
 matrix is divided into fixed tiles of 256 x 256. A counter-based generator (Philox,
 Salmon et al., 2011), keyed by seed and name, draws each tile separately: the index of
 the tile is the upper half of the counter. A rank draws only the tiles that overlap its
-shard, always in float32 on the CPU, whatever the device and dtype of the parameter.
+shard, always in float32 on the CPU, whatever the device and dtype of the parameter. No
+tile depends on another, so that threads may draw them in any order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +27,7 @@ from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
 TILE = 256  # rows and columns; this defines the numbers and is not a tuning knob
+MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def fill_parameter(
     axes: Mapping[str, Axis],
     initial: InitialWeight,
     seed: int,
+    threads: int | None = None,
 ) -> None:
     """Write this rank's shard of the global parameter ``name``.
 
@@ -48,28 +53,49 @@ def fill_parameter(
         name: global name; with ``seed`` it selects the random stream.
         spec: the global shape and how it is sharded.
         axes: the grid's axes by name; a missing axis counts as not sharded.
+        threads: that draw at one time; the values do not depend on it. None: one per core, at most ``MOST_THREADS``.
 
     Raises:
         ValueError: a dim after the second is sharded.
     """
-    with torch.no_grad():
-        if initial.kind == "constant":
-            parameter.fill_(initial.scale)
-            return
-        matrix_rows, matrix_columns = _matrix_shape(spec.shape)
-        rows, columns = _local_rectangle(name, spec, axes)
-        local = parameter.view(len(rows), len(columns))
-        # Band by band: `band` holds the global rows of one row of tiles, `owned` those
-        # of them in this shard. Rows 200 to 399 are the last 56 of the band 0 to 255
-        # and the first 144 of the band 256 to 511.
-        for band_index in _tiles_over(rows):
-            band = _tile_range(band_index, matrix_rows)
-            drawn = _draw_band(
-                name, band_index, len(band), columns, matrix_columns, initial, seed
-            )
-            owned = range(max(rows.start, band.start), min(rows.stop, band.stop))
-            target = local[owned.start - rows.start : owned.stop - rows.start]
-            target.copy_(drawn[owned.start - band.start : owned.stop - band.start])
+    shard = parameter.detach()
+    if initial.kind == "constant":
+        shard.fill_(initial.scale)
+        return
+    matrix_rows, matrix_columns = _matrix_shape(spec.shape)
+    rows, columns = _local_rectangle(name, spec, axes)
+    local = shard.view(len(rows), len(columns))
+
+    def fill_band(band_index: int) -> None:
+        # `band` holds the global rows of one row of tiles, `owned` those of them in this
+        # shard. Rows 200 to 399 are the last 56 of the band 0 to 255 and the first 144
+        # of the band 256 to 511.
+        band = _tile_range(band_index, matrix_rows)
+        drawn = _draw_band(
+            name, band_index, len(band), columns, matrix_columns, initial, seed
+        )
+        owned = range(max(rows.start, band.start), min(rows.stop, band.stop))
+        target = local[owned.start - rows.start : owned.stop - rows.start]
+        target.copy_(drawn[owned.start - band.start : owned.stop - band.start])
+
+    _for_each(fill_band, _tiles_over(rows), threads or _drawing_threads())
+
+
+def _for_each(action: Callable[[int], None], indices: range, threads: int) -> None:
+    """Call ``action`` with every index, in several threads if there is more than one."""
+    if threads == 1 or len(indices) <= 1:
+        for index in indices:
+            action(index)
+        return
+    # numpy draws without the interpreter's lock.
+    with ThreadPoolExecutor(min(threads, len(indices))) as pool:
+        for _ in pool.map(action, indices):
+            pass  # an error in a thread is raised here
+
+
+def _drawing_threads() -> int:
+    """Return one thread per core of this process, as many as the ranks of a large node can share its cores with."""
+    return min(len(os.sched_getaffinity(0)), MOST_THREADS)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -75,6 +75,36 @@ def _onednn_matmul_nt(
     return out
 
 
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to ``total`` [M, N], for a [M, K] and b [K, N] of the same or a narrower dtype. Not differentiable.
+
+    Of 16-bit matrices CUDA adds up the product in float32 in one pass. Otherwise it is
+    rounded to 16 bits, written, and read again to be added.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif adds_wide_products(a.device, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@cache
+def adds_wide_products(
+    device: torch.device, dtype: torch.dtype, wide: torch.dtype
+) -> bool:
+    """Return whether torch adds a product of ``dtype`` to a matrix of ``wide`` there, by trying it once."""
+    if device.type == "cpu":
+        return False
+    total = torch.zeros(16, 16, dtype=wide, device=device)
+    factor = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=wide, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False  # no such kernel: an older torch, or another kind of device
+    return True
+
+
 def uses_onednn(a: Tensor, b: Tensor) -> bool:
     """Return whether oneDNN computes the product of these matrices. Compiled code chooses its own kernels."""
     return (

@@ -48,6 +48,15 @@ class SequenceBounds:
         ).tolist()
         return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
+    def kernel_max_seqlen(self) -> int:
+        """Return ``max_seqlen``, rounded up to a power of two where that is not more than T.
+
+        cuDNN's attention keeps a plan for each value that it has seen, and flash does
+        not mind.
+        """
+        rounded = 1 << max(self.max_seqlen - 1, 0).bit_length()
+        return min(rounded, self.position_ids.shape[0])
+
     def span(self) -> Tensor:
         """Return [T] int64: for each token, the last position of its segment plus one."""
         positions = self.position_ids

@@ -24,13 +24,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from evomesh.config.schema import ZeroConfig
 from evomesh.optim.slot import ParameterSlot
 from evomesh.parallel.collectives import (
     PendingCollective,
     launch_all_gather,
     launch_all_reduce,
+    launch_next_sum,
     launch_reduce_scatter,
 )
+from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import is_sharded
 
 
@@ -43,6 +46,7 @@ class GradientBucket:
             None for other dtypes, whose gradients are copied into a message and freed.
         ready: slots whose gradient is complete.
         completions: events on the streams that completed them.
+        unlaunched: axes over which the result of ``pending`` is still a partial sum.
     """
 
     slots: list[ParameterSlot]
@@ -50,6 +54,7 @@ class GradientBucket:
     pending: PendingCollective | None = None
     ready: int = 0
     completions: list[torch.Event] = field(default_factory=list)
+    unlaunched: list[Axis] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.accumulators = allocate_accumulators(self.slots)
@@ -65,8 +70,12 @@ class GradientBucket:
         if completion is not None:
             self.completions.append(completion)
 
-    def launch(self) -> None:
-        """Start the first sum; the gradients are consumed."""
+    def launch(self, stream: torch.Stream | None = None) -> None:
+        """Start the sums; the gradients are consumed. On the CPU only the first, since the next needs its result.
+
+        Args:
+            stream: where a CUDA device waits for one sum before it starts the next.
+        """
         # FSDP2 calls its parameters' hooks on a separate stream, autograd the others'
         # on that of the forward.
         for completion in self.completions:
@@ -74,11 +83,17 @@ class GradientBucket:
         self.completions.clear()
         message = self._message()
         shard_axis = self.slots[0].shard_axis
+        sum_axes = list(self.slots[0].sum_axes)
         if shard_axis.size > 1:
             self.pending = launch_reduce_scatter(message, shard_axis)
         else:
-            first_sum_axis = self.slots[0].sum_axes[0]
-            self.pending = launch_all_reduce(message, first_sum_axis)
+            self.pending = launch_all_reduce(message, sum_axes.pop(0))
+        # Between nodes the sum over replicas takes longer than that inside a node: it
+        # has to overlap with backward too.
+        self.unlaunched = sum_axes
+        while self.unlaunched and not message.is_cpu:
+            axis = self.unlaunched.pop(0)
+            self.pending = launch_next_sum(self.pending, axis, stream)
 
     def _message(self) -> Tensor:
         """Return all gradients as [n, chunk]. Nothing else holds a copy of them from here on."""
@@ -98,13 +113,7 @@ class GradientBucket:
         self.pending = None
         self.ready = 0
 
-        # The launched collective has summed over the shard axis, or else over the first
-        # of the sum axes.
-        first = self.slots[0]
-        remaining = first.sum_axes
-        if first.shard_axis.size == 1:
-            remaining = remaining[1:]
-        for axis in remaining:
+        for axis in self.unlaunched:
             total = launch_all_reduce(total, axis).wait()
         self._give_to_masters(total)
 
@@ -140,6 +149,9 @@ class GradientSync:
         }
         self._micro_batches = 0
         self._launched = 0
+        self._stream = None
+        if slots and slots[0].local.is_cuda:
+            self._stream = torch.Stream(slots[0].local.device)
 
     def expect_micro_batches(self, micro_batches: int) -> None:
         """Set how many gradients of each parameter make up this step."""
@@ -158,14 +170,14 @@ class GradientSync:
         while (
             self._launched < len(self.buckets) and self.buckets[self._launched].is_full
         ):
-            self.buckets[self._launched].launch()
+            self.buckets[self._launched].launch(self._stream)
             self._launched += 1
 
     def finish(self) -> None:
         """Give every master its gradient, summed over all ranks that have a summand."""
         if self.overlap:
             for bucket in self.buckets[self._launched :]:
-                bucket.launch()
+                bucket.launch(self._stream)
         for bucket in self.buckets:
             bucket.finish()
         for slot in self.local:
@@ -274,6 +286,22 @@ def _by_gather(slots: Sequence[ParameterSlot]) -> Iterable[list[ParameterSlot]]:
             kind = (slot.shard_axis, slot.local.dtype)
             groups.setdefault(kind, []).append(slot)
     return groups.values()
+
+
+# Elements of one gather on a device: 256 MiB in 16 bits, enough to use the whole
+# bandwidth, and 52 messages of a 7B model instead of 291.
+DEVICE_GATHER_ELEMENTS = 2**27
+
+
+def gather_bucket_size(zero: ZeroConfig, device: torch.device) -> int:
+    """Return the most elements gathered at once, 0 for each parameter alone; no value changes a result.
+
+    A device never gathers parameter by parameter: a vector costs it as much time as
+    megabytes do.
+    """
+    if zero.use_split_tensor_optim:
+        return zero.all_gather_size
+    return 0 if device.type == "cpu" else DEVICE_GATHER_ELEMENTS
 
 
 class ParameterSync:

@@ -26,14 +26,29 @@ def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Te
     Args:
         grads: the gradients that this rank counts (see ``counts_in_norm``).
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    no_sums = torch.zeros(0, dtype=torch.float64, device=device)
+    return global_norm_and_sums(grads, no_sums, grid)[0]
+
+
+def global_norm_and_sums(
+    grads: Sequence[Tensor], sums: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Return the 2-norm of the gradients and ``sums``, over all ranks, by one message on each axis.
+
+    Args:
+        grads: the gradients that this rank counts (see ``counts_in_norm``).
+        sums: [K] float64, this rank's summands of other totals.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=sums.device)
     if grads:
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norms = torch._foreach_norm(list(grads), 2, dtype=wide)
         # float64 across tensors: the square of a norm overflows float32 long before the
         # norm does.
         total = torch.stack([norm.double() for norm in norms]).square().sum()
-    return all_reduce_no_grad(total, grid.dp, grid.tp, grid.pp).sqrt()
+    message = torch.cat([total.unsqueeze(0), sums])
+    summed = all_reduce_no_grad(message, grid.dp, grid.tp, grid.pp)
+    return summed[0].sqrt(), summed[1:]
 
 
 def counts_in_norm(spec: ShardSpec, axes: Sequence[Axis]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,14 @@ from evomesh.optim.buckets import (
     GradientSync,
     ParameterSync,
     copy_masters_to_parameters,
+    gather_bucket_size,
 )
-from evomesh.optim.clip import GradientCheck, check_norm, clip_factor, global_norm
+from evomesh.optim.clip import (
+    GradientCheck,
+    check_norm,
+    clip_factor,
+    global_norm_and_sums,
+)
 from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
@@ -35,6 +41,10 @@ from evomesh.parallel.spec import LocalShard, is_sharded
 logger = logging.getLogger(__name__)
 
 
+def _no_sums() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Outcome of one optimizer step.
@@ -42,10 +52,12 @@ class StepResult:
     Attributes:
         norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN if the step was skipped.
         profile: [R], what ``GradientProfile.measure`` returned; None without a profile.
+        sums: [K] float64, the ``sums`` given to the step, added over all ranks.
     """
 
     norm: Tensor
     profile: Tensor | None = None
+    sums: Tensor = field(default_factory=_no_sums)
 
     @property
     def grad_norm(self) -> float:
@@ -95,7 +107,7 @@ class ZeroOptimizer:
         )
         self._parameters = ParameterSync(
             self.slots,
-            bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
+            bucket_size=gather_bucket_size(zero, self.device),
             overlap=zero.overlap_sync_param and model is not None,
         )
         decays: dict[Tensor, float] = {}
@@ -129,6 +141,7 @@ class ZeroOptimizer:
         beta2: float,
         inv_scale: float,
         profile: GradientProfile | None = None,
+        sums: Tensor | None = None,
     ) -> StepResult:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
 
@@ -139,6 +152,7 @@ class ZeroOptimizer:
         Args:
             inv_scale: 1 / the loss scale that the gradients carry.
             profile: measures the gradients of this step too.
+            sums: [K] float64, this rank's summands of totals that travel with the norm.
 
         Returns:
             the norm, the same on every rank. If it is not finite, nothing changes.
@@ -159,7 +173,10 @@ class ZeroOptimizer:
                 counted.append(gradient)
 
         # 3. One norm over all parameters and ranks, each element counted once.
-        norm = global_norm(counted, self.grid, self.device) * inv_scale
+        if sums is None:
+            sums = _no_sums().to(self.device)
+        scaled_norm, totals = global_norm_and_sums(counted, sums, self.grid)
+        norm = scaled_norm * inv_scale
         measured = None if profile is None else profile.measure()
 
         # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
@@ -174,7 +191,7 @@ class ZeroOptimizer:
         # 6. Free the gradients of the masters.
         for slot in self.slots:
             slot.master.grad = None
-        return StepResult(norm, measured)
+        return StepResult(norm, measured, totals)
 
     def _scale_gradients(
         self, gradients: list[Tensor], norm: Tensor, inv_scale: float

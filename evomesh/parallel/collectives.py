@@ -18,7 +18,7 @@ without gradient, pending until ``wait()``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -308,6 +308,13 @@ class _PendingRowSum(PendingCollective):
         return padded[: self.shape.numel()].view(self.shape)
 
 
+@dataclass(frozen=True)
+class _PendingNextSum(PendingCollective):
+    """The sum of what another pending collective results in, which is kept until both are done."""
+
+    first: PendingCollective
+
+
 def _launch_row_exchange(
     bucket: Tensor, axis: Axis, shape: torch.Size | None = None
 ) -> PendingCollective:
@@ -380,6 +387,22 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
         return _launch_row_exchange(rows, axis, bucket.shape)
     work = dist.all_reduce(bucket, group=axis.group, async_op=True)
     return PendingCollective(bucket, work, bucket)
+
+
+def launch_next_sum(
+    pending: PendingCollective, axis: Axis, stream: torch.Stream | None
+) -> PendingCollective:
+    """Launch the sum of a pending result over a further axis, in place; not for the CPU, where the host would wait.
+
+    Args:
+        stream: of a CUDA device; it waits for the result, so that the current stream need not.
+    """
+    if stream is None:
+        total = pending.wait()
+        work = dist.all_reduce(total, group=axis.group, async_op=True)
+        return _PendingNextSum(total, work, pending.source, pending)
+    with torch.cuda.stream(cast(torch.cuda.Stream, stream)):
+        return launch_next_sum(pending, axis, None)
 
 
 def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:

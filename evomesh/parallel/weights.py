@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
+
+if TYPE_CHECKING:  # slow to import
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def shard_weights(
     device: torch.device,
     *,
     prefetch: Sequence[GatherPoint] = (),
+    read_in_forward_only: Sequence[nn.Module] = (),
 ) -> None:
     """Shard every parameter of ``units`` along dim 0 over ``axis``, in place; the rest of ``model`` is unchanged.
 
@@ -52,9 +56,11 @@ def shard_weights(
     Args:
         units: the modules whose weights are gathered together, a module before what contains it. Parameters on meta
             are allocated on ``device`` once they are sharded, so that no rank ever holds the unsharded model.
-        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated.
+        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated,
+            and those of another dtype than most of their unit.
         device: the device the model computes on.
         prefetch: where in forward the gathers of later units start; without, each unit gathers when it begins.
+        read_in_forward_only: units whose backward does not read their weights: they are not gathered for it.
 
     Raises:
         UserError: dim 0 of a parameter is not divisible by the size of ``wp``.
@@ -66,6 +72,8 @@ def shard_weights(
     sharded = {
         parameter for parameter in in_units if parameter.shape[0] % axis.size == 0
     }
+    if axis.name == "zero":
+        sharded -= _parameters_of_minor_dtype(units)
     if axis.name == "wp":
         _refuse_indivisible(model, in_units - sharded, axis)
     specs = _specs_after_sharding(model, sharded, axis)
@@ -75,6 +83,8 @@ def shard_weights(
     _apply_fsdp(model, units, sharded, axis, device)
     for point in prefetch:
         _start_gathers_at(point)
+    for unit in read_in_forward_only:
+        cast("FSDPModule", unit).set_unshard_in_backward(False)
 
     # 3. Allocate what was on the meta device; FSDP2 has replaced the parameters, so each gets its spec again.
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -137,7 +147,7 @@ def _apply_fsdp(
         parameter for parameter in model.parameters() if parameter not in sharded
     }
     for unit in units:
-        for module in _same_dtype(unit):
+        for module in _same_dtype(unit, sharded):
             if isinstance(module, FSDPModule):
                 continue  # the unit inside this one has taken it
             reduce_dtype = torch.promote_types(_dtype(module), torch.float32)
@@ -204,14 +214,28 @@ def _refuse_indivisible(
             )
 
 
-def _same_dtype(block: nn.Module) -> Iterable[nn.Module]:
-    """Yield modules whose dtype differs from most of the block (norms kept in float32), then the block.
+def _parameters_of_minor_dtype(units: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters whose dtype is not that of most of their unit: norms kept in float32.
+
+    FSDP2 needs one dtype per unit, so that each norm would be a unit of its own: two
+    gathers and a reduce-scatter of 16 KiB, which take as long as those of megabytes. They
+    stay whole, and the optimizer sums their gradients.
+    """
+    minor: set[nn.Parameter] = set()
+    for unit in units:
+        dtype = _dtype(unit)
+        minor |= {one for one in unit.parameters() if one.dtype != dtype}
+    return minor
+
+
+def _same_dtype(block: nn.Module, sharded: set[nn.Parameter]) -> Iterable[nn.Module]:
+    """Yield modules whose sharded weights differ in dtype from most of the block (isp's float32 norms), then the block.
 
     FSDP2 needs one dtype per unit.
     """
     dtype = _dtype(block)
     for module in block.modules():
-        own = list(module.parameters(recurse=False))
+        own = [one for one in module.parameters(recurse=False) if one in sharded]
         if own and module is not block and own[0].dtype != dtype:
             yield module
     yield block

@@ -29,6 +29,9 @@ from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots
 from evomesh.pipeline.stages import stages_of_rank
 
 ZBV_SINCE = "2.13"  # the first version of torch that it is known to work with
+LossScale = (
+    float | Tensor
+)  # factor of a micro-batch's summed loss; a scalar tensor keeps it on the device
 OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
 ShouldStop = Callable[[int], bool]  # number of finished micro-batches
 
@@ -54,7 +57,7 @@ class Schedule(Protocol):
     def train(
         self,
         batch: Batch,
-        scales: Sequence[float],
+        scales: Sequence[LossScale],
         terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
@@ -78,7 +81,7 @@ class SingleStageSchedule:
     def train(
         self,
         batch: Batch,
-        scales: Sequence[float],
+        scales: Sequence[LossScale],
         terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
@@ -97,14 +100,18 @@ class SingleStageSchedule:
             on_output(index, self._loss(batch, index, 1.0, PLAIN))
 
     def _loss(
-        self, batch: Batch, index: int, scale: float, terms: LossTerms
+        self, batch: Batch, index: int, scale: LossScale, terms: LossTerms
     ) -> LossOutput:
         hidden = self.model(batch.tokens[index], micro_batch_bounds(batch, index))
         return _model_loss(self.model, hidden, batch.labels[index], scale, terms)
 
 
 def _model_loss(
-    model: StageModel, hidden: Tensor, labels: Tensor, scale: float, terms: LossTerms
+    model: StageModel,
+    hidden: Tensor,
+    labels: Tensor,
+    scale: LossScale,
+    terms: LossTerms,
 ) -> LossOutput:
     """Call ``model.loss``, whose ``z_loss_coeff`` a custom model may lack (the build refuses that)."""
     z_loss = {}
@@ -118,7 +125,7 @@ class _ScheduleInputs:
     """Inputs that the stages of this rank read while a schedule runs."""
 
     batch: Batch
-    scales: Sequence[float]
+    scales: Sequence[LossScale]
     terms: LossTerms
     on_output: OnOutput
 
@@ -220,7 +227,7 @@ class PipelineSchedule:
     def train(
         self,
         batch: Batch,
-        scales: Sequence[float],
+        scales: Sequence[LossScale],
         terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
@@ -314,7 +321,7 @@ class PipelineSchedule:
     def rehearse(
         self,
         batch: Batch,
-        scales: Sequence[float],
+        scales: Sequence[LossScale],
         terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,

@@ -13,6 +13,7 @@ starts the gather of the next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import cast
 
@@ -66,6 +67,23 @@ def gather_points(
             point = GatherPoint(module, next_units, is_after)
             points.append(point)
     return [point for point in points if point.units]
+
+
+def units_read_in_forward_only(
+    model: nn.Module, units: Sequence[nn.Module]
+) -> list[nn.Module]:
+    """Return the units whose weights no backward reads: gathering them for it would be traffic for nothing.
+
+    The gradient of an embedding needs the ids alone, and the loss makes that of the head
+    in forward (``layers/loss.py``). A normalized head is another matter: the gradient of
+    the normalization reads the weight.
+    """
+    if not isinstance(model, Decoder):
+        return []
+    ends = [model.embedding]
+    if not model.config.norm_head:
+        ends.append(model.head)
+    return [end for end in ends if end is not None and end in units]
 
 
 def _first_units(

@@ -22,7 +22,11 @@ from evomesh.parallel.spec import spec_of, with_spec
 from evomesh.parallel.weights import shard_weights
 from evomesh.pipeline.schedule import PipelineSchedule, Schedule, SingleStageSchedule
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
-from evomesh.train.sharding_units import gather_points, sharding_units
+from evomesh.train.sharding_units import (
+    gather_points,
+    sharding_units,
+    units_read_in_forward_only,
+)
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,14 @@ def _build_chunk(
         settings, grid=grid, mode=mode, device="meta", layer_range=layer_range
     )
     weight = config.parallel.weight
+    units = sharding_units(model, axis, weight)
     shard_weights(
         model,
-        sharding_units(model, axis, weight),
+        units,
         axis,
         device,
         prefetch=gather_points(model, axis, weight) if weight.overlap else (),
+        read_in_forward_only=units_read_in_forward_only(model, units),
     )
     clear_padding(model, grid)
     return model

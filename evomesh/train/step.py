@@ -84,10 +84,10 @@ def train_step(
     device = optimizer.device
     watch = Stopwatch(device)
 
-    # 1. Weights of the micro-batches, counted before the device has work.
-    weights = micro_batch_weights(batch.labels, grid, loss_config)
-    scales = [weight * scaler.scale for weight in weights]
+    # 1. Weights of the micro-batches, which never leave the device.
     batch = batch.to(device)
+    weights = micro_batch_weights(batch.labels, grid, loss_config)
+    scales = (weights * scaler.scale).unbind()
 
     # 2. Forward and backward. The sums stay on the device.
     sums = _LossSums(batch, data_types, scaler.scale)
@@ -98,13 +98,15 @@ def train_step(
         return None
     watch.stop()
 
-    # 3. Update: clips, skips a gradient that is not finite, applies AdamW.
+    # 3. Update: clips, skips a gradient that is not finite, applies AdamW. The losses
+    #    are summed over the ranks together with the norm.
+    own_sums = sums.of_this_rank(grid)
     with region("optimizer"):
-        update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile)
+        update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile, own_sums)
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
-    results, measured = _read_results(update, sums, grid)
+    results, measured = _read_results(update, sums)
     results = _with_gradients(results, profile, measured, scaler.scale)
     scaler.update(results.update.check)
     return replace(results, fwd_bwd_time=watch.seconds())
@@ -145,27 +147,27 @@ class _LossSums:
         labels = self.batch.labels[index]
         self.tally.add(output, labels, self.batch.type_ids[index])
 
+    def of_this_rank(self, grid: Grid) -> Tensor:
+        """Return objectives [2] and tally, flat: this rank's summands of the sums over the world.
 
-def _read_results(
-    update: StepResult, sums: _LossSums, grid: Grid
-) -> tuple[StepOutput, Tensor]:
-    """Add the sums of all ranks and bring them to the host together with what the update returned.
+        Only ranks of the last pipeline stage have added losses. The ranks of a tensor
+        axis all have the same losses, of which the first adds them.
+        """
+        sums = torch.cat([self.objectives, self.tally.sums.flatten()])
+        # Not a product with 0: the loss of an overflow may be inf.
+        return sums if grid.tp.rank == 0 else torch.zeros_like(sums)
 
-    Only ranks of the last pipeline stage have added losses, so the sum over pp counts
-    each loss once.
+
+def _read_results(update: StepResult, sums: _LossSums) -> tuple[StepOutput, Tensor]:
+    """Bring what the update returned to the host, with it the sums of all ranks.
 
     Returns:
         the results, and what a profile measured; empty without one.
     """
-    objectives = all_reduce_no_grad(sums.objectives, grid.dp, grid.pp)
-    tally = sums.tally.reduce(grid.dp, grid.pp)
+    tally = sums.tally
     # One tensor, so that the host waits once: norm, the two objectives, the sums of the
     # tally, then what a profile measured.
-    on_device = [
-        update.norm.unsqueeze(0),
-        objectives,
-        tally.sums.flatten(),
-    ]
+    on_device = [update.norm.unsqueeze(0), update.sums]
     if update.profile is not None:
         on_device.append(update.profile)
     results = copy_to_host(torch.cat(on_device))
@@ -184,16 +186,14 @@ def copy_to_host(results: Tensor) -> Tensor:
     return results.cpu()
 
 
-def micro_batch_weights(
-    labels: Tensor, grid: Grid, loss_config: LossConfig
-) -> list[float]:
-    """Return the factor of each micro-batch's summed token losses.
+def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> Tensor:
+    """Return the factor of each micro-batch's summed token losses, [M] float64.
 
-    Targets are counted, and summed over the data-parallel ranks, on the host, so no
-    device has to be waited for.
+    Targets are counted, and summed over the data-parallel ranks, on the device: hosts
+    that had to wait for each other would leave a thousand devices idle.
 
     Args:
-        labels: [M, T] of this rank, on the host.
+        labels: [M, T] of this rank.
     """
     # A micro-batch without a target has a loss of 0 whatever its factor: any divisor
     # but 0 will do.
@@ -202,9 +202,9 @@ def micro_batch_weights(
     if loss_config.reduction == "micro_batch":
         num_micro_batches = len(targets) * grid.dp.size
         divisors = targets.clamp(min=1) * num_micro_batches
-        return [1.0 / divisor for divisor in divisors.tolist()]
+        return 1.0 / divisors.double()
     # Two ranks with 30 and 10 targets divide by 40 both: a mean of the ranks' means
     # would weigh the 10 three times.
     total = all_reduce_no_grad(targets.sum(), grid.dp)
-    divisor = max(int(total), 1)
-    return [1.0 / divisor] * len(targets)
+    weight = 1.0 / total.clamp(min=1).double()
+    return weight.expand(len(targets))

@@ -88,7 +88,7 @@ class Trainer:
         profile = self._step_profile()
         if profile is not None:
             stack.enter_context(profile)
-        decision = poll.after_step(self.state.step)
+        decision = poll.before_first_step(self.state.step)
         while self.state.step < self.config.data.total_steps and not decision.stop:
             self._one_step(poll)
             if profile is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
@@ -71,3 +72,25 @@ def no_host_waits() -> Iterator[_Copies]:
     """Raises where the host would wait for the meta device; yields the count of copies that it does not wait for."""
     with _Numbers(), _Copies() as copies:
         yield copies
+
+
+class _Messages(TorchDispatchMode):
+    def __init__(self, messages: list[Tensor]) -> None:
+        super().__init__()
+        self._messages = messages
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operation.namespace == "c10d":
+            leaves = tree_leaves(args)
+            self._messages += [leaf for leaf in leaves if isinstance(leaf, Tensor)][:1]
+        return operation(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record_messages() -> Iterator[list[Tensor]]:
+    """Yields the first tensor of every collective, which says on which device it runs."""
+    messages: list[Tensor] = []
+    with _Messages(messages):
+        yield messages

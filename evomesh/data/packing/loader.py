@@ -37,7 +37,7 @@ class StepSampler(Protocol):
 
 
 def collate(packs: Sequence[Pack]) -> Batch:
-    """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T."""
+    """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T, to 2**n + 1 bounds."""
     bounds = _pad_bounds([pack.cu_seqlens for pack in packs])
     lengths = np.diff(bounds)
     return Batch(
@@ -51,10 +51,20 @@ def collate(packs: Sequence[Pack]) -> Batch:
 
 
 def _pad_bounds(bounds: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
-    """Repeat the last bound of each pack until all have as many."""
+    """Repeat the last bound of each pack until all have as many segments, a power of two.
+
+    cuDNN's attention keeps a plan for each number of segments that it has seen, and
+    makes one in some 40 ms.
+    """
     # Bounds 0 3 8 and 0 8 become 0 3 8 and 0 8 8: the segment that is added is empty.
-    most = max(map(len, bounds))
-    return [np.pad(each, (0, most - len(each)), mode="edge") for each in bounds]
+    most_segments = max(map(len, bounds)) - 1
+    length = 1 + next_power_of_two(most_segments)
+    return [np.pad(each, (0, length - len(each)), mode="edge") for each in bounds]
+
+
+def next_power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not less than ``number``."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _stack(rows: Iterable[NDArray[Any]]) -> torch.Tensor:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
+from evomesh.layers import init
 from evomesh.layers.init import InitialWeight, fill_parameter
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
@@ -90,3 +93,42 @@ def test_numbers_are_pinned() -> None:
 
 
 PINNED = [-0.3281902074813843, 0.4971446394920349, 1.5129783153533936]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_the_number_of_threads_changes_no_bit(
+    kind: Literal["normal", "uniform"], threads: int
+) -> None:
+    initial = InitialWeight(kind, 0.02)
+    axes = {"tp": Axis("tp", 2, 1)}
+    for shards in ((), (("tp", 0),)):
+        spec = ShardSpec((1500, 300), shards)
+        shape = [len(held) for held in spec.local_ranges(axes)]
+        one, many = torch.zeros(2, *shape)
+        fill_parameter("w", one, spec, axes, initial, 5, threads=1)
+        fill_parameter("w", many, spec, axes, initial, 5, threads=threads)
+        assert one.any(1).all() and torch.equal(one, many)
+
+
+def test_bands_are_drawn_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four bands waits until all four have begun, which one thread after the other never would."""
+    together = threading.Barrier(4, timeout=20)
+    draw_band = init._draw_band
+
+    def waiting(*arguments: Any) -> torch.Tensor:
+        together.wait()
+        return draw_band(*arguments)
+
+    monkeypatch.setattr(init, "_draw_band", waiting)
+    weight = nn.Parameter(torch.zeros(1024, 8))
+    fill_parameter("w", weight, ShardSpec((1024, 8)), {}, NORMAL, 0, threads=4)
+    assert weight.any(1).all() and weight.grad_fn is None
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "_draw_band", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        fill_parameter(
+            "w", torch.zeros(1024, 8), ShardSpec((1024, 8)), {}, NORMAL, 0, threads=2
+        )

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.config.schema import IGNORE
+from evomesh.layers import loss, products
 from evomesh.layers.loss import (
     MIN_CHUNK_TOKENS,
     LossOutput,
@@ -191,10 +196,61 @@ def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens"), [(8000, 8192), (32000, 2048), (100_000, 512), (500_000, 512)]
+    ("rows", "tokens"),
+    [(8000, 4096), (103_168, 4096), (128_256, 4096), (256_000, 2048), (2**21, 512)],
 )
-def test_chunks_on_cuda_are_as_many_small_ones_as_the_budget_has_room_for(
+def test_chunks_on_cuda_have_tokens_enough_for_the_sum_of_their_gradients(
     rows: int, tokens: int
 ) -> None:
     assert tokens_per_chunk(rows, on_cuda=True) == tokens
     assert tokens_per_chunk(rows, on_cuda=False) == MIN_CHUNK_TOKENS
+    gibibytes = rows * tokens * 4 / 2**30
+    assert gibibytes <= 2 or tokens == MIN_CHUNK_TOKENS
+
+
+class _NarrowProducts(TorchDispatchMode):
+    """Counts 16-bit matrices of a weight's shape: products that are rounded before they are added up."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.linear.default):
+            self.count += result.shape == (V, D)
+        return result
+
+
+def test_a_device_adds_up_16_bit_products_in_float32() -> None:
+    """On the meta device, where torch has the kernel as on CUDA."""
+    hidden, weight, labels = (x.to("meta") for x in inputs(torch.bfloat16))
+    with _NarrowProducts() as narrow:
+        linear_cross_entropy(
+            hidden.requires_grad_(), weight, labels, vocab_size=V, chunk=8
+        )
+    assert narrow.count == 0
+
+
+def test_a_sum_of_wide_products_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's kernel: closer to float64 than products that are rounded to 16 bits one by one."""
+
+    def addmm(
+        total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor
+    ) -> Tensor:
+        return out.copy_(total + a.to(out_dtype) @ b.to(out_dtype))
+
+    hidden, weight, labels = inputs(torch.bfloat16)
+
+    def gradient() -> Tensor:
+        out = linear_cross_entropy(hidden, weight, labels, vocab_size=V, chunk=2)
+        return torch.autograd.grad(out.scaled_sum, weight)[0]
+
+    narrow = gradient()
+    for module in (products, loss):
+        monkeypatch.setattr(module, "adds_wide_products", lambda *_: True)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    wide = gradient()
+    expected, *_ = reference(hidden.double(), weight.double(), labels)
+    exact = torch.autograd.grad(expected, weight)[0].double()
+    assert (wide.double() - exact).norm() < (narrow.double() - exact).norm()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -32,7 +33,7 @@ from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.plan.trace import weights_on_meta
 from evomesh.train import step
 from evomesh.train.stages import build_stages
-from tests.support.host_reads import HostWaits, no_host_waits
+from tests.support.host_reads import HostWaits, no_host_waits, record_messages
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +65,35 @@ def host_batch(micro_num: int = 2) -> Batch:
     positions = torch.cat([torch.arange(16), torch.arange(32)]).repeat(micro_num, 1)
     bounds = torch.tensor([[0, 16, 48, 48]], dtype=torch.int32).repeat(micro_num, 1)
     return Batch(ids, labels, positions, ids, bounds, 32)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"zero1": {"size": 4}},
+    {"zero1": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}},
+    {"tensor": {"size": 2, "mode": "msp"}, "zero1": {"size": 2}},
+    {"tensor": {"size": 2, "mode": "fsp"}},
+    {"zero1": {"fsdp": True}},
+    {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2, "overlap": True}},
+    {"pipeline": {"size": 2}},
+]
+
+
+@contextmanager
+def step_of_one_in_four(
+    monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]
+) -> Iterator[CountedStep]:
+    """The step of the last rank of a fake world of four, whose collectives return immediately.
+
+    A pipeline runs its last stage only, without torch's schedule, which cannot agree on shapes there.
+    """
+    monkeypatch.setattr(PipelineSchedule, "train", PipelineSchedule.rehearse)
+    parallel = ParallelConfig.model_validate(layout)
+    overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
+    with fake_world(4, 3), weights_on_meta():
+        grid = build_grid(parallel, 4, 3)
+        yield CountedStep(
+            monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap
+        )
 
 
 class CountedStep:
@@ -163,44 +193,38 @@ class TestHostWaitsOfAStep:
             counted_step()
         assert len(counted_step.reads) == 1
 
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            {"zero1": {"size": 4}},
-            {"zero1": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}},
-            {"tensor": {"size": 2, "mode": "msp"}, "zero1": {"size": 2}},
-            {"tensor": {"size": 2, "mode": "fsp"}},
-            {"zero1": {"fsdp": True}},
-            {
-                "tensor": {"size": 2, "mode": "isp"},
-                "weight": {"size": 2, "overlap": True},
-            },
-            {"pipeline": {"size": 2}},
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_one_wait_in_every_layout(
         self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]
     ) -> None:
-        """In a fake world of four ranks, whose collectives return immediately; the second step is profiled.
-
-        A pipeline runs its last stage only, without torch's schedule, which cannot agree on shapes there.
-        """
-        monkeypatch.setattr(PipelineSchedule, "train", PipelineSchedule.rehearse)
-        parallel = ParallelConfig.model_validate(layout)
-        with fake_world(4, 3), weights_on_meta():
-            overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
-            grid = build_grid(parallel, 4, 3)
-            counted_step = CountedStep(
-                monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap
-            )
-            optimizer = counted_step.optimizer
-            profile = GradientProfile(MEASURED, optimizer.slots, grid, tied=False)
+        """The second step is profiled."""
+        with step_of_one_in_four(monkeypatch, layout) as counted_step:
+            slots, grid = counted_step.optimizer.slots, counted_step.grid
+            profile = GradientProfile(MEASURED, slots, grid, tied=False)
             with no_host_waits():
                 counted_step()
                 counted_step(profile=profile)
         usual, measured = counted_step.reads
         assert measured[0] == usual[0] + 2 * len(profile.elements) + VOCAB
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+    def test_no_message_of_the_host_and_one_for_all_sums_in_every_layout(
+        self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]
+    ) -> None:
+        with step_of_one_in_four(monkeypatch, layout) as counted_step:
+            counted_step()
+            with record_messages() as messages:
+                counted_step()
+            grid = counted_step.grid
+        assert messages, "nothing was recorded"
+        assert {message.device for message in messages} == {META}
+        # Of a bfloat16 model only counts and sums are wider than float32.
+        small = [m for m in messages if m.dtype in (torch.int64, torch.float64)]
+        targets = [(1, torch.int64)] * (grid.dp.size > 1)
+        # Norm, objective, its z-loss and the tally of two types, once on each axis.
+        axes = [axis for axis in (grid.dp, grid.tp, grid.pp) if axis.size > 1]
+        sums = [(1 + 2 + 3 * 2, torch.float64)] * len(axes)
+        assert [(m.numel(), m.dtype) for m in small] == targets + sums
 
     @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
     def test_a_second_wait_fails_this_test(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.distributed import HashStore
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train.signals import StopRequest
-from evomesh.train.stop import StopBoundary, StopDecision, StopPoll
+from evomesh.train.stop import StopBoundary, StopDecision, StopPoll, StopRegister
 from tests.unit.checkpoint.native.ranks import ThreadExchange, run_ranks
 
 
@@ -80,12 +79,16 @@ def test_a_stop_file_that_becomes_a_pipe_does_not_stop_the_training(
 
 
 def test_a_signal_on_one_rank_stops_all(tmp_path: Path) -> None:
+    store = HashStore()
+
     def one(exchange: ThreadExchange) -> tuple[StopDecision, StopDecision, object]:
         request = StopRequest()
-        poll = StopPoll(request, str(tmp_path / "stop"), exchange)
-        before = poll.after_step(1)
+        poll = StopPoll(request, str(tmp_path / "stop"), exchange, store)
+        before = poll.before_first_step(1)
         if exchange.rank == 2:
             request.signal = signal.SIGTERM
+            poll.after_step(2)
+        exchange.broadcast(None)
         return before, poll.after_step(2), request.signal
 
     assert (
@@ -94,57 +97,164 @@ def test_a_signal_on_one_rank_stops_all(tmp_path: Path) -> None:
     )
 
 
+def test_a_signal_before_the_first_step_stops_all(tmp_path: Path) -> None:
+    store = HashStore()
+
+    def one(exchange: ThreadExchange) -> StopDecision:
+        request = StopRequest()
+        if exchange.rank == 2:
+            request.signal = signal.SIGINT
+        poll = StopPoll(request, str(tmp_path / "stop"), exchange, store)
+        return poll.before_first_step(7)
+
+    assert run_ranks(4, one) == [StopDecision(stop=True)] * 4
+
+
+class CountedExchange(ThreadExchange):
+    """An exchange between threads that counts its messages."""
+
+    messages = 0
+
+    def gather(self, message: object) -> list[object] | None:
+        self.messages += 1
+        return super().gather(message)
+
+    def broadcast(self, message: object) -> object:
+        self.messages += 1
+        return super().broadcast(message)
+
+
+def test_a_step_has_no_host_collective(tmp_path: Path) -> None:
+    store = HashStore()
+
+    def one(exchange: ThreadExchange) -> list[int]:
+        exchange.__class__ = CountedExchange
+        assert isinstance(exchange, CountedExchange)
+        poll = StopPoll(StopRequest(), str(tmp_path / "stop"), exchange, store)
+        poll.before_first_step(0)
+        counts = [exchange.messages]
+        for step in range(20):
+            for done in range(1, 4):
+                assert not poll.between_micro_batches(step, done)
+            assert poll.after_step(step + 1) == StopDecision()
+        return [*counts, exchange.messages]
+
+    assert run_ranks(4, one) == [[2, 2]] * 4
+
+
 STEPS, MICRO_BATCHES, RANKS = 4, 6, 4
 
 
-def stopped_at(seed: int) -> tuple[set[tuple[int, int]], tuple[int, int]]:
-    """Run four ranks at different paces and return the boundaries where they stopped, and the first request."""
-    store, draw = HashStore(), random.Random(seed)
-    asked = (draw.randrange(STEPS), draw.randrange(1, MICRO_BATCHES))
-    asked_ranks = set(draw.sample(range(RANKS), draw.choice([1, 1, 2, 4])))
-    together = threading.Barrier(RANKS)
-    stops: list[tuple[int, int]] = [(-1, -1)] * RANKS
-    signalled = threading.Event()
+class StopRun:
+    """Four ranks at different paces; only with a stop file do they wait for each other at the end of a step.
 
-    def run(rank: int) -> None:
-        boundary, pace = StopBoundary(store), random.Random(seed * RANKS + rank)
-        for step in range(STEPS):
-            for done in range(1, MICRO_BATCHES):
-                time.sleep(pace.random() * 1e-4)
-                wanted = rank in asked_ranks and (step, done) >= asked
-                if wanted:
-                    signalled.set()
-                if boundary.reached(step, done, wanted):
-                    stops[rank] = (step, done)
-                    return
-            together.wait()  # the end of a step: gradients are summed, and ranks ask each other about signals
-            if signalled.is_set():
-                stops[rank] = (step, MICRO_BATCHES)
-                return
-            together.wait()
+    Args:
+        seed: of the paces, of who is asked to stop and when.
+        number: to write into the stop file when rank 0 reaches the boundary.
+    """
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(RANKS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return set(stops), asked
+    def __init__(self, seed: int, path: Path, number: int = 0) -> None:
+        draw = random.Random(seed)
+        self.seed, self.path, self.number = seed, path, number
+        self.asked = (draw.randrange(STEPS), draw.randrange(MICRO_BATCHES))
+        self.asked_ranks = set(draw.sample(range(RANKS), draw.choice([1, 1, 2, 4])))
+        self.store = HashStore()
+
+    def decisions(self) -> list[list[tuple[tuple[int, int], StopDecision]]]:
+        """What each rank decides at its boundaries, where that is anything."""
+        path = str(self.path / f"stop {self.seed}")
+
+        def one(
+            exchange: ThreadExchange,
+        ) -> list[tuple[tuple[int, int], StopDecision]]:
+            request = StopRequest()
+            pace = random.Random(self.seed * RANKS + exchange.rank)
+            poll = StopPoll(request, path, exchange, self.store)
+            made = []
+            poll.before_first_step(0)
+            for step in range(STEPS):
+                for done in range(MICRO_BATCHES):
+                    here = (step, done)
+                    time.sleep(pace.random() * 1e-4)
+                    asks = exchange.rank in self.asked_ranks and not self.number
+                    if asks and here >= self.asked:
+                        request.signal = signal.SIGTERM
+                    if here == self.asked and self.number and exchange.rank == 0:
+                        Path(path).write_text(str(self.number))
+                    decision = (
+                        StopDecision(stop=poll.between_micro_batches(step, done))
+                        if done
+                        else poll.after_step(step)
+                    )
+                    if decision != StopDecision():
+                        made.append((here, decision))
+                    if decision.stop:
+                        assert request.signal == (None if self.number else 15)
+                        return made
+                if self.number:
+                    exchange.broadcast(None)  # as the sums of a step do
+            return made
+
+        return run_ranks(RANKS, one)
 
 
-def test_all_ranks_stop_at_the_same_micro_batch() -> None:
+def test_all_ranks_stop_at_the_same_boundary(tmp_path: Path) -> None:
     early = 0
-    for seed in range(60):
-        stops, asked = stopped_at(seed)
-        (stop,) = stops
-        assert stop[0] == asked[0] and stop >= asked
-        early += stop[1] < MICRO_BATCHES
-    assert early > 30, "hardly ever before the end of the step"
+    for seed in range(40):
+        run = StopRun(seed, tmp_path)
+        first, *others = run.decisions()
+        assert others == [first] * 3
+        if first:
+            ((stop, decision),) = first
+            assert decision == StopDecision(stop=True) and stop >= run.asked
+            early += stop[1] > 0
+    assert early > 12, "hardly ever before the end of the step"
+
+
+@pytest.mark.parametrize("number", [2, -2])
+def test_all_ranks_obey_the_stop_file_after_the_same_step(
+    tmp_path: Path, number: int
+) -> None:
+    after: set[int] = set()
+    for seed in range(40):
+        run = StopRun(seed, tmp_path, number)
+        first, *others = run.decisions()
+        assert others == [first] * 3
+        for (step, done), decision in first:
+            assert done == 0
+            assert decision == StopDecision(save=True, stop=number > 0)
+            after.add(step)
+        if run.asked < (1, 1):  # read by rank 0 before it starts the second step
+            assert [step for (step, _), _ in first] == [2]
+    assert after == {2, 3}
+
+
+def test_a_late_number_of_the_stop_file_holds_one_step_later() -> None:
+    register = StopRegister(farthest=(7, 3))
+    assert register.with_file_number(7, step=7).file_number == 8
+    assert register.with_file_number(-6, step=6).file_number == -8
+    assert register.with_file_number(8, step=6).file_number == 8
+    assert register.with_file_number(5, step=6).file_number == 5, "long ago"
+    assert StopRegister().with_file_number(0, step=0).file_number == 0
 
 
 def test_a_slower_rank_stops_at_the_first_boundary_that_none_has_passed() -> None:
-    store = HashStore()
+    store, term = HashStore(), signal.SIGTERM
     ahead, behind = StopBoundary(store), StopBoundary(store)
-    assert [ahead.reached(0, done, False) for done in (1, 2, 3)] == [False] * 3
-    assert not behind.reached(0, 1, True)  # the other has passed 3: both stop at 4
-    assert [behind.reached(0, done, True) for done in (2, 3, 4)] == [False, False, True]
-    assert ahead.reached(0, 4, False)
+    for done in (1, 2, 3):
+        assert ahead.visit((0, done)).stop_at is None
+    # The other has passed 3: both stop at 4.
+    for done in (1, 2, 3, 4):
+        assert behind.visit((0, done), term).stop_at == (0, 4)
+    assert ahead.visit((0, 4)).stop_at == (0, 4)
+
+
+def test_an_earlier_run_of_the_same_processes_leaves_no_request(tmp_path: Path) -> None:
+    store = HashStore()
+    StopBoundary(store).visit((5, 0), signal.SIGTERM, 9)
+
+    def one(exchange: ThreadExchange) -> list[StopDecision]:
+        poll = StopPoll(StopRequest(), str(tmp_path / "stop"), exchange, store)
+        return [poll.before_first_step(8), poll.after_step(9)]
+
+    assert run_ranks(2, one) == [[StopDecision()] * 2] * 2

@@ -121,7 +121,7 @@ def test_token_files_give_batches_of_rows_and_resume(tmp_path: Path) -> None:
     assert dropped == [2 * 24 + 18 * 8, 1 * 24 + 12 * 8]
     batch = next(iter(data.stream()))
     assert batch.tokens.shape == (2, 48)
-    assert batch.cu_seqlens.tolist() == [[0, 16, 32, 48]] * 2
+    assert batch.cu_seqlens.tolist() == [[0, 16, 32, 48, 48]] * 2
     assert (batch.labels.view(2, 3, 16)[:, :, -1] == IGNORED).all()
     halves = [next(iter(data.stream(rank, 2))).tokens for rank in range(2)]
     whole = options(tmp_path, micro_num=4)
