@@ -80,7 +80,7 @@ def units_read_in_forward_only(
     """
     if not isinstance(model, Decoder):
         return []
-    ends = [model.embedding]
+    ends: list[nn.Module | None] = [model.embedding]
     if not model.config.norm_head:
         ends.append(model.head)
     return [end for end in ends if end is not None and end in units]
