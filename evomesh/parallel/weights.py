@@ -81,10 +81,7 @@ def shard_weights(
 
     # 2. FSDP2 takes over the units.
     _apply_fsdp(model, units, sharded, axis, device)
-    for point in prefetch:
-        _start_gathers_at(point)
-    for unit in read_in_forward_only:
-        cast("FSDPModule", unit).set_unshard_in_backward(False)
+    _time_gathers(prefetch, read_in_forward_only)
 
     # 3. Allocate what was on the meta device; FSDP2 has replaced the parameters, so each gets its spec again.
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -170,6 +167,16 @@ def _apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _time_gathers(
+    prefetch: Sequence[GatherPoint], read_in_forward_only: Sequence[nn.Module]
+) -> None:
+    """Make gathers start early where ``prefetch`` says so, and leave out those that backward does not need."""
+    for point in prefetch:
+        _start_gathers_at(point)
+    for unit in read_in_forward_only:
+        cast("FSDPModule", unit).set_unshard_in_backward(False)
+
+
 def _start_gathers_at(point: GatherPoint) -> None:
     from torch.distributed.fsdp import FSDPModule
 
@@ -217,7 +224,7 @@ def _refuse_indivisible(
 def _parameters_of_minor_dtype(units: Sequence[nn.Module]) -> set[nn.Parameter]:
     """Return the parameters whose dtype is not that of most of their unit: norms kept in float32.
 
-    FSDP2 needs one dtype per unit, so that each norm would be a unit of its own: two
+    FSDP2 needs one dtype per unit, so that each norm would be a separate unit: two
     gathers and a reduce-scatter of 16 KiB, which take as long as those of megabytes. They
     stay whole, and the optimizer sums their gradients.
     """
