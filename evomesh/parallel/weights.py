@@ -170,7 +170,7 @@ def _apply_fsdp(
 def _time_gathers(
     prefetch: Sequence[GatherPoint], read_in_forward_only: Sequence[nn.Module]
 ) -> None:
-    """Make gathers start early where ``prefetch`` says so, and leave out those that backward does not need."""
+    """Start gathers early at the points of ``prefetch``, and leave out those that backward does not need."""
     for point in prefetch:
         _start_gathers_at(point)
     for unit in read_in_forward_only:
