@@ -14,9 +14,16 @@ if TYPE_CHECKING:
 
     from evomesh.config.schema import Config
     from evomesh.parallel.traffic import TrafficLog
+    from evomesh.plan.memory import PeakMemory
     from evomesh.plan.trace import RankMemory
 
 MIB = 2**20
+GIB = 2**30
+WHERE = {
+    "loss": "the loss",
+    "backward": "backward",
+    "update": "the update",
+}
 
 
 def plan(
@@ -29,6 +36,9 @@ def plan(
             "--trace", help="Also trace one step: bytes sent, by axis of the grid."
         ),
     ] = False,
+    gpu_memory: Annotated[
+        float, typer.Option("--gpu-memory", min=1, help="Memory of one GPU, in GiB.")
+    ] = 80,
     overrides: OverrideOption = None,
 ) -> None:
     """Predict the memory and traffic of one rank. Needs no GPU, no data and only one machine."""
@@ -36,6 +46,8 @@ def plan(
 
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
+    from evomesh.config.size import parameter_count
+    from evomesh.plan.memory import peak_memory
     from evomesh.plan.trace import hold
     from evomesh.plan.trace import trace as trace_step
 
@@ -51,8 +63,12 @@ def plan(
     memory = step_trace or hold(settings, gpus, rank)
     lines = _describe_rank(settings, gpus, rank, memory)
     lines += [f"warning: {warning}" for warning in warnings]
+    if parameter_count(settings.model) is not None:
+        lines += _describe_peak(peak_memory(settings, gpus, rank), gpu_memory)
+    else:
+        lines.append("activations of a custom model are not counted")
     if step_trace is None:
-        lines.append("activations are not counted; --trace adds what one step sends")
+        lines.append("--trace adds what one step sends")
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
@@ -91,6 +107,28 @@ def _describe_rank(
         f"rank {rank} of {gpus}: {position}",
         f"holds: {layers}; {parts}; in total {total / MIB:.1f} MiB",
     ]
+
+
+def _describe_peak(peak: PeakMemory, gpu_memory: float) -> list[str]:
+    """Return the bytes at the peak of a step by kind, and whether a GPU has as many."""
+    from evomesh.plan.memory import RESERVED
+
+    width = max(map(len, peak.kinds))
+    lines = [f"peak of a step, in {WHERE[peak.phase]}: {peak.total / GIB:.1f} GiB"]
+    for kind, size in peak.kinds.items():
+        lines.append(f"  {kind:{width}} {size / GIB:7.2f} GiB")
+    missing = peak.missing(int(gpu_memory * GIB)) / GIB
+    reserve = f"{RESERVED / GIB:.0f} GiB reserved for CUDA, NCCL and fragmentation"
+    if missing > 0:
+        verdict = (
+            f"does not fit in {gpu_memory:g} GiB by {missing:.1f} GiB, with {reserve}: more ranks with "
+            "parallel.zero1.size or fsdp, model.checkpoint=True, or a smaller data.micro_bsz"
+        )
+    else:
+        verdict = (
+            f"fits in {gpu_memory:g} GiB: {-missing:.1f} GiB to spare, with {reserve}"
+        )
+    return [*lines, verdict]
 
 
 def _format_ranges(numbers: list[int]) -> str:

@@ -109,10 +109,11 @@ def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
 
 
 def _flash_takes(q: Tensor) -> bool:
-    """Return whether torch's flash kernel supports this device, dtype and head dim."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+    """Return whether torch's flash kernel supports this device, dtype and head dim; meta stands for a recent GPU."""
+    if q.is_cpu or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return q.shape[2] % 8 == 0 and q.shape[2] <= FLASH_HEAD_DIM and _has_flash(q.device)
+    fits_head = q.shape[2] % 8 == 0 and q.shape[2] <= FLASH_HEAD_DIM
+    return fits_head and (q.is_meta or _has_flash(q.device))
 
 
 @cache

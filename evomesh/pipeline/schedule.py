@@ -238,6 +238,9 @@ class PipelineSchedule:
         # Torch's schedules are built for a fixed number of micro-batches.
         key = (num_micro_batches, tokens)
         if key not in self._torch_schedules:
+            # A schedule keeps a buffer for each micro-batch: those of a ramp-up would
+            # add up.
+            self._torch_schedules.clear()
             self._torch_schedules[key] = self._build_torch_schedule(*key)
         # The first stage is given the numbers of the micro-batches, the last one the
         # labels, and the others nothing.
@@ -383,6 +386,11 @@ class PipelineSchedule:
         chunk, position = divmod(stage, self._pp.size)
         on_way_back = self._kind == "zbv" and chunk == 1
         return self._pp.size - 1 - position if on_way_back else position
+
+    def message_bytes(self, tokens: int) -> int:
+        """Return the bytes of the hidden states of one micro-batch of ``tokens`` that ranks send to each other."""
+        rows, columns = self._message_shape(tokens)
+        return rows * columns * self._dtype.itemsize
 
     def _message_shape(self, tokens: int) -> tuple[int, int]:
         """Return the shape of the hidden states that ranks send to each other."""

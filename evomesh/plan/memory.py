@@ -69,29 +69,31 @@ def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
         UserError: the layout does not fit.
     """
     with built_rank(config, world_size, rank) as (grid, stages, optimizer):
-        held = held_by_kind(stages, optimizer)
-        phases = _phase_peaks(config, stages, optimizer)
+        kinds = held_by_kind(stages, optimizer)
+        kept, peaks = _trace_step(config, stages, optimizer)
+        schedule = stages.schedule
         depth = _micro_batches_in_flight(config, grid.pp)
+        if isinstance(schedule, PipelineSchedule):
+            message = schedule.message_bytes(config.data.packed_length)
+            # A hidden state and its gradient for each micro-batch and stage.
+            messages = 2 * len(stages.models) * config.data.micro_num
+            kinds["pipeline buffers"] = messages * message
     # Of the micro-batches that a pipeline keeps, the trace had one.
-    kept = phases.kept * depth
-    more_kept = kept - phases.kept
-    transient = {
-        "loss": phases.loss + more_kept - kept,
-        "backward": phases.backward + more_kept - kept,
-        "update": phases.update,
-    }
-    alive = {"loss": kept, "backward": kept, "update": 0}
-    phase = max(alive, key=lambda name: alive[name] + transient[name])
-    kinds = {**held, "kept activations": alive[phase]}
-    kinds[TRANSIENT[phase]] = transient[phase]
-    if grid.pp.size > 1:
-        kinds["pipeline buffers"] = _pipeline_buffers(config, stages, depth)
-    return PeakMemory(kinds, phase)
+    waiting = kept * (depth - 1)
+    peaks["loss"] = peaks["loss"].with_bytes(waiting)
+    peaks["backward"] = peaks["backward"].with_bytes(waiting)
+    phase = max(peaks, key=lambda name: peaks[name].nbytes)
+    peak = peaks[phase]
+    kept_now = kept * depth if phase != "update" else 0
+    kinds["kept activations"] = kept_now
+    kinds["gathered layers"] = peak.gathered
+    kinds[TRANSIENT[phase]] = peak.nbytes - peak.gathered - kept_now
+    return PeakMemory({kind: size for kind, size in kinds.items() if size}, phase)
 
 
 TRANSIENT = {
     "loss": "logits and gradient of the head",
-    "backward": "gathered layers, gradients and buckets",
+    "backward": "gradients of a layer and buckets",
     "update": "buckets",
 }
 
@@ -116,89 +118,86 @@ def held_by_kind(stages: ModelStages, optimizer: ZeroOptimizer) -> dict[str, int
 
 
 @dataclass(frozen=True)
-class _PhasePeaks:
-    """Bytes beyond what is held all the time: at the end of forward, and the peak of each phase."""
+class Peak:
+    """Bytes alive at a peak, beyond what is held all the time; ``gathered`` of them are weights that FSDP2 gathered."""
 
-    kept: int
-    loss: int
-    backward: int
-    update: int
+    nbytes: int = 0
+    gathered: int = 0
+
+    def with_bytes(self, more: int) -> Peak:
+        return Peak(self.nbytes + more, self.gathered)
 
 
-def _phase_peaks(
+def _trace_step(
     config: Config, stages: ModelStages, optimizer: ZeroOptimizer
-) -> _PhasePeaks:
-    """Run the last micro-batch of a step, in which buckets are launched, and the update, and count."""
-    live = LiveBytes(_gradients_in_place(optimizer))
+) -> tuple[int, dict[str, Peak]]:
+    """Run two micro-batches, of which the last launches buckets, and the update.
+
+    The first one leaves what others find: gradients of float32 parameters, FSDP2's empty
+    storages.
+
+    Returns:
+        the bytes of a micro-batch that are kept for backward, and the peak of each phase.
+    """
+    live = LiveBytes()
     kept: list[int] = []
 
     def end_of_forward(_: nn.Module, __: Any, hidden: Tensor) -> None:
-        kept.append(live.current)
+        kept.append(live.alive.nbytes - live.alive.gathered)
         live.begin("loss")
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: live.begin("backward"))
+        hidden.register_hook(lambda _: live.begin("backward"))  # type: ignore[no-untyped-call]
 
     hooks = [model.register_forward_hook(end_of_forward) for model in stages.models]
     schedule = stages.schedule
-    is_pipeline = isinstance(schedule, PipelineSchedule)
-    run = schedule.rehearse if isinstance(schedule, PipelineSchedule) else schedule.train
+    run = schedule.train
+    if isinstance(schedule, PipelineSchedule):
+        run = schedule.rehearse
+    batch = empty_batch(config, 1)
+    terms = LossTerms.of(config.loss)
     with live.counted():
-        live.begin("forward")
-        optimizer.expect_micro_batches(1)
-        run(
-            empty_batch(config, 1),
-            [1.0],
-            LossTerms.of(config.loss),
-            lambda index, output: None,
-        )
+        optimizer.expect_micro_batches(2)
+        run(batch, [1.0], terms, lambda index, output: None)
+        live.restart()
+        kept.clear()
+        live.begin("loss")
+        run(batch, [1.0], terms, lambda index, output: None)
         live.begin("update")
         optimizer.communicate_only()
     for hook in hooks:
         hook.remove()
-    del is_pipeline
-    peaks = live.peaks
-    return _PhasePeaks(
-        max(kept),
-        max(peaks["forward"], peaks["loss"]),
-        peaks.get("backward", 0),
-        peaks["update"],
-    )
-
-
-def _gradients_in_place(optimizer: ZeroOptimizer) -> int:
-    """Return the bytes of gradients that only exist from backward on: those of wide parameters."""
-    wide = [slot for slot in optimizer.slots if slot.accumulated_grad is None]
-    return sum(slot.local.numel() * slot.gradient_dtype.itemsize for slot in wide)
+    return max(kept), live.peaks
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that come to life on the meta device, and the peak of each phase.
+    """Counts the bytes of tensors that come to life on the meta device, and the peak of each phase."""
 
-    Args:
-        expected: bytes that come to life but are counted elsewhere.
-    """
-
-    def __init__(self, expected: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.current = 0
-        self.peaks: dict[str, int] = {}
+        self.alive = Peak()
+        self.peaks: dict[str, Peak] = {}
         self._phase = ""
-        self._sizes: dict[int, int] = {}
-        self._expected = expected
+        self._sizes: dict[int, int] = {}  # of storages, by address
+        self._gathers: set[int] = set()
 
     def begin(self, phase: str) -> None:
         """Attribute peaks to ``phase`` from here on."""
         self._phase = phase
         self._note_peak()
 
+    def restart(self) -> None:
+        """Forget the peaks, and count from what is alive now."""
+        self.alive = Peak()
+        self.peaks = {}
+
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count in the ``with`` block, resized storages included: FSDP2 gathers into those."""
+        """Count in the ``with`` block, with the storages that FSDP2 resizes in order to gather into them."""
         resize = torch.UntypedStorage.resize_
 
         def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             self._count(storage)
+            self._gathers.add(storage._cdata)
             return result
 
         with patch.object(torch.UntypedStorage, "resize_", counted_resize), self:
@@ -211,33 +210,45 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        existing = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                storage = leaf.untyped_storage()
-                if storage._cdata not in existing:
-                    self._count(storage)
+        existing = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            # Views and tensors written in place share the storage of an argument.
+            if storage._cdata not in existing:
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
-        size = storage.nbytes()
-        self.current += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
+        self._resize(key, storage.nbytes())
         self._note_peak()
 
     def _forget(self, key: int) -> None:
-        self.current -= self._sizes.pop(key, 0)
+        self._resize(key, 0)
+        del self._sizes[key]
+        self._gathers.discard(key)
+
+    def _resize(self, key: int, size: int) -> None:
+        growth = size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        gathered = growth if key in self._gathers else 0
+        self.alive = Peak(self.alive.nbytes + growth, self.alive.gathered + gathered)
 
     def _note_peak(self) -> None:
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.current)
+        highest = self.peaks.get(self._phase, Peak(-1))
+        if self.alive.nbytes > highest.nbytes:
+            self.peaks[self._phase] = self.alive
+
+
+def _storages(value: Any) -> list[torch.UntypedStorage]:
+    """Return the storages of the tensors on meta in a nest of arguments or results."""
+    storages = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            storages.append(leaf.untyped_storage())
+    return storages
 
 
 def _micro_batches_in_flight(config: Config, pp: Axis) -> int:
@@ -256,14 +267,6 @@ def _micro_batches_in_flight(config: Config, pp: Axis) -> int:
         for stage in stages_of_rank(pp.rank, pp.size, chunks, kind):
             in_flight = max(in_flight, num_stages - stage)
     return max(min(in_flight, config.data.micro_num * chunks), 1)
-
-
-def _pipeline_buffers(config: Config, stages: ModelStages, depth: int) -> int:
-    """Return the bytes that torch's stages receive into: hidden states, and their gradients, of each micro-batch."""
-    assert isinstance(stages.schedule, PipelineSchedule)
-    message = stages.schedule.message_bytes(config.data.packed_length)
-    del depth
-    return 2 * len(stages.models) * config.data.micro_num * message
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -66,7 +66,7 @@ def hold(config: Config, world_size: int, rank: int = 0) -> RankMemory:
     Raises:
         UserError: the layout does not fit.
     """
-    with _built(config, world_size, rank) as (grid, stages, optimizer):
+    with built_rank(config, world_size, rank) as (grid, stages, optimizer):
         return RankMemory(grid, *_held(stages, optimizer))
 
 
@@ -76,9 +76,9 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
     Raises:
         UserError: the layout does not fit.
     """
-    with _built(config, world_size, rank) as (grid, stages, optimizer):
-        batch = _batch(config)
+    with built_rank(config, world_size, rank) as (grid, stages, optimizer):
         micro_num = config.data.micro_num
+        batch = empty_batch(config, micro_num)
         scales = [1.0] * micro_num
         schedule = stages.schedule
         held = _held(stages, optimizer)
@@ -96,7 +96,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
 
 
 @contextmanager
-def _built(
+def built_rank(
     config: Config,
     world_size: int,
     rank: int,
@@ -162,14 +162,13 @@ def weights_on_meta() -> Iterator[None]:
         yield
 
 
-def _batch(config: Config) -> Batch:
+def empty_batch(config: Config, micro_num: int) -> Batch:
     """Make M micro-batches of segments of ``seq_len`` tokens; only the bounds have values."""
     data = config.data
-    count = data.micro_num
     tokens = data.packed_length
-    ids = torch.zeros(count, tokens, dtype=torch.long, device="meta")
+    ids = torch.zeros(micro_num, tokens, dtype=torch.long, device="meta")
     bounds_of_one = torch.arange(0, tokens + 1, data.seq_len, dtype=torch.int32)
-    bounds = bounds_of_one.expand(count, -1)
+    bounds = bounds_of_one.expand(micro_num, -1)
     return Batch(
         tokens=ids,
         labels=ids,

@@ -1,0 +1,111 @@
+"""The predicted peak of a step against arithmetic on shapes; and that shipped configs fit on the hardware they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks._memory import Sizes, bytes_in_16_bits
+from evomesh.cli.app import app
+from evomesh.config.data import DataConfig
+from evomesh.config.loader import load_config
+from evomesh.config.schema import Config, ModelConfig, ParallelConfig
+from evomesh.layers.loss import MIN_CHUNK_TOKENS
+from evomesh.plan.memory import GIB, peak_memory
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted([*CONFIGS.glob("*.py"), *CONFIGS.glob("xtuner/*.py")])
+T, D, F, V, N, L = 2048, 256, 704, 4000, 4, 8
+
+
+def config(parallel: dict[str, Any] | None = None, **model: Any) -> Config:
+    shape: dict[str, Any] = dict(
+        model_type="LLAMA2",
+        dtype="bfloat16",
+        num_layers=L,
+        hidden_size=D,
+        num_attention_heads=N,
+        vocab_size=V,
+        mlp_ratio=F / D,
+        multiple_of=1,
+        no_bias=True,
+    )
+    return Config(
+        model=ModelConfig(**shape | model),
+        data=DataConfig(seq_len=T, micro_bsz=1, micro_num=4),
+        parallel=ParallelConfig.model_validate(parallel or {}),
+    )
+
+
+@pytest.mark.parametrize("recompute", [0.0, 0.5, 1.0])
+def test_the_peak_is_that_of_arithmetic(recompute: float) -> None:
+    sizes = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS)
+    found = peak_memory(config(checkpoint=recompute), 1)
+    assert found.total == pytest.approx(bytes_in_16_bits(sizes, recompute), rel=0.02)
+    weights = 2 * sizes.parameters
+    assert found.kinds["weights"] == weights
+    assert found.kinds["gradients"] == found.kinds["masters"] == 2 * weights
+    assert found.kinds["moments"] == 4 * weights
+
+
+def test_fsdp_holds_a_share_and_gathers_layers() -> None:
+    alone = peak_memory(config(), 4).kinds
+    sharded = peak_memory(config({"zero1": {"fsdp": True}}), 4).kinds
+    for kind in ("weights", "gradients"):
+        assert sharded[kind] == pytest.approx(alone[kind] / 4, rel=0.01)
+    block = 2 * (4 * D * D + 3 * D * F + 2 * D)
+    head = 2 * V * D
+    assert "gathered layers" not in alone
+    assert min(block, head) <= sharded["gathered layers"] <= 3 * max(block, head)
+    # Whatever is gathered, a token's activations are the same.
+    assert sharded["kept activations"] == pytest.approx(
+        alone["kept activations"], rel=0.02
+    )
+
+
+def test_a_stage_keeps_the_micro_batches_that_are_in_flight() -> None:
+    """1F1B on four stages of two layers: the first keeps four micro-batches, the last one."""
+    pipeline = config({"pipeline": {"size": 4}})
+    first, last = (peak_memory(pipeline, 4, rank).kinds for rank in (0, 3))
+    of_two_layers = peak_memory(config(num_layers=2), 1).kinds["kept activations"]
+    # The last norm, after the last layer only, keeps its input in float32.
+    without_norm = of_two_layers - 4 * T * D
+    assert first["kept activations"] == pytest.approx(4 * without_norm, rel=0.01)
+    assert last["kept activations"] == pytest.approx(of_two_layers, rel=0.01)
+    assert first["pipeline buffers"] == 2 * 4 * (2 * T * D)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_fits_on_the_hardware_that_it_names(path: Path) -> None:
+    hardware = re.search(r"^Hardware: *(.*)$", path.read_text(), re.MULTILINE)
+    assert hardware is not None, "a config names its hardware"
+    gpus = re.match(r"(\d+) GPUs? of (\d+) GiB", hardware[1])
+    if gpus is None:
+        memory = re.search(r"(\d+) GiB of memory", hardware[1])
+        assert memory is not None
+        found = peak_memory(load_config(str(path)).config, 1)
+        assert found.total < int(memory[1]) * GIB
+        return
+    sets = ["parallel.zero1.fsdp=True"] if "deepspeed_zero3" in hardware[1] else []
+    found = peak_memory(load_config(str(path), sets).config, int(gpus[1]))
+    assert found.missing(int(gpus[2]) * GIB) <= 0, found
+
+
+def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
+    path = str(CONFIGS / "7B_llama2.py")
+    options = ["--gpus", "8", "--set", "model.num_layers=2"]
+    result = CliRunner().invoke(app, ["plan", path, *options])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert re.search(
+        r"peak of a step, in the loss: [\d.]+ GiB weights [\d.]+ GiB", words
+    )
+    assert re.search(r"fits in 80 GiB: [\d.]+ GiB to spare", words)
+    result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
+    words = " ".join(result.output.split())
+    assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
