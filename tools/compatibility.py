@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evomesh.config.explain import describe  # noqa: E402
+from tests.contract import documents  # noqa: E402
 from tests.contract.config_keys import ROWS  # noqa: E402
 from tests.contract.internevo_configs import KEY_SETS, TUTORIAL  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
@@ -37,6 +38,10 @@ Any key that is not in this table is an error that names the nearest one, except
 CONFIGS = """Keys and values of every config in InternEvo's repository, and of the tutorial's, are in
 `tests/contract/internevo_configs.py`. Each is a test case: `evomesh config check` accepts it and a step of its layout
 is traced, or it refuses these keys.
+
+"""
+DOCUMENTS = """Typed from top to bottom: `usage` is InternEvo's guide, `xtuner` the migration guide, `tokenized`
+XTuner's page on tokenized datasets, `tutorial` train_your_internlm. The table is in `tests/contract/documents.py`.
 
 """
 WORDS = {
@@ -75,6 +80,15 @@ def configs() -> list[tuple[str, ...]]:
     return rows
 
 
+def typed() -> list[tuple[str, ...]]:
+    """Return one row for each command, file and number of the documents."""
+    rows = []
+    for row in documents.ROWS:
+        test = f"`{row.test}`" if row.test else ""
+        rows.append((row.document, row.typed, row.outcome, row.found, test))
+    return rows
+
+
 def page() -> str:
     keys = [
         (f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], describe(r.key))
@@ -95,6 +109,9 @@ def page() -> str:
         + "\n## Promises of InternEvo\n\n"
         + f"{kept} of {len(PROMISES)} are kept; the table is in `tests/contract/promises.py`.\n\n"
         + table(("source", "promise", "tests"), promises)
+        + "\n## Commands, files and numbers of the documents\n\n"
+        + DOCUMENTS
+        + table(("document", "typed", "here", "how", "test"), typed())
         + "\n## Different on purpose\n\n"
         + table(("what", "how"), list(DIFFERENCES))
     )

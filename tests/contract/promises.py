@@ -211,5 +211,18 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
         "global batch",
         "dp = GPUs / pipeline / tensor; the migration guide divides by tensor twice",
     ),
+    ("tools/tokenizer.py", "replaces its output; InternEvo appends to it"),
+    (
+        "tools/alpaca_tokenizer.py",
+        "<eoh>, <eoa> and the line break have the tokenizer's own ids, for V7_sft.model 103027, 103028 and 364, where "
+        "InternEvo's script writes 103167, 103166 and 13; --split_ratio holds out other records",
+    ),
+    ("log prefix", "names evomesh's files: report.py in step"),
+    ("first checkpoint", "checkpoint_every=50 writes step 50 first, not 49"),
+    (
+        "paths of the hub",
+        "found in the local cache, never downloaded by a run; the error prints the command",
+    ),
+    ("--work-dir", "holds logs and checkpoints, as XTuner's does"),
     ("config typos", "an error with the nearest key, not silence"),
 )
