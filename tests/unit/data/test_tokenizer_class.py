@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,16 @@ CONTENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@functools.cache  # trained once for all classes and contents
+def trained_files(kind: str) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        FILES[kind](Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def write_folder(path: Path, kind: str, class_name: str, contents: str) -> Path:
-    FILES[kind](path)
+    for name, data in trained_files(kind).items():
+        (path / name).write_bytes(data)
     files = {"tokenizer_config.json": {}} | CONTENTS[contents]
     settings = files["tokenizer_config.json"] | {"chat_template": TEMPLATE}
     if class_name:

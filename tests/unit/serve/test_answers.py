@@ -225,7 +225,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(
     ) as served:
         body = GREEDY | {"max_tokens": 8000, "stream": True}
         with (
-            httpx.Client(base_url=served.url) as client,
+            httpx.Client(base_url=served.url, verify=False) as client,
             client.stream("POST", COMPLETIONS, json=body) as long_one,
         ):
             lines = begin(long_one)
@@ -242,7 +242,7 @@ def test_a_client_that_hangs_up_frees_its_slot(long: Served) -> None:
     def freed(before: int) -> bool:
         return long.idle() and made(long) < before + 8000
 
-    with httpx.Client(base_url=long.url, timeout=30) as client:
+    with httpx.Client(base_url=long.url, timeout=30, verify=False) as client:
         before = made(long)
         with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as answer:
             kept = begin(answer)
@@ -253,7 +253,7 @@ def test_a_client_that_hangs_up_frees_its_slot(long: Served) -> None:
         with pytest.raises(httpx.ReadTimeout):
             client.post(COMPLETIONS, json=body, timeout=httpx.Timeout(30, read=0.5))
         assert freed(before)
-    with httpx.Client(base_url=long.url, timeout=30) as client:
+    with httpx.Client(base_url=long.url, timeout=30, verify=False) as client:
         before = made(long)
         with client.stream("POST", CHAT, json=talk(stream=True)) as answer:
             kept = begin(answer)
@@ -267,7 +267,7 @@ def test_a_client_that_hangs_up_frees_its_slot(long: Served) -> None:
 
 def made(served: Served) -> int:
     """Tokens that this server has written so far."""
-    text = httpx.get(served.url + "/metrics", timeout=30).text
+    text = httpx.get(served.url + "/metrics", timeout=30, verify=False).text
     (found,) = re.findall(r"^evomesh_completion_tokens_total (\S+)", text, re.M)
     return int(float(found))
 
@@ -298,14 +298,14 @@ def talk(**more: Any) -> dict[str, Any]:
 
 
 def test_a_full_queue_is_a_429(long: Served) -> None:
-    with httpx.Client(base_url=long.url, timeout=30) as client:
+    with httpx.Client(base_url=long.url, timeout=30, verify=False) as client:
         with client.stream(
             "POST", COMPLETIONS, json=GREEDY | {"max_tokens": 8000, "stream": True}
         ) as running:
             kept = begin(running)
             waiting = threading.Thread(
                 target=lambda: httpx.post(
-                    long.url + COMPLETIONS, json=GREEDY, timeout=30
+                    long.url + COMPLETIONS, json=GREEDY, timeout=30, verify=False
                 )
             )
             waiting.start()

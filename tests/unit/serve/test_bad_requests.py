@@ -305,7 +305,12 @@ def test_keys(model: LanguageModel, tmp_path: Path) -> None:
         tiny_service(tmp_path, model, ServiceLimits(64)), key="s3cret"
     ) as served:
         for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
-            refused(httpx.get(served.url + path), 401, "invalid_api_key", "no key")
+            refused(
+                httpx.get(served.url + path, verify=False),
+                401,
+                "invalid_api_key",
+                "no key",
+            )
         for value in (
             "Bearer wrong",
             "Bearer s3cre",
@@ -316,21 +321,27 @@ def test_keys(model: LanguageModel, tmp_path: Path) -> None:
         ):
             headers = {"authorization": value.encode()}
             refused(
-                httpx.post(served.url + COMPLETIONS, json=GOOD, headers=headers),
+                httpx.post(
+                    served.url + COMPLETIONS, json=GOOD, headers=headers, verify=False
+                ),
                 401,
                 "invalid_api_key",
             )
             refused(
-                httpx.post(served.url + CHAT, content=b"{", headers=headers),
+                httpx.post(
+                    served.url + CHAT, content=b"{", headers=headers, verify=False
+                ),
                 401,
                 "invalid_api_key",
             )
         good = {"authorization": "Bearer s3cret"}
         assert (
-            httpx.post(served.url + COMPLETIONS, json=GOOD, headers=good).status_code
+            httpx.post(
+                served.url + COMPLETIONS, json=GOOD, headers=good, verify=False
+            ).status_code
             == 200
         )
-        assert httpx.get(served.url + "/healthz").status_code == 200
+        assert httpx.get(served.url + "/healthz", verify=False).status_code == 200
 
 
 def test_a_model_without_chat_template_says_so(
@@ -340,7 +351,7 @@ def test_a_model_without_chat_template_says_so(
         tiny_service(tmp_path, model, ServiceLimits(64), template="")
     ) as served:
         refused(
-            httpx.post(served.url + CHAT, json=TALK),
+            httpx.post(served.url + CHAT, json=TALK, verify=False),
             400,
             "invalid_value",
             "no chat template",
@@ -353,14 +364,14 @@ def test_a_template_that_refuses(model: LanguageModel, tmp_path: Path) -> None:
         tiny_service(tmp_path, model, ServiceLimits(64), template=template)
     ) as served:
         refused(
-            httpx.post(served.url + CHAT, json=TALK),
+            httpx.post(served.url + CHAT, json=TALK, verify=False),
             400,
             "invalid_value",
             "rejects the conversation",
         )
         twice = TALK | {"messages": [{"role": "user", "content": "hi"}] * 2}
         refused(
-            httpx.post(served.url + CHAT, json=twice),
+            httpx.post(served.url + CHAT, json=twice, verify=False),
             400,
             "invalid_value",
             "roles must alternate",

@@ -72,7 +72,7 @@ def test_many_unfinished_headers_do_not_keep_others_out(
                 connection.sendall(HALF_HEADER)
             except (BrokenPipeError, ConnectionResetError):
                 continue
-        assert httpx.get(served.url + "/healthz").status_code == 200
+        assert httpx.get(served.url + "/healthz", verify=False).status_code == 200
         assert all(is_closed(connection) for connection in waiting[:40])
     finally:
         for connection in waiting:
@@ -94,7 +94,9 @@ def test_the_oldest_waiting_connection_is_closed_and_not_one_that_is_answered(
         serving(
             tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=1))
         ) as served,
-        httpx.stream("POST", served.url + COMPLETIONS, json=body, timeout=30) as answer,
+        httpx.stream(
+            "POST", served.url + COMPLETIONS, json=body, timeout=30, verify=False
+        ) as answer,
     ):
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
@@ -177,7 +179,7 @@ def test_a_half_sent_body_leaves_nothing_in_the_log(
 def metric(served: Served) -> float:
     """Return how many requests the server gave up since their clients had closed the connection."""
     name = 'evomesh_requests_total{endpoint="/v1/completions",status="499"}'
-    lines = httpx.get(served.url + "/metrics").text.splitlines()
+    lines = httpx.get(served.url + "/metrics", verify=False).text.splitlines()
     return sum(
         float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)
     )
@@ -200,7 +202,11 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
 
     def stream(url: str) -> None:
         with httpx.stream(
-            "POST", url + COMPLETIONS, json=body | {"stream": True}, timeout=60
+            "POST",
+            url + COMPLETIONS,
+            json=body | {"stream": True},
+            timeout=60,
+            verify=False,
         ) as answer:
             lines: Iterator[str] = answer.iter_lines()
             next(lines)
@@ -209,7 +215,7 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
 
     def whole(url: str) -> None:
         found["status"] = httpx.post(
-            url + COMPLETIONS, json=body, timeout=60
+            url + COMPLETIONS, json=body, timeout=60, verify=False
         ).status_code
 
     with serving(service) as served:
@@ -261,7 +267,11 @@ def test_a_heavy_body_is_refused_for_what_it_is(
     monkeypatch.setattr(type(service.model.tokenizer), "encode_batch", tokenize)
     with serving(service) as served:
         answer = httpx.post(
-            served.url + COMPLETIONS, content=content, headers=headers, timeout=60
+            served.url + COMPLETIONS,
+            content=content,
+            headers=headers,
+            timeout=60,
+            verify=False,
         )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
@@ -281,7 +291,7 @@ def test_of_a_long_text_only_the_beginning_is_tokenized(
     context_length = service.limits.context_length
     text = "a " * (10 * context_length)
     answer = httpx.post(
-        served.url + COMPLETIONS, json={"model": "tiny", "prompt": text}
+        served.url + COMPLETIONS, json={"model": "tiny", "prompt": text}, verify=False
     )
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert lengths == [8 * context_length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,19 @@ def silent(line: str) -> None:
     return
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of Hugging Face that no test changes."""
+    root = tmp_path_factory.mktemp("exported")
     config = model_config(dtype="float32", rope_base=777.0, layer_norm_epsilon=3e-6)
-    _, found = save_model(tmp_path / "native", config)
+    _, found = save_model(root / "native", config)
     options = ExportOptions(tokenizer="none", compare=False)
-    return export(found, tmp_path / "hf", options, silent)
+    return export(found, root / "hf", options, silent)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, exported: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "hf"))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

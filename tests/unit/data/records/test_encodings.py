@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from evomesh.data.records.encodings import BLOCK_BYTES
 from evomesh.data.records.reader import read_raw_lines, read_records
 from evomesh.data.records.source_files import find_source_files, open_files
 from evomesh.errors import UserError
 
 TEXTS = ["你好，世界", "编码 is 重要的", "第三行 \N{CJK UNIFIED IDEOGRAPH-20000}"]
+
+REPEATS = 10_000  # of the texts in a file of several blocks
 
 
 def content(kind: str, texts: list[str]) -> str:
@@ -33,24 +38,44 @@ def read(path: Path, encoding: str, reader: object = read_records) -> list[objec
     return found
 
 
+def read_written(
+    folder: Path, kind: str, encoding: str, packed: bool
+) -> tuple[list[object], int]:
+    """Return the records of a file of this encoding, and its bytes before compression."""
+    data = content(kind, TEXTS * REPEATS if packed else TEXTS).encode(encoding)
+    path = folder / (f"a.{kind}" + ".gz" * packed)
+    path.write_bytes(gzip.compress(data, 1) if packed else data)
+    return read(path, encoding), len(data)
+
+
+@pytest.fixture(scope="module")
+def in_utf8(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, bool], list[object]]:
+    """Return what gives the records of a file in UTF-8, read once for all other encodings."""
+
+    def records(kind: str, packed: bool) -> list[object]:
+        return read_written(tmp_path_factory.mktemp("utf8"), kind, "utf-8", packed)[0]
+
+    return functools.cache(records)
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv"])
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-8-sig", "utf-32-le"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_gives_what_it_gives_in_utf8(
-    tmp_path: Path, kind: str, encoding: str, packed: bool
+    tmp_path: Path,
+    in_utf8: Callable[[str, bool], list[object]],
+    kind: str,
+    encoding: str,
+    packed: bool,
 ) -> None:
-    text = content(kind, TEXTS * 20_000 if packed else TEXTS)
-    name = f"a.{kind}" + ".gz" * packed
-    for folder, used in (("plain", "utf-8"), ("other", encoding)):
-        data = text.encode(used)
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / name).write_bytes(
-            gzip.compress(data, 1) if packed else data
-        )
-    expected = read(tmp_path / "plain" / name, "utf-8")
-    assert read(tmp_path / "other" / name, encoding) == expected
+    expected = in_utf8(kind, packed)
+    found, size = read_written(tmp_path, kind, encoding, packed)
+    assert found == expected
+    assert (size > BLOCK_BYTES) is packed  # characters are split between blocks
     if kind != "csv":
-        assert len(expected) == len(TEXTS) * (20_000 if packed else 1)
+        assert len(expected) == len(TEXTS) * (REPEATS if packed else 1)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv"])
