@@ -122,15 +122,16 @@ def merges(model: Any) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the earliest merges first."""
     # Pieces are learned by decreasing score, so a score gives the time of a merge; the
     # id breaks ties.
-    ranks: dict[str, tuple[float, int]] = {}
+    times: dict[str, tuple[float, int]] = {}
     for number, piece in enumerate(model.pieces):
-        ranks[piece.piece] = (-piece.score, number)
+        times[piece.piece] = (-piece.score, number)
 
-    def time_of_merge(pair: tuple[str, str]) -> tuple[Any, ...]:
+    def time_of_merge(pair: tuple[str, str]) -> list[Any]:
         left, right = pair
-        return ranks[left + right], ranks[left], ranks[right]
+        joined = left + right
+        return [times[text] for text in (joined, left, right)]
 
-    pairs = _pairs_of_pieces(ranks)
+    pairs = _pairs_of_pieces(times)
     pairs.sort(key=time_of_merge)
     return pairs
 

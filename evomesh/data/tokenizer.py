@@ -106,6 +106,7 @@ class HfTokenizer:
         built = build_backend(path, folder)
         self._backend = built.backend
         self.path = path
+        # Of every file that has a say in the ids: a run resumes with the same ones.
         self.hash = _hash(path, folder, built.class_name)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         # Ids may have gaps, so that the number of tokens is not enough.

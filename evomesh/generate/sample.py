@@ -50,34 +50,35 @@ class RankedTokens:
     """
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
-        at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(at_least_float32)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(wide)
         top = logits.max()
         if not top.isfinite():
             # The model is broken. Give it any tokens, so that the other requests of the
             # batch get theirs.
             logits = torch.zeros_like(logits)
             top = logits[0]
+        self._logits = logits.numpy()
 
         # A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of
         # 1 falls into bin 32.
         bins = top - logits
         bins.mul_(BINS_PER_UNIT / temperature)
         bins.clamp_(max=BINS - 1)
+        self._bins: npt.NDArray[np.int64] = bins.long().numpy()
+        self._sorted_bins: dict[int, npt.NDArray[np.int64]] = {}
 
         # The weight is exp(-gap / temperature), in float64, so that a seed gives the
         # same tokens on every device.
         weights = logits.double() - top
         weights.div_(temperature)
         weights.exp_()
-
         self.weights: npt.NDArray[np.float64] = weights.numpy()
-        self._logits = logits.numpy()
-        self._bins: npt.NDArray[np.int64] = bins.long().numpy()
-        sums = np.bincount(self._bins, self.weights, minlength=BINS)
-        self._weight_before = np.cumsum(sums) - sums
-        self._total = float(sums.sum())
-        self._sorted_bins: dict[int, npt.NDArray[np.int64]] = {}
+
+        # Of each bin, the weight of all tokens in it and of all before it.
+        in_bin = np.bincount(self._bins, self.weights, minlength=BINS)
+        self._weight_before = np.cumsum(in_bin) - in_bin
+        self._total = float(in_bin.sum())
 
     @cached_property
     def _count_before(self) -> npt.NDArray[np.int64]:
@@ -115,17 +116,19 @@ class RankedTokens:
         end_bin, end_rank = end
         # 1. The last bin before which no more than this weight is summed up.
         bins_not_above = np.searchsorted(self._weight_before, weight, side="right")
-        bin_ = min(int(bins_not_above) - 1, end_bin)
+        bin_ = int(bins_not_above) - 1
+        bin_ = min(bin_, end_bin)
         members = self._sorted(bin_)
         if bin_ == end_bin:
             members = members[:end_rank]
 
         # 2. The token in it: cumulative weights 0.5, 0.75 and 0.875 give the second token for a weight of 0.5.
-        member_weights = self.weights[members]
-        cumulative = self._weight_before[bin_] + np.cumsum(member_weights)
+        in_bin = np.cumsum(self.weights[members])
+        cumulative = self._weight_before[bin_] + in_bin
         index = int(np.searchsorted(cumulative, weight, side="right"))
+        # Rounding may lead beyond the last one.
         last = len(members) - 1
-        return int(members[min(index, last)])  # rounding may lead beyond the last
+        return int(members[min(index, last)])
 
     def _sorted(self, bin_: int) -> npt.NDArray[np.int64]:
         """Return the ids of the tokens of one bin, in order."""
@@ -216,10 +219,12 @@ def top_logprobs(
 ) -> tuple[float, list[tuple[int, float]]]:
     """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
     logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    best_ids = best.indices.tolist()
+    count = min(count, len(logprobs))
+    best = logprobs.topk(count)
+    ids = best.indices.tolist()
     best_logprobs = best.values.tolist()
-    return float(logprobs[token]), list(zip(best_ids, best_logprobs, strict=True))
+    top = list(zip(ids, best_logprobs, strict=True))
+    return float(logprobs[token]), top
 
 
 def argmax_suffices(samplings: Sequence[SamplingParams]) -> bool:

@@ -468,9 +468,13 @@ class Attention(nn.Module):
             return qkv
         kv_heads = qkv.shape[1] // self.group_width
         queries, keys, values = parts_of_groups(qkv, kv_heads, self.head_dim)
-        queries = _norm_rows(self.q_norm, queries)
-        keys = _norm_rows(self.k_norm, keys)
-        return torch.cat((queries, keys, values), dim=2).view(qkv.shape)
+        normed = [
+            _norm_rows(self.q_norm, queries),
+            _norm_rows(self.k_norm, keys),
+            values,
+        ]
+        groups = torch.cat(normed, dim=2)  # [T, G, R + 2, H]
+        return groups.view(qkv.shape)
 
 
 def _norm_rows(norm: Norm, heads: Tensor) -> Tensor:

@@ -173,8 +173,10 @@ def _yarn_ramp(scaling: RopeScaling, head_dim: int, base: float) -> tuple[float,
         numerator = head_dim * math.log(positions_per_radian)
         return numerator / (2 * math.log(base))
 
-    first = index_of(scaling.beta_fast or 32.0)
-    last = index_of(scaling.beta_slow or 1.0)
+    fast_turns = scaling.beta_fast or 32.0
+    slow_turns = scaling.beta_slow or 1.0
+    first = index_of(fast_turns)
+    last = index_of(slow_turns)
     if scaling.truncate is not False:
         first = math.floor(first)
         last = math.ceil(last)

@@ -161,11 +161,10 @@ def _capped_scores(
 
 def _hide(scores: Tensor, visible: Tensor) -> None:
     """Set the scores [B, G, R L, S] of keys that are not ``visible`` to minus infinity."""
-    batch, groups, _, keys = scores.shape
-    queries = visible.shape[-2]
     hidden_keys = ~visible
     if visible.dim() == 4:
-        hidden_keys = hidden_keys[:, :, None]  # [B, 1, 1, 1, S]
+        hidden_keys = hidden_keys.unsqueeze(2)  # [B, 1, 1, 1, S]
     # Each query head of a group sees the same keys: [B, G, R, L, S].
-    by_head = scores.view(batch, groups, -1, queries, keys)
+    batch, groups, _, keys = scores.shape
+    by_head = scores.view(batch, groups, -1, visible.shape[-2], keys)
     by_head.masked_fill_(hidden_keys, -torch.inf)

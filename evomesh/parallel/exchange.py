@@ -104,13 +104,13 @@ class GroupExchange:
         if self.rank:
             dist.gather(padded, None, dst=0, group=self._group)
             return None
-        gathered = [torch.zeros_like(padded) for _ in range(self.size)]
+        gathered = [torch.zeros_like(padded) for _ in sizes]
         dist.gather(padded, gathered, dst=0, group=self._group)
 
         messages = []
         for received, size in zip(gathered, sizes, strict=True):
-            without_padding = received[:size]
-            messages.append(_decode(without_padding))
+            message = _decode(received[:size])
+            messages.append(message)
         return messages
 
     def _sizes_of_all(self, own_size: int) -> list[int]:

@@ -154,7 +154,8 @@ def inference_layout(config: Config) -> Config:
     tensor = TensorConfig(size=tensor_size)
     pipeline = PipelineConfig(size=parallel.pipeline.size)
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
-    model = config.model.model_copy(update={"num_chunks": 1, "compile": False})
+    changes = {"num_chunks": 1, "compile": False}
+    model = config.model.model_copy(update=changes)
     return config.model_copy(update={"parallel": layout, "model": model})
 
 

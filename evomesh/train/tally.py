@@ -39,15 +39,19 @@ class LossTally:
     def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
         """Add one packed sequence; ``labels`` and ``type_ids`` are [T]."""
         is_target = labels != IGNORE
-        nll = output.nll.double() * is_target
         correct = output.correct & is_target
-        values = [nll, correct.double(), is_target.double()]
-        per_token = torch.stack(values).unsqueeze(-1)  # [3, T, 1]
+        values = [
+            output.nll.double() * is_target,
+            correct.double(),
+            is_target.double(),
+        ]
+        per_token = torch.stack(values)  # [3, T]
         # Sums over a [T, types] membership mask, because scattered adds have no fixed
         # order on CUDA. ``where`` instead of a product, because 0 * inf would leak one
         # type's overflow into the others.
         types = torch.arange(len(self.types), device=type_ids.device)
-        is_of_type = type_ids.unsqueeze(-1) == types  # [T, types]
+        is_of_type = type_ids[:, None] == types  # [T, types]
+        per_token = per_token[:, :, None]
         by_type = torch.where(is_of_type, per_token, 0.0)  # [3, T, types]
         self.sums += by_type.sum(1)
 

@@ -40,6 +40,7 @@ REGISTER_FIX = (
     "InternEvo's modules are not part of evomesh: register a model with "
     "evomesh.register_model(NAME, builder), see docs/models.md"
 )
+BLOCKS = (ast.With, ast.If, ast.Try, ast.For)
 HERE = f"{PACKAGE}.parent.here"  # the package of modules beside the config
 
 
@@ -249,11 +250,11 @@ class _StatementInstrumenter(ast.NodeTransformer):
             if not node.names:
                 return None
         # Only blocks that run at the top of the file: the names in a function are local.
-        if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
-            node.body = self._instrument_block(node.body)
-        # An else branch; an empty one stays empty, as code is not added to it.
-        if isinstance(node, ast.If | ast.Try | ast.For) and node.orelse:
-            node.orelse = self._instrument_block(node.orelse)
+        for part in ("body", "orelse"):
+            block = getattr(node, part, [])
+            if isinstance(node, BLOCKS) and block:
+                instrumented = self._instrument_block(block)
+                setattr(node, part, instrumented)
         return node
 
     def visit_Module(self, node: ast.Module) -> ast.Module:

@@ -97,12 +97,17 @@ class StepLedger:
             is_wanted = np.isin(packs, wanted)
             indices = np.flatnonzero(is_wanted)
             for index in indices.tolist():
-                # Rank r reads packs[r::dp_size]: of eight packs for two ranks, index 5
-                # is micro-batch 2 of rank 1.
-                micro_batch, rank = divmod(index, self.dp_size)
-                pack = int(packs[index])
-                entries = self._pack(step, rank, micro_batch, pack)
+                entries = self._pack_at(step, index, int(packs[index]))
                 yield from _of_document(entries, file, row)
+
+    def _pack_at(self, step: int, index: int, pack: int) -> Iterable[LedgerEntry]:
+        """Return the entries of the step's pack number ``index``.
+
+        Rank r reads packs[r::dp_size]: of eight packs for two ranks, index 5 is
+        micro-batch 2 of rank 1.
+        """
+        micro_batch, rank = divmod(index, self.dp_size)
+        return self._pack(step, rank, micro_batch, pack)
 
     def _packs_of(self, file: str, row: int) -> list[int]:
         """Return the numbers in the corpus of the packs that hold a part of a document."""

@@ -125,7 +125,8 @@ class StreamingPacks:
             with_ends = self._prefix + ids + self._suffix
             tokens = np.array(with_ends, np.int64)
             index = row - window.first_row
-            targets += self._add_document(row, tokens, window.locations[index])
+            location = window.locations[index]
+            targets += self._add_document(row, tokens, location)
         self._unused.end_window(window.next_cursor, targets, self.min_length)
 
     def _needed_texts(self, window: RowWindow) -> dict[int, str]:

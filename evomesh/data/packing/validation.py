@@ -94,23 +94,23 @@ class ValidationSet:
         if pack >= self.num_packs:
             nothing = np.empty(0, np.int64)
             return assemble(nothing, nothing, nothing, self.rule)
-        start, stop = self._pack_bounds[pack : pack + 2].tolist()
+        start, stop = map(int, self._pack_bounds[pack : pack + 2])
         numbers = self._documents_of(start, stop)
         stored = self._read_from(start, numbers)
-        size = stop - start
-        tokens, following = np.split(stored, [size])
+        tokens, following = np.split(stored, [stop - start])
 
-        # The ends of the documents, counted from the start of the pack; that of the
-        # last one may be past its end.
+        # Where the documents end, counted from the start of the pack. The last one may
+        # end after it.
         document_ends = self._document_bounds[1:]
         ends = document_ends[numbers.start : numbers.stop]
         ends = np.minimum(ends, stop) - start
-        types = np.zeros(len(ends), np.int64)
+        types = np.zeros_like(ends)
         assembled = assemble(tokens, ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
         if len(following) and following[0] > 0:
-            assembled.labels[size - 1] = following[0]
+            last = len(tokens) - 1
+            assembled.labels[last] = following[0]
         return assembled
 
     def _documents_of(self, start: int, stop: int) -> range:

@@ -235,8 +235,9 @@ def _count_conversations(files: list[SourceFile]) -> dict[str, int]:
         records = read_records(stream, file)
         name = str(file.path)
         sizes[name] += sum(1 for _ in records)
-    if not any(sizes.values()):
-        raise UserError("the input contains no conversation", where=str(files[0].path))
+    if not sizes.total():
+        first = str(files[0].path)
+        raise UserError("the input contains no conversation", where=first)
     return sizes
 
 

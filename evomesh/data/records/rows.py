@@ -336,9 +336,9 @@ class RowStream:
         """Yield each record from a position on, with the numbers of its file and row."""
         files = self.files[file:]
         for opened, stream, _ in open_files(files):
-            records = read_records_from(stream, opened, row)
-            for number, record in enumerate(records, row):
-                yield record, file, number
+            for record in read_records_from(stream, opened, row):
+                yield record, file, row
+                row += 1
             # Only the first file is entered in the middle.
             file += 1
             row = 0

@@ -73,17 +73,18 @@ def last_name(value: Any) -> str:
 
 def is_xtuner_config(tree: ast.Module) -> bool:
     """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
-    packages: set[str] = set()
     assigned: set[str] = set()
     for node in ast.walk(tree):
+        modules: list[str | None] = []
         if isinstance(node, ast.ImportFrom) and not node.level:
-            packages.add(_package(node.module))
+            modules.append(node.module)
         elif isinstance(node, ast.Import):
-            packages.update(_package(alias.name) for alias in node.names)
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.Assign):
-            assigned.update(ast.unparse(target) for target in node.targets)
-    imports_owner = not packages.isdisjoint(OWNERS)
-    return imports_owner or assigned >= RUNNER_NAMES
+            assigned.update(map(ast.unparse, node.targets))
+        if any(_package(module) in OWNERS for module in modules):
+            return True
+    return assigned >= RUNNER_NAMES
 
 
 class ImportReplacer(ast.NodeTransformer):
@@ -180,7 +181,8 @@ class ImportReplacer(ast.NodeTransformer):
         found = _call(reader, path, new_names)
         namespace = _call(_load("globals"))
         update = ast.Attribute(namespace, "update", ast.Load())
-        return ast.Expr(_call(update, found))
+        statement = _call(update, found)
+        return ast.Expr(statement)
 
 
 def _package(module: str | None) -> str:

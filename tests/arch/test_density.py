@@ -1,0 +1,67 @@
+"""A stranger can read each function: no line after line that does several things at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.arch.density import function_densities
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "evomesh").rglob("*.py"))
+# Below, one dense line or a long signature decides.
+MIN_CODE_LINES = 8
+MAX_TOKENS_PER_LINE = 15.0
+ADVICE = (
+    "unfold it: give intermediate values names that say what they are, make a loop or a named function of a "
+    "comprehension with two ideas, a statement of a conditional expression inside a call, and separate assignments "
+    "of `a, b = x, y`"
+)
+
+
+def too_dense(source: str) -> list[str]:
+    """Return the functions with more tokens per line of code than ``MAX_TOKENS_PER_LINE``."""
+    found = []
+    for function in function_densities(source):
+        is_long = function.code_lines >= MIN_CODE_LINES
+        density = function.tokens_per_line
+        if is_long and density > MAX_TOKENS_PER_LINE:
+            found.append(
+                f"line {function.line}, {function.name}: {density:.1f} tokens per line of code"
+            )
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_no_function_is_too_dense(path: Path) -> None:
+    found = too_dense(path.read_text())
+    assert not found, f"above {MAX_TOKENS_PER_LINE}: {'; '.join(found)}. {ADVICE}"
+
+
+# 13 tokens, and 14.
+SIGNATURE = "def f(a, b, *c, d):\n"
+LINE = "    a = a + b + (c[0] + d)\n"
+
+
+def test_counts_tokens_of_lines_with_code() -> None:
+    source = f'{SIGNATURE}    """Add.\n\n    Text.\n    """\n\n    # A comment.\n{LINE}'
+    (function,) = function_densities(source)
+    assert (function.name, function.line, function.code_lines) == ("f", 1, 2)
+    assert function.tokens == 13 + 14
+
+
+def test_methods_and_nested_functions_count() -> None:
+    source = "class C:\n    def f(self):\n        def g():\n            return 1\n        return g\n"
+    figures = {item.name: item.code_lines for item in function_densities(source)}
+    assert figures == {"f": 4, "g": 2}
+
+
+def test_dense_functions_are_found() -> None:
+    dense = SIGNATURE + 7 * LINE
+    assert too_dense(dense) == ["line 1, f: 13.9 tokens per line of code"]
+    # One line less is too short for a verdict, and names make it readable.
+    assert not too_dense(SIGNATURE + 6 * LINE)
+    assert not too_dense(dense + 7 * "    b = a\n")
