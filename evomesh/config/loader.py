@@ -80,16 +80,20 @@ def load_config(
     # 1. Execute the file. It applies the overrides of names that it has; the others create keys.
     path = os.fspath(path)
     sets = parse_overrides(overrides)
-    read = read_xtuner_source if is_xtuner_file(path) else read_source
-    source = read(path, sets)
-    draft = ConfigDraft(
-        dict(source.values), lambda key: _location_of(key, source, sets)
-    )
+    if is_xtuner_file(path):
+        source = read_xtuner_source(path, sets)
+    else:
+        source = read_source(path, sets)
+
+    def location_of(key: str) -> str:
+        return _location_of(key, source, sets)
+
+    draft = ConfigDraft(dict(source.values), location_of)
     draft.warnings += source.warnings
     not_applied = [item for item in sets if not _was_applied_by_file(item, source)]
     apply_overrides(draft.values, not_applied, create=True)
-    written_leaves = leaves(source.values | draft.values)
-    given = [key for key, _ in written_leaves] + list(draft.values)
+    given = [key for key, _ in leaves(source.values | draft.values)]
+    given += draft.values
 
     # 2. Resolve other spellings. Top-level names that are left over are unknown.
     resolve(draft)

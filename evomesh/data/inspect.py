@@ -123,15 +123,15 @@ def histogram(lengths: NDArray[Any]) -> str:
     bar_widths = np.round(BAR_WIDTH * documents / documents.max())
 
     rows = []
+    ends = starts[1:] - 1
     for number in np.flatnonzero(documents):
-        low = starts[number]
-        high = starts[number + 1] - 1
-        count = documents[number]
-        share = shares[number]
         # A single document among many is a bar of one sign, not of none.
-        bar = "#" * max(1, int(bar_widths[number]))
-        row = f"  {low:>9,} .. {high:<9,} {count:>11,} documents {share:6.1%} of tokens  {bar}"
-        rows.append(row)
+        bar_width = max(1, int(bar_widths[number]))
+        bar = "#" * bar_width
+        length_range = f"{starts[number]:>9,} .. {ends[number]:<9,}"
+        count = f"{documents[number]:>11,} documents"
+        share = f"{shares[number]:6.1%} of tokens"
+        rows.append(f"  {length_range} {count} {share}  {bar}")
     return "\n".join(rows)
 
 

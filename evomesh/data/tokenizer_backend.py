@@ -99,7 +99,8 @@ def build_backend(path: Path, folder: TokenizerFolder) -> FolderBackend:
     _add_missing(backend, without_id)
     if draft.class_name == "Qwen2Tokenizer":
         # The class adds them once more, without flags for the spaces around them.
-        _add_again(backend, [token.content for token in without_id])
+        contents = [token.content for token in without_id]
+        _add_again(backend, contents)
     backend.encode_special_tokens = bool(folder.settings.get("split_special_tokens"))
     backend.no_truncation()
     backend.no_padding()

@@ -244,13 +244,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
         # 3. Sum over the targets of each request.
         scores: dict[int, TextScore] = {}
-        start = 0
-        for request in batch:
-            end = start + len(request.targets)
-            total = float(logprobs[start:end].sum())
-            is_greedy = bool(is_top[start:end].all())
+        counts = [len(request.targets) for request in batch]
+        logprobs_of = torch.split(logprobs, counts)
+        is_top_of = torch.split(is_top, counts)
+        for index, request in enumerate(batch):
+            total = float(logprobs_of[index].sum())
+            is_greedy = bool(is_top_of[index].all())
             scores[request.number] = TextScore(total, is_greedy)
-            start = end
         return scores
 
     def _bounds(self, lengths: Sequence[int]) -> SequenceBounds:
@@ -298,9 +298,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             assert sampling.max_new_tokens is not None
             # As the harness's own backend does, a prompt loses its beginning.
             max_prompt_tokens = context_length - sampling.max_new_tokens
-            ids = self.tok_encode(prompt)[-max_prompt_tokens:]
+            ids = self.tok_encode(prompt)
             stream = (sampling.seed, number)
-            engine_number = engine.add(ids, sampling, stream)
+            engine_number = engine.add(ids[-max_prompt_tokens:], sampling, stream)
             answers[engine_number] = PendingAnswer(stops)
 
         # 2. Collect their tokens until a stop string or the end.

@@ -76,9 +76,7 @@ class _BeamSearch:
             if not ends:
                 growing.append(candidate)
             elif rank < num_beams:
-                answer = self._extend(candidate)
-                answer.score = self._final_score(candidate.score, length)
-                self.finished.append(answer)
+                self._finish(candidate, length)
 
         # 3. Keep the best of each kind.
         self.finished.sort(key=lambda beam: -beam.score)
@@ -90,6 +88,12 @@ class _BeamSearch:
             return []
         self.running = [self._extend(candidate) for candidate in growing]
         return [candidate.parent for candidate in growing]
+
+    def _finish(self, candidate: _BeamCandidate, length: int) -> None:
+        """Add the answer that ends with a candidate."""
+        answer = self._extend(candidate)
+        answer.score = self._final_score(candidate.score, length)
+        self.finished.append(answer)
 
     def _cannot_improve(self, growing: list[_BeamCandidate], length: int) -> bool:
         """Return whether the best candidate, if it ended here, would not beat the worst answer.
@@ -127,13 +131,8 @@ class _BeamSearch:
         extended_scores = logprobs + beam_scores.unsqueeze(1)  # [R, V]
         scores = extended_scores.flatten()  # [R * V]
 
-        # 3. The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
-        ranking = scores
-        if not self.sampling.greedy:
-            noise = self.random.gumbel(size=len(scores))
-            ranking = scores + torch.from_numpy(noise)
-        count = min(count, len(ranking))
-        best = ranking.topk(count).indices  # [K]
+        # 3. The best of them that are possible at all.
+        best = self._rank(scores, count)  # [K]
         is_possible = scores[best].isfinite()
         best = best[is_possible]
 
@@ -146,6 +145,17 @@ class _BeamSearch:
             candidate = _BeamCandidate(parent, token, score)
             found.append(candidate)
         return found
+
+    def _rank(self, scores: Tensor, count: int) -> Tensor:
+        """Return the indices of the ``count`` largest scores, or of so many sampled by their scores."""
+        count = min(count, len(scores))
+        if self.sampling.greedy:
+            return scores.topk(count).indices
+        # The largest of perturbed log-probabilities are a sample without replacement
+        # (Kool et al., 1903.06059).
+        noise = self.random.gumbel(size=len(scores))
+        perturbed = scores + torch.from_numpy(noise)
+        return perturbed.topk(count).indices
 
     def _next_logprobs(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities [R, V] from which next tokens are chosen; when sampling, in float64."""

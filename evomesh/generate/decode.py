@@ -48,19 +48,19 @@ def stream_tokens(
     context_length = _context_length(prompts, sampling)
     engine = GenerationEngine(model, slots=slots, context_length=context_length)
     check_eos_ids(sampling, engine.vocab_size)
+    vocab_size = engine.vocab_size
     for index, prompt in enumerate(prompts):
-        check_prompt(
-            prompt, engine.context_length, engine.vocab_size, f"prompt {index}"
-        )
-
+        check_prompt(prompt, engine.context_length, vocab_size, f"prompt {index}")
     # 1. One request for each answer.
     one_answer = replace(sampling, num_return_sequences=1)
     origins: dict[int, tuple[int, int]] = {}  # request -> (prompt, answer)
-    for index, prompt in enumerate(prompts):
-        number = index if numbers is None else numbers[index]
+    if numbers is None:
+        numbers = range(len(prompts))
+    for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
+        first_stream = number * answers_per_prompt
         for answer in range(answers_per_prompt):
-            stream_number = number * answers_per_prompt + answer
-            request = engine.add(prompt, one_answer, (sampling.seed, stream_number))
+            stream = (sampling.seed, first_stream + answer)
+            request = engine.add(prompt, one_answer, stream)
             origins[request] = (index, answer)
 
     # 2. Their tokens, as they come.

@@ -235,15 +235,7 @@ class GenerationEngine:
         # The last token of each prompt predicts the first one of its answer.
         ends = torch.tensor(lengths, device=self.device).cumsum(0)
         logits = self.model.logits(hidden[ends - 1])  # [B, V]
-
-        prompt_scores: list[list[TokenScore]] = []
-        states = torch.split(hidden, lengths)
-        for request, prompt_states in zip(admitted, states, strict=True):
-            scores: list[TokenScore] = []
-            if request.sampling.score_prompt and not request.is_read:
-                scores = self._score_prompt(request, prompt_states)
-            prompt_scores.append(scores)
-            request.is_read = True
+        prompt_scores = self._score_prompts(admitted, torch.split(hidden, lengths))
 
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)
@@ -251,6 +243,21 @@ class GenerationEngine:
             replace(token, prompt_scores=scores)
             for token, scores in zip(tokens, prompt_scores, strict=True)
         ]
+
+    def _score_prompts(
+        self,
+        admitted: Sequence[_ActiveRequest],
+        states: Sequence[Tensor],
+    ) -> list[list[TokenScore]]:
+        """Return the scores of each prompt whose request wants them, and only once: it may be read again later."""
+        all_scores: list[list[TokenScore]] = []
+        for request, hidden in zip(admitted, states, strict=True):
+            scores: list[TokenScore] = []
+            if request.sampling.score_prompt and not request.is_read:
+                scores = self._score_prompt(request, hidden)
+            all_scores.append(scores)
+            request.is_read = True
+        return all_scores
 
     def _score_prompt(
         self, request: _ActiveRequest, hidden: Tensor

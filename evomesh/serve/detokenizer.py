@@ -250,19 +250,18 @@ class Detokenizer:
             return
         # The first word of a text loses the space that its token has inside one. After
         # any other change only the sum is known: it goes to the last token.
-        new_content = text.encode()
         contents = [scored.content for scored in group]
-        if joined.removeprefix(b" ") == new_content:
+        if joined.removeprefix(b" ") == text.encode():
             contents[0] = contents[0].removeprefix(b" ")
         else:
             # Parts of characters before it keep their bytes, which became the marks.
             before = contents[:-1]
-            if not 0 < sum(map(len, before)) <= marks:
-                before = [b""] * (count - 1)
+            num_bytes = sum(map(len, before))
+            if not 0 < num_bytes <= marks:
+                before = [b""] * len(before)
                 rest = text
             contents = [*before, rest.encode()]
-        matched = map(_with_content, group, contents)
-        self._scored[-count:] = matched
+        self._scored[-count:] = map(_with_content, group, contents)
 
     def _place_whole_tokens(self, count: int, text: str) -> None:
         """Set where the last tokens begin that are whole texts; those before them may be parts of characters.

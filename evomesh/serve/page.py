@@ -140,22 +140,15 @@ class ChatPage:
             settings = read_settings(controls)
             if not conversation or conversation[-1]["role"] != "user":
                 return
-            messages: list[ChatMessage] = []
-            if settings.system.strip():
-                messages.append(ChatMessage("system", settings.system, False))
-            for message in conversation:
-                messages.append(ChatMessage(message["role"], message["content"], False))
-            prompt = await run_in(
-                self.service.tokenizers, self.service.chat_ids, messages
-            )
+            messages = _chat_messages(conversation, settings.system)
+            service = self.service
+            prompt = await run_in(service.tokenizers, service.chat_ids, messages)
             session = str(request.session_hash)
             stream = self._stream_answer(prompt, settings, session)
             async with aclosing(stream) as answer:
                 async for text, status in answer:
-                    yield (
-                        [*conversation, {"role": "assistant", "content": text}],
-                        status,
-                    )
+                    reply = {"role": "assistant", "content": text}
+                    yield [*conversation, reply], status
         except UserError as error:
             yield conversation, warning(error)
 
@@ -483,3 +476,17 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
     mount.app = GradioGuard(
         mount.app, service.limits.page_call_bytes, service.parser, app.state.key_gate
     )
+
+
+def _chat_messages(
+    conversation: Sequence[dict[str, Any]], system: str
+) -> list[ChatMessage]:
+    """Return the messages of a conversation, after that of the system if there is one."""
+    messages: list[ChatMessage] = []
+    if system.strip():
+        first = ChatMessage("system", system, False)
+        messages.append(first)
+    for turn in conversation:
+        message = ChatMessage(turn["role"], turn["content"], False)
+        messages.append(message)
+    return messages

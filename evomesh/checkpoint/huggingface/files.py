@@ -91,15 +91,14 @@ class SafetensorsFile:
         data_start = 8 + length
         data_size = file_size - data_start
         for name, entry in header.items():
-            lengths = entry["shape"]
-            shape = tuple(map(int, lengths))
+            shape = tuple(int(size) for size in entry["shape"])
             dtype = fmt.DTYPES[entry["dtype"]]
             first, last = entry["data_offsets"]
             # The header is not trusted: the bytes are in the file, and as many as the
             # shape needs.
-            expected = math.prod(shape) * dtype.itemsize
+            expected_size = math.prod(shape) * dtype.itemsize
             is_inside = first >= 0 and last <= data_size
-            if not is_inside or last - first != expected:
+            if not is_inside or last - first != expected_size:
                 raise ValueError(f"{name}: bytes {first} to {last} of {data_size}")
             self.shapes[name] = shape
             self._dtypes[name] = dtype

@@ -6,7 +6,7 @@ is stored none the less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,20 +139,27 @@ def _sizes_of_tensors(
         if len(shape) == 2:
             yield key, shape[dim] // parts, f"{name} is {list(shape)}"
 
-    # model.layers.31.input_layernorm.weight: the number is between the two dots after
-    # what all layers begin with.
+    count = _count_layers(shapes, naming)
+    if count:
+        yield "num_hidden_layers", count, f"the tensors are of {count} layers"
+
+
+def _count_layers(names: Iterable[str], naming: NameMap) -> int:
+    """Return the largest layer number in the names of tensors plus one, 0 without any.
+
+    In model.layers.31.input_layernorm.weight the number is between the two dots after
+    what all layers begin with.
+    """
     norm = naming.modules["layers.{}.attention_norm"][0]
     prefix, _, _ = norm.partition("{}")
-    numbers = []
-    for name in shapes:
+    count = 0
+    for name in names:
         if not name.startswith(prefix):
             continue
         layer, _, _ = name.removeprefix(prefix).partition(".")
         if layer.isdecimal():
-            numbers.append(int(layer))
-    if numbers:
-        count = max(numbers) + 1
-        yield "num_hidden_layers", count, f"the tensors are of {count} layers"
+            count = max(count, int(layer) + 1)
+    return count
 
 
 def refuse_another_head(folder: WeightFolder, naming: NameMap) -> None:

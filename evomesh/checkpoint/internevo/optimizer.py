@@ -260,19 +260,30 @@ def _unflatten(
         for rank, owned in enumerate(assigned):
             if not owned:  # a group with fewer parameters than there are ranks
                 continue
-            file = files[rank]
-            flats, step = _flat_tensors(contents[rank], number, file)
-            steps.add(step)
             own_weights = {name: weights[name] for name in owned}
-            for kind, flat in flats.items():
-                described = f"{kind} of group {number}"
-                parts = _split_flat(flat, own_weights, described, file)
-                tensors[kind].update(parts)
-            _prove_masters(tensors["master"], own_weights, file)
+            parts, step = _unflatten_rank(
+                contents[rank], number, own_weights, files[rank]
+            )
+            steps.add(step)
+            for kind, part in parts.items():
+                tensors[kind] |= part
     in_order = {}
     for kind, found in tensors.items():
         in_order[kind] = {name: found[name] for name in weights}
     return in_order, steps
+
+
+def _unflatten_rank(
+    content: dict[str, Any], number: int, own_weights: StateDict, file: str
+) -> tuple[dict[str, StateDict], int]:
+    """Split one rank's flat tensors of a group; return them by kind and name, with their step."""
+    flats, step = _flat_tensors(content, number, file)
+    parts: dict[str, StateDict] = {}
+    for kind, flat in flats.items():
+        described = f"{kind} of group {number}"
+        parts[kind] = dict(_split_flat(flat, own_weights, described, file))
+    _prove_masters(parts["master"], own_weights, file)
+    return parts, step
 
 
 def _group_numbers(contents: list[dict[str, Any]]) -> list[int]:

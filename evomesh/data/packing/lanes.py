@@ -44,17 +44,20 @@ class StreamingLane:
             return None
 
         # 2. Assemble it.
-        stored = np.concatenate(documents)[self.used :]
+        stored = np.concatenate(documents)
         types = np.zeros(len(ends), np.int64)
-        pack = assemble(stored, np.array(ends), types, rule)
+        pack = assemble(stored[self.used :], np.array(ends), types, rule)
 
         # 3. Drop the consumed documents; the rest of the last one starts the next pack.
         rest = filled - rule.packed_length
-        num_consumed = len(documents) - 1 if rest else len(documents)
+        num_consumed = len(documents)
+        self.used = 0
+        if rest:
+            num_consumed -= 1
+            self.used = len(documents[-1]) - rest
         for _ in range(num_consumed):
             row, _ = self.waiting.popleft()
             self.n = row + num_lanes
-        self.used = len(documents[-1]) - rest if rest else 0
         return pack
 
     def _next_rows(self, rule: PackRule, num_lanes: int) -> Pack | None:

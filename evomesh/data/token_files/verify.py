@@ -303,21 +303,23 @@ def _compare_meta(scan: FileScan) -> None:
     except UserError as error:
         scan.problems.append(str(error))
         return
+    problems = scan.problems
     where = meta_path(scan.path)
-    if len(rows) != len(scan.offsets):
-        scan.problems.append(
-            f"{where}: {len(rows):,} rows, the token file has {len(scan.offsets):,} lines"
+    num_lines = len(scan.offsets)
+    if len(rows) != num_lines:
+        problems.append(
+            f"{where}: {len(rows):,} rows, the token file has {num_lines:,} lines"
         )
     right = np.stack([scan.offsets, scan.lengths], axis=1)
-    common = min(len(rows), len(right))
-    is_wrong = (rows[:common] != right[:common]).any(axis=1)
-    wrong = np.flatnonzero(is_wrong)
+    common = min(len(rows), num_lines)
+    is_wrong = rows[:common] != right[:common]
+    wrong = np.flatnonzero(is_wrong.any(axis=1))
     for row in wrong[:SHOWN]:
         stored = tuple(rows[row].tolist())
         expected = tuple(right[row].tolist())
-        scan.problems.append(f"{where} row {row}: {stored}, the line has {expected}")
+        problems.append(f"{where} row {row}: {stored}, the line has {expected}")
     if len(wrong) > SHOWN:
-        scan.problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
+        problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
 
 
 def _find_repeats(scan: FileScan) -> None:
