@@ -314,7 +314,8 @@ def _open_zip(path: str, inert: Collection[str]) -> Any:
             storages[key] = storage
             return storage
 
-        with archive.open(entries["data.pkl"]) as file:
+        content = entries["data.pkl"]
+        with archive.open(content) as file:
             unpickler = _Unpickler(file, find_storage, inert)
             return unpickler.load()
 

@@ -351,14 +351,14 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
     if sys.stdout.isatty():
         _print_rich_table(head, rows)
         return
-    columns = []
+    padded_columns = []
     for column in zip(head, *rows, strict=True):
-        width = max(map(len, column))
+        width = max(len(cell) for cell in column)
         padded = [cell.ljust(width) for cell in column]
-        columns.append(padded)
-    for line in zip(*columns, strict=True):
-        text = "  ".join(line)
-        typer.echo(text.rstrip())
+        padded_columns.append(padded)
+    for cells in zip(*padded_columns, strict=True):
+        line = "  ".join(cells)
+        typer.echo(line.rstrip())
 
 
 def _print_rich_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

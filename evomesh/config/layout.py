@@ -62,17 +62,22 @@ def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
     """
     for problem in _size_problems(parallel, world_size):
         raise problem
-    isp = parallel.tensor.mode == "isp"
+    # 16 processes with pipeline 2 and tensor 2: 8 ranks a stage, of which 4 hold the same
+    # shard of the weights. With zero1 size 2 the optimizer state is sharded over 2 of
+    # these 4, and there are 2 replicas of it.
+    is_isp = parallel.tensor.mode == "isp"
     group = _zero_group(parallel, world_size)
-    zero = group if parallel.zero1.size <= 0 else min(parallel.zero1.size, group)
+    zero = group
+    if parallel.zero1.size > 0:
+        zero = min(parallel.zero1.size, group)
     return AxisSizes(
         pp=parallel.pipeline.size,
         dp=data_parallel_size(parallel, world_size),
         tp=parallel.tensor.size,
-        wp=parallel.weight.size if isp else 1,
+        wp=parallel.weight.size if is_isp else 1,
         zero=zero,
         replica=group // zero,
-        isp=isp,
+        isp=is_isp,
     )
 
 
@@ -199,9 +204,12 @@ def _head_norm_rows(model: ModelConfig, tp: int = 1) -> dict[str, int]:
 
 
 def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
-    model, data = config.model, config.data
-    tp, mode = config.parallel.tensor.size, config.parallel.tensor.mode
+    model = config.model
+    data = config.data
+    tp = config.parallel.tensor.size
+    mode = config.parallel.tensor.mode
     key = "parallel.tensor.size"
+    # Every mode gives each rank whole heads, with their keys and values.
     heads = {
         "num_attention_heads": model.num_attention_heads,
         "num_kv_attention_heads": model.kv_heads,
@@ -220,6 +228,7 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
             expected="one of them",
             fix="remove model.embed_split_hidden",
         )
+    # All modes but mtp shard the sequence; isp alone leaves the feed-forward width whole.
     if mode != "mtp" and data.packed_length % tp:
         yield ConfigFinding(
             (key, "data.seq_len", "data.micro_bsz"),
@@ -251,6 +260,7 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
             fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
         )
         return
+    # Weights are sharded by rows. Those of wo and w2 are hidden_size, as of the norms.
     rows = {
         "hidden_size": model.hidden_size,
         "width of q, k and v": model.qkv_width,
@@ -267,15 +277,17 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
-    model = config.model
+    layers = config.model.num_layers
     pp = config.parallel.pipeline.size
-    chunks = model.num_chunks
+    chunks = config.model.num_chunks
     # Each chunk needs a layer, or a stage would have nothing to compute.
-    if pp * chunks > model.num_layers:
+    needed = pp * chunks
+    if needed > layers:
+        largest = max(layers // chunks, 1)
         yield ConfigFinding(
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
-            f"{pp} stages of {chunks} chunks need {pp * chunks} layers, num_layers={model.num_layers}",
-            expected=f"pipeline.size at most {max(model.num_layers // chunks, 1)}",
+            f"{pp} stages of {chunks} chunks need {needed} layers, num_layers={layers}",
+            expected=f"pipeline.size at most {largest}",
         )
 
 

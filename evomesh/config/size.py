@@ -33,8 +33,11 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     # Layernorm has a bias.
     norm = 2 * hidden if model.norm_type == "layernorm" else hidden
     norms_of_layer = 4 if model.norm_placement == "both" else 2
+    num_norms = norms_of_layer * layers
+    # A model whose last block ends with a norm has no other one before the head.
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
-    num_norms = norms_of_layer * layers + (0 if post_norm else 1)
+    if not post_norm:
+        num_norms += 1
     qk_norms = layers * sum(model.qk_norm_widths)
     ends = model.vocab_size * hidden
     return {

@@ -107,11 +107,12 @@ class StyleTemplate:
 
     def _render(self, messages: Sequence[ChatMessage]) -> Iterator[ChatPart]:
         """Yield the parts of a conversation: bos, then those of each message."""
-        bos_id = self.tokenizer.bos_id
+        tokenizer = self.tokenizer
+        bos_id = tokenizer.bos_id
         # SmolLM2's tokenizer names the opening mark itself as bos: it is not doubled.
         is_a_mark = bos_id in self.special_ids.values()
         if bos_id is not None and not is_a_mark:
-            bos = self.tokenizer.token_name(bos_id)
+            bos = tokenizer.token_name(bos_id)
             yield ChatPart(bos, is_target=True, token_id=bos_id)
         for message in messages:
             yield from self._render_message(message)

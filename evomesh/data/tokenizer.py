@@ -121,7 +121,7 @@ class HfTokenizer:
         self.leading: Sequence[int] = built.leading
 
         self.templates: Mapping[str, str] = folder.templates
-        self.chat_template = folder.templates.get("default", "")
+        self.chat_template = self.templates.get("default", "")
 
     def _common_ends(self) -> dict[str, str]:
         """Return bos and eos by the names in common use."""

@@ -244,13 +244,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
         # 3. Sum over the targets of each request.
         scores: dict[int, TextScore] = {}
-        counts = [len(request.targets) for request in batch]
-        logprobs_of = torch.split(logprobs, counts)
-        is_top_of = torch.split(is_top, counts)
-        for index, request in enumerate(batch):
-            total = float(logprobs_of[index].sum())
-            is_greedy = bool(is_top_of[index].all())
+        start = 0
+        for request in batch:
+            own = slice(start, start + len(request.targets))
+            total = float(logprobs[own].sum())
+            is_greedy = bool(is_top[own].all())
             scores[request.number] = TextScore(total, is_greedy)
+            start = own.stop
         return scores
 
     def _bounds(self, lengths: Sequence[int]) -> SequenceBounds:

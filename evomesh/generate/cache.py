@@ -151,14 +151,14 @@ class KeyValueCache:
         left would still be NaN.
         """
         last = len(self.lengths) - 1
-        used = slice(max(self.lengths[slot], self.lengths[last]))
+        longer = max(self.lengths[slot], self.lengths[last])
         for cached in self._all_tensors():
+            used = cached[:, :, :longer]
             if slot != last:
-                cached[slot, :, used] = cached[last, :, used]
-            cached[last, :, used] = 0
-        last_length = self.lengths.pop()
-        if slot != last:
-            self.lengths[slot] = last_length
+                used[slot] = used[last]
+            used[last] = 0
+        self.lengths[slot] = self.lengths[last]
+        self.lengths.pop()
 
     @torch.inference_mode()
     def reorder(self, sources: Sequence[int]) -> None:
@@ -170,12 +170,12 @@ class KeyValueCache:
                 target_slots.append(slot)
                 source_slots.append(source)
         if target_slots:
-            used = slice(max(self.lengths))
+            longest = max(self.lengths)
             for cached in self._all_tensors():
+                used = cached[:, :, :longest]
                 # Indexing with a list copies first, so that no move reads what another
                 # one wrote.
-                moved = cached[source_slots, :, used]
-                cached[target_slots, :, used] = moved
+                used[target_slots] = used[source_slots]
         self.lengths = [self.lengths[source] for source in sources]
 
     def size_in_bytes(self) -> int:
@@ -211,6 +211,7 @@ def _store_sequence(cached: Tensor, sequence: Tensor) -> None:
     if length <= capacity:
         cached[:, :length] = sequence.transpose(0, 1)
         return
-    kept = torch.arange(length - capacity, length, device=cached.device)
-    rows = kept % capacity
-    cached[:, rows] = sequence[kept].transpose(0, 1)
+    positions = torch.arange(length - capacity, length, device=cached.device)
+    rows = positions % capacity
+    kept = sequence[positions]
+    cached[:, rows] = kept.transpose(0, 1)

@@ -235,14 +235,16 @@ class GenerationEngine:
         # The last token of each prompt predicts the first one of its answer.
         ends = torch.tensor(lengths, device=self.device).cumsum(0)
         logits = self.model.logits(hidden[ends - 1])  # [B, V]
-        prompt_scores = self._score_prompts(admitted, torch.split(hidden, lengths))
+        hidden_of_prompts = torch.split(hidden, lengths)
+        prompt_scores = self._score_prompts(admitted, hidden_of_prompts)
 
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)
-        return [
-            replace(token, prompt_scores=scores)
-            for token, scores in zip(tokens, prompt_scores, strict=True)
-        ]
+        scored_tokens = []
+        for token, scores in zip(tokens, prompt_scores, strict=True):
+            scored = replace(token, prompt_scores=scores)
+            scored_tokens.append(scored)
+        return scored_tokens
 
     def _score_prompts(
         self,

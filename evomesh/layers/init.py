@@ -190,8 +190,9 @@ def _draw_tile(
     philox = np.random.Philox(key=key, counter=counter)
     generator = np.random.Generator(philox)
     if initial.kind == "normal":
+        standard_deviation = np.float32(initial.scale)
         standard = generator.standard_normal(shape, dtype=np.float32)
-        return standard * np.float32(initial.scale)
+        return standard * standard_deviation
     # A uniform distribution on [-a, a] has the standard deviation a / sqrt(3).
     half_width = np.float32(math.sqrt(3) * initial.scale)
     unit = generator.random(shape, dtype=np.float32)  # in [0, 1)

@@ -281,10 +281,10 @@ def split_heads(
     qkv: Tensor, *, kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection like ``split_and_rotate``, for a layer without rotary positions."""
-    queries, keys, values = parts_of_groups(qkv, kv_heads, head_dim)
-    q = queries.flatten(1, 2)
-    k = keys.squeeze(2).contiguous()
-    v = values.squeeze(2).contiguous()
+    q, k, v = parts_of_groups(qkv, kv_heads, head_dim)
+    q = q.flatten(1, 2)
+    k = k.squeeze(2).contiguous()
+    v = v.squeeze(2).contiguous()
     return q, k, v
 
 

@@ -93,7 +93,8 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.norm_placement = config.norm_placement
-        self.drop_rate, self.axis = config.drop_rate, placement.axis
+        self.drop_rate = config.drop_rate
+        self.axis = placement.axis
         self.attention = Attention(
             layer,
             config.hidden_size,
@@ -133,22 +134,25 @@ class DecoderBlock(nn.Module):
         attend: AttentionFunction,
     ) -> Tensor:
         def drop(branch: Tensor, site: int) -> Tensor:
-            return drop_columns(
-                branch, self.drop_rate, bounds.numbers, site, self.axis.rank
-            )
+            rank = self.axis.rank
+            return drop_columns(branch, self.drop_rate, bounds.numbers, site, rank)
 
+        out: Tensor
+        # The norm acts on the sum: nothing passes a block unchanged.
         if self.post_norm:
             attended = self.attention(x, tables, bounds, attend)
             x = self.attention_norm(x + drop(attended, ATTENTION_OUTPUT))
-            fed_forward = drop(self.feed_forward(x), FEED_FORWARD_OUTPUT)
-            normed: Tensor = self.ffn_norm(x + fed_forward)
-            return normed
+            fed_forward = self.feed_forward(x)
+            out = self.ffn_norm(x + drop(fed_forward, FEED_FORWARD_OUTPUT))
+            return out
         if self.norm_placement == "after":
             attended = self.attention(x, tables, bounds, attend)
             x = x + drop(self.attention_norm(attended), ATTENTION_OUTPUT)
             fed_forward = self.ffn_norm(self.feed_forward(x))
-            after: Tensor = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
-            return after
+            out = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
+            return out
+        # x is the residual stream, to which both branches add; "both" norms what they add
+        # as well.
         attended = self.attention(self.attention_norm(x), tables, bounds, attend)
         if self.norm_placement == "both":
             attended = self.attention_out_norm(attended)
@@ -156,7 +160,7 @@ class DecoderBlock(nn.Module):
         fed_forward = self.feed_forward(self.ffn_norm(x))
         if self.norm_placement == "both":
             fed_forward = self.ffn_out_norm(fed_forward)
-        out: Tensor = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
+        out = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
         return out
 
 
@@ -173,6 +177,8 @@ def make_norm(config: ModelConfig, placement: Placement) -> Norm:
 
 def _qk_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
     """Return the norms of queries and of keys, each over the width of a head or of all of them."""
+    # One weight for the width of a head, which all heads share; or one for all heads
+    # together, of which tensor parallelism gives each rank its heads' columns.
     of_heads = config.qk_norm_over == "head"
     query_norm, key_norm = (
         Norm(
@@ -208,7 +214,8 @@ class OutputHead(nn.Module):
         tied_to: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.placement = config, placement
+        self.config = config
+        self.placement = placement
         if tied_to is not None:
             self.weight = tied_to
             return
@@ -282,8 +289,11 @@ class Decoder(LanguageModel):
         layer_range: range | None = None,
     ) -> None:
         super().__init__()
-        layers = range(config.num_layers) if layer_range is None else layer_range
-        self.config, self.family = config, family
+        layers = layer_range
+        if layers is None:
+            layers = range(config.num_layers)
+        self.config = config
+        self.family = family
         self.dtype = parameter_dtype(config.dtype)
         self.post_norm = family.post_norm and config.apply_post_layer_norm
         self.rotary = RotaryEmbedding(
@@ -305,6 +315,7 @@ class Decoder(LanguageModel):
         # hold equally many rows: 32,001 over 2 ranks become 16,001 and 16,001.
         rows = -(-config.vocab_size // axis.size) * axis.size
         padding = rows - config.vocab_size
+        # A stage of a pipeline has some layers, and of the ends what it needs.
         self.is_first = layers.start == 0
         is_last = layers.stop == config.num_layers
         self.embedding: Embedding | None = None

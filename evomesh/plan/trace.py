@@ -82,15 +82,16 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
         scales = [1.0] * micro_num
         schedule = stages.schedule
         held = _held(stages, optimizer)
+        # Torch's pipeline schedules agree on shapes with the other ranks, which do not
+        # exist here: a rehearsal runs the same forward and backward passes of this rank.
+        run = schedule.train
+        if isinstance(schedule, PipelineSchedule):
+            run = schedule.rehearse
         with record_traffic(grid) as traffic:
             optimizer.expect_micro_batches(micro_num)
-            run = (
-                schedule.rehearse
-                if isinstance(schedule, PipelineSchedule)
-                else schedule.train
-            )
             run(batch, scales, LossTerms.of(config.loss), lambda index, output: None)
             passes = len(traffic.calls)
+            # Without values there is no update, only what it would send.
             optimizer.communicate_only()
         return StepTrace(grid, *held, traffic, passes)
 
@@ -137,6 +138,7 @@ def _held(
         gradient_bytes += slot.local.numel() * slot.gradient_dtype.itemsize
     layers = set()
     for name in parameters:
+        # layers.31.attention.wqkv.weight: the index counts over all stages.
         if name.startswith("layers."):
             _, index, *_ = name.split(".")
             layers.add(int(index))

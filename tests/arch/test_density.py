@@ -20,13 +20,13 @@ ADVICE = (
 )
 
 
-def too_dense(source: str) -> list[str]:
-    """Return the functions with more tokens per line of code than ``MAX_TOKENS_PER_LINE``."""
+def too_dense(source: str, limit: float = MAX_TOKENS_PER_LINE) -> list[str]:
+    """Return the functions with more tokens per line of code than ``limit``."""
     found = []
     for function in function_densities(source):
         is_long = function.code_lines >= MIN_CODE_LINES
         density = function.tokens_per_line
-        if is_long and density > MAX_TOKENS_PER_LINE:
+        if is_long and density > limit:
             found.append(
                 f"line {function.line}, {function.name}: {density:.1f} tokens per line of code"
             )
@@ -61,7 +61,9 @@ def test_methods_and_nested_functions_count() -> None:
 
 def test_dense_functions_are_found() -> None:
     dense = SIGNATURE + 7 * LINE
-    assert too_dense(dense) == ["line 1, f: 13.9 tokens per line of code"]
+    found = too_dense(dense, limit=13.5)
+    assert found == ["line 1, f: 13.9 tokens per line of code"]
+    assert not too_dense(dense, limit=14)
     # One line less is too short for a verdict, and names make it readable.
-    assert not too_dense(SIGNATURE + 6 * LINE)
-    assert not too_dense(dense + 7 * "    b = a\n")
+    assert not too_dense(SIGNATURE + 6 * LINE, limit=13.5)
+    assert not too_dense(dense + 7 * "    b = a\n", limit=13.5)

@@ -281,7 +281,8 @@ def _unflatten_rank(
     parts: dict[str, StateDict] = {}
     for kind, flat in flats.items():
         described = f"{kind} of group {number}"
-        parts[kind] = dict(_split_flat(flat, own_weights, described, file))
+        part = _split_flat(flat, own_weights, described, file)
+        parts[kind] = part
     _prove_masters(parts["master"], own_weights, file)
     return parts, step
 

@@ -59,7 +59,7 @@ class ConfigDraft:
     ) -> None:
         """Record a problem with a key, resolved or as written; none with a key that is switched off."""
         written = self.sources.get(key, key)
-        if any(name in self.off for name in (key, written)):
+        if key in self.off or written in self.off:
             return
         where = self.where(key)
         error = UserError(found, where=where, expected=expected, fix=fix)

@@ -74,8 +74,9 @@ class RowPlan(PackPlan):
         ranges = pairwise(self.first_document)
         in_rows = 0
         for source, (start, stop) in zip(self.sources, ranges, strict=True):
-            in_range = self.document_order[start:stop]
-            documents = in_range[: max(0, rows - start)]
+            if start >= rows:
+                break
+            documents = self.document_order[start : min(stop, rows)]
             whole = source.lengths[documents]
             lengths = np.minimum(whole, self.rule.seq_len)
             in_rows += int(lengths.sum())

@@ -74,9 +74,10 @@ class _RecodedStream(io.RawIOBase):
             text = self._decode(block)
             self._ready = text.encode(UTF8, "surrogatepass")
         part = self._ready[: len(buffer)]
-        self._ready = self._ready[len(part) :]
-        buffer[: len(part)] = part
-        return len(part)
+        size = len(part)
+        buffer[:size] = part
+        self._ready = self._ready[size:]
+        return size
 
     def _decode(self, block: bytes) -> str:
         try:
