@@ -84,6 +84,7 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     if config.type == "streaming":
         return open_streaming(config, vocab_size)
     corpus = open_corpus(config, vocab_size)
+    # All sources together, since the share of each that is read depends on the size of all.
     sources: list[DocumentSource] = []
     for plan in corpus.plans:
         sources += plan.sources

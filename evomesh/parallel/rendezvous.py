@@ -71,6 +71,8 @@ def open_store(address: JobAddress, *, limit_s: float = CONNECT_LIMIT_S) -> Stor
     """
     if address.is_served_here:
         return _connect(address, serve=True)
+    # First the causes that can be distinguished: torch's own wait ends after minutes with
+    # one message for all of them.
     _wait_for_name(address, min(limit_s, NAME_LIMIT_S))
     _wait_for_listener(address, limit_s)
     return _connect(address, serve=False)
@@ -195,6 +197,8 @@ def call_roll(
     Raises:
         UserError: the ranks that have not come within the limit.
     """
+    # The host comes before the count, so that whoever sees all ranks present can read all
+    # hosts.
     ranks = range(address.world_size)
     store.set(f"host/{address.rank}", socket.gethostname())
     store.add("present", 1)

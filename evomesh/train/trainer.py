@@ -78,6 +78,7 @@ class Trainer:
             stack.enter_context(self.run.reporter)
             logger.info("%s", self.run.reason)
             self._run_steps(self._stop_poll(stop_request), stack)
+            # After a stop as well: a signal costs no step that was finished.
             self._save(final=True)
             if self.state.step < total:
                 return self._report_stop(stop_request)
@@ -117,7 +118,8 @@ class Trainer:
 
     def _step_profile(self) -> StepProfile | None:
         """Return the profiler on the first rank of each pipeline stage, None on others and when not asked for."""
-        grid, reporter = self.run.grid, self.run.reporter
+        grid = self.run.grid
+        reporter = self.run.reporter
         if not self.profile or grid.dp.rank or grid.tp.rank:
             return None
         return StepProfile(reporter.folder / "traces", reporter.name)
@@ -137,10 +139,14 @@ class Trainer:
 
     def _one_step(self, poll: StopPoll) -> None:
         """Take a batch, train on it, record the step, and validate or save where the config asks for it."""
-        run, state, config = self.run, self.state, self.config
+        run = self.run
+        state = self.state
+        config = self.config
         started = time.perf_counter()
         step = state.step
         state.step += 1
+        # A skipped step uses up its batch: the later steps get the data that they would
+        # have without the skip.
         if step in self.skipped_steps:
             run.stream.skip()
             logger.info("step %d skipped because data.skip_batches lists it", step)
@@ -148,6 +154,7 @@ class Trainer:
         with region("data wait"):
             batch = run.take_batch()
         record = self._update(step, batch, started, poll)
+        # Half a step has no place in a checkpoint: it is as if it had not begun.
         if record is None:
             state.step = step
             run.return_batch()
@@ -168,11 +175,17 @@ class Trainer:
         self, step: int, batch: Batch, started: float, poll: StopPoll
     ) -> StepRecord | None:
         """Run one optimizer step and return its record; None when it was interrupted."""
-        run, state, config = self.run, self.state, self.config
+        run = self.run
+        state = self.state
+        config = self.config
+        # Seeds and mask numbers follow from the step alone, so that a resumed run draws
+        # what the uninterrupted one draws.
         seed_step(config.run.seed, step, run.grid.dp.rank)
         if config.model.has_dropout:
             dp = run.grid.dp
             batch = batch.numbered(config.run.seed, step, dp.rank, dp.size)
+        # Schedules count the updates that were applied, not the steps: a step whose
+        # gradient was not finite does not move them.
         lr = learning_rate(
             state.step_count, config.lr_scheduler, config.adam, config.data.total_steps
         )
@@ -236,7 +249,8 @@ class Trainer:
             )
 
     def _save_if_due(self) -> None:
-        step, ckpt = self.state.step, self.config.ckpt
+        step = self.state.step
+        ckpt = self.config.ckpt
         if step % ckpt.checkpoint_every == 0:  # never for an infinite interval
             self._save()
         elif ckpt.oss_snapshot_freq > 1 and step % ckpt.oss_snapshot_freq == 0:
@@ -257,6 +271,8 @@ class Trainer:
                 snapshot=snapshot,
                 final=final,
             )
+            # A snapshot is overwritten by a later one, so it does not stand for the
+            # checkpoint of its step.
             self.saved_step = None if snapshot else state.step
         if final:
             run.checkpoints.wait(final=True)

@@ -92,6 +92,8 @@ class StreamingPacks:
 
     def take(self) -> list[Pack]:
         """Return the next pack of each of this rank's lanes."""
+        # A window has rows of all lanes, so a lane that is short of documents fills the
+        # others too: these wait in their lanes.
         packs = []
         for lane in self.lanes.values():
             while (pack := lane.next_pack(self.rule, self.num_lanes)) is None:
@@ -236,6 +238,7 @@ class StreamingBatches:
             while not self._stop.is_set():
                 batch = collate(self.packs.take())
                 step += 1
+                # Taken here, as the packs are ahead of the batch that training has.
                 state_after = {"step": step, **self.packs.state()}
                 self._put(PrefetchedStep(batch, state_after))
         except Exception as error:  # raised in the consumer's thread
@@ -268,6 +271,8 @@ class StreamingData:
 
     def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return one state of all lanes, for any layout, from the states of all ranks at the same step."""
+        # Each rank reads all rows and drops those of other ranks. From the earliest
+        # cursor on there is every row that some lane still needs.
         earliest = min(states, key=lambda state: int(state["cursor"]["n"]))
         lanes: dict[str, Any] = {}
         for state in states:
@@ -287,6 +292,9 @@ class StreamingData:
             UserError: the state belongs to other data or to another global batch.
         """
         config = self.config
+        # One lane for each pack of a step; of 8 lanes rank 1 of 4 has 1 and 5. A lane
+        # fills its pack from rows of its number alone, whichever rank it is on, so the
+        # packs of a step do not depend on the layout.
         num_lanes = config.micro_num * dp_size
         lanes = range(dp_rank, num_lanes, dp_size)
         if state is not None:
