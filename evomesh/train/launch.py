@@ -26,6 +26,7 @@ from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.peer_watch import PeerWatch
 from evomesh.parallel.process_group import first_ranks_number, join_world, leave_world
 from evomesh.train.agreement import config_facts, require_agreement
+from evomesh.train.allocator import use_expandable_segments
 from evomesh.train.determinism import enable_determinism
 from evomesh.train.job import explain_to_peers
 from evomesh.train.launchers import ProcessInfo, detect, idle_tasks
@@ -71,6 +72,7 @@ def launch(
         *check_world(config, process.world_size),
         *idle_tasks(os.environ, process),
     ]
+    use_expandable_segments()
     device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic

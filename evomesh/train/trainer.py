@@ -20,7 +20,7 @@ from evomesh.train.build import TrainingRun
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
 from evomesh.train.stop import StopPoll
-from evomesh.train.upkeep import PeriodicUpkeep
+from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
 from evomesh.train.validate import validate
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Trainer:
             if self.exports is not None:
                 self.exports.start()
             stack.enter_context(self.run.reporter)
+            stack.enter_context(garbage_at_fixed_steps())
             logger.info("%s", self.run.reason)
             self._run_steps(self._stop_poll(stop_request), stack)
             # After a stop as well: a signal costs no step that was finished.

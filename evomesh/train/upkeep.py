@@ -1,9 +1,11 @@
-"""Periodic work between steps: freeing caches, and reporting slow ranks."""
+"""Work between steps: collecting garbage, freeing caches, and reporting slow ranks."""
 
 from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -16,8 +18,30 @@ logger = logging.getLogger(__name__)
 DEFAULT_INTERVAL = 50  # also for an interval of 0 or less, as in InternEvo
 
 
+@contextmanager
+def garbage_at_fixed_steps() -> Iterator[None]:
+    """Leave the search for garbage to ``PeriodicUpkeep``, which does it after the same steps on every rank.
+
+    Python would search whenever it has made enough objects: on a thousand ranks in a
+    thousand different places, and each time the others wait. What exists already, such
+    as modules and the model, is exempt.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
 class PeriodicUpkeep:
-    """Implements ``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
+    """Collects garbage after each step, of which all but the newest every so many steps.
+
+    Implements ``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
 
     Args:
         interval: steps between two rounds.
@@ -32,6 +56,8 @@ class PeriodicUpkeep:
 
     def after_step(self, fwd_bwd_time: float) -> None:
         """Count one step; every rank calls it with the seconds it spent in forward and backward."""
+        # Cycles of this step, whose tensors may be large; they are few objects.
+        gc.collect(0)
         self._seconds.append(fwd_bwd_time)
         if len(self._seconds) < self.interval:
             return

@@ -22,6 +22,9 @@ def join_and_count() -> None:
     )
     with launch(config) as place:
         groups = [dist.group.WORLD, place.grid.tp.group, place.grid.dp.group]
+        # A group bound to a device is made by all ranks at once, and so would hang with
+        # groups that only their members make (``build_grid``).
+        assert all(group.bound_device_id is None for group in groups)
         cpu = torch.device("cpu")
         print(
             "timeouts",

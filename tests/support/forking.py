@@ -30,7 +30,8 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 def context() -> ForkServerContext:
     """The context whose ``Process`` forks off the server; children have one compute thread."""
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload([*filter(_exists, _LIBRARIES), *_own_modules()])
+    modules = [*filter(_exists, _LIBRARIES), *_own_modules(), "tests.support.frozen"]
+    ctx.set_forkserver_preload(modules)
     kept = {name: os.environ.get(name) for name in _ONE_THREAD}
     # Read by the server when it imports torch.
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))

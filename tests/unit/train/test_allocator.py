@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from evomesh.train.allocator import use_expandable_segments
 from tests.support.runs import write_run
-
-pytestmark = pytest.mark.slow
 
 COUNT = """
 import resource, sys, torch
@@ -56,6 +55,7 @@ def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, in
     return said.get("kept", ""), int(said["faults"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 class TestKeepFreedMemory:
     def test_freed_blocks_are_reused(self) -> None:
@@ -83,3 +83,22 @@ class TestKeepFreedMemory:
         kept, count = faults("keep", **variable)
         assert kept == "False"
         assert count > 3 * PAGES
+
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("chosen", [None, *NAMES])
+def test_segments_of_the_device_grow_unless_the_user_has_chosen(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(chosen, "max_split_size_mb:512")
+    use_expandable_segments()
+    found = {name: os.environ[name] for name in NAMES if name in os.environ}
+    if chosen is None:
+        assert found == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    else:
+        assert found == {chosen: "max_split_size_mb:512"}

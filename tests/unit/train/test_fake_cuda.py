@@ -30,7 +30,10 @@ BATCH_TENSORS = 5
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Return what each case did, from one process for all."""
     library = ""
-    if not torch.backends.cuda.is_built():
+    if torch.backends.cuda.is_built():
+        if not torch.cuda.is_available():
+            pytest.skip("autograd of torch's CUDA build asks for a real device")
+    else:
         if compiler() is None:
             pytest.skip("no C++ compiler builds the fake device")
         library = str(build(tmp_path_factory.mktemp("fake_cuda")))

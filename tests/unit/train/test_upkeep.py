@@ -8,7 +8,11 @@ import pytest
 
 from evomesh.parallel.grid import Axis
 from evomesh.train import upkeep
-from evomesh.train.upkeep import PeriodicUpkeep, slow_ranks
+from evomesh.train.upkeep import (
+    PeriodicUpkeep,
+    garbage_at_fixed_steps,
+    slow_ranks,
+)
 from tests.support.covers import covers
 
 
@@ -43,19 +47,48 @@ def test_slow_ranks_are_named_every_interval(
     )
 
 
-def test_memory_in_reference_cycles_is_freed() -> None:
-    class Cycle:
-        def __init__(self) -> None:
-            self.own = self
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
 
+
+def test_cycles_of_a_step_are_freed_after_it_and_old_ones_every_interval() -> None:
     keeping = PeriodicUpkeep(3, 1.1, Axis("dp"))
-    gc.disable()
-    try:
-        lost = weakref.ref(Cycle())
+    with garbage_at_fixed_steps():
+        old_cycle = Cycle()
+        gc.collect()  # into the oldest generation
+        old, new = weakref.ref(old_cycle), weakref.ref(Cycle())
+        del old_cycle
+        assert new() is not None
         for _ in range(2):
             keeping.after_step(1.0)
-        assert lost() is not None
+            assert new() is None
+            assert old() is not None
         keeping.after_step(1.0)
-        assert lost() is None
+        assert old() is None
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_searched_for_at_no_other_time(is_enabled: bool) -> None:
+    """By the collector's own callbacks, while a program makes more objects than start a search."""
+    searches: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        searches.append(phase)
+
+    was_enabled = gc.isenabled()
+    if not is_enabled:
+        gc.disable()
+    try:
+        with garbage_at_fixed_steps():
+            gc.callbacks.append(note)
+            kept = [[] for _ in range(50 * gc.get_threshold()[0])]
+            assert searches == []
+            assert gc.get_freeze_count() > 0
+            gc.callbacks.remove(note)
+        assert gc.isenabled() == is_enabled
+        assert gc.get_freeze_count() == 0
+        assert len(kept) > 0
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
