@@ -147,7 +147,8 @@ class BackgroundExports:
         if _is_exported(request.job):
             return
         with self._changed:
-            if self._running == request:
+            # One that failed is not tried again: its warning has the command.
+            if self._running == request or request.job.out in self._tried:
                 return
             replaced = self._waiting
             self._waiting = request
@@ -239,9 +240,15 @@ class BackgroundExports:
     def _delete_old(self, job: ExportJob) -> None:
         if self._plan.keep is None:
             return
-        deleted = delete_old(self._plan.root, job.run, self._plan.keep, job.step)
+        keep = self._plan.keep
+        deleted = delete_old(self._plan.root, job.run, keep, job.step, self._warn_once)
         for folder in deleted:
             _log(f"deleted {folder}")
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            logger.warning("%s", line, extra=ALL_RANKS)
 
     def _warn(self, job: ExportJob, cause: str) -> None:
         """Report an export that failed or was given up."""
@@ -270,8 +277,7 @@ class BackgroundExports:
             self._drop_waiting()
             self._wait(lambda: True)
         else:
-            if self._newest.job.out not in self._tried:
-                self._request(self._newest)
+            self._request(self._newest)
             self._wait(should_stop)
         self.give_up()
 
@@ -280,10 +286,10 @@ class BackgroundExports:
         with self._changed:
             request = self._running or self._waiting
             if request is not None:
-                step = request.job.step
-                _log(
-                    f"waiting for the export of step {step} (a signal ends the wait after {GRACE_S:g} s)"
-                )
+                how_long = f"a signal ends the wait after {GRACE_S:g} s"
+                if should_stop():
+                    how_long = f"at most {GRACE_S:g} s"
+                _log(f"waiting for the export of step {request.job.step} ({how_long})")
             deadline = math.inf
             while self._running is not None or self._waiting is not None:
                 now = time.monotonic()

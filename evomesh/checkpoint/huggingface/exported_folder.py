@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import secrets
 import shutil
+import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from evomesh.errors import UserError
 from evomesh.storage.urls import split_url
 from evomesh.user_files import read_text
 
-logger = logging.getLogger(__name__)
 MARK = ".evomesh-export.json"
 NAME = re.compile(r"hf-([0-9]{8,18})(?:-[0-9a-f]{8})?\Z")
 # What output_folder.new_folder fills, and what a deletion renames a folder to.
@@ -65,24 +65,27 @@ class ExportMark:
 def read_mark(folder: Path) -> ExportMark | None:
     """Return the mark of a folder; None if there is none that can be read."""
     try:
-        record: dict[str, Any] = json.loads(read_text(folder / MARK))
+        text = read_text(folder / MARK)
+        record: dict[str, Any] = json.loads(text)
         mark = ExportMark(**record)
     except (OSError, ValueError, TypeError, UserError):
         return None
-    is_usable = isinstance(mark.files, dict | None) and isinstance(mark.step, int)
-    return mark if is_usable else None
+    has_files = isinstance(mark.files, dict | None)
+    has_step = isinstance(mark.step, int)
+    return mark if has_files and has_step else None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return path -> size of all files in a folder but its mark; -1 for anything but a plain file."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
-        is_folder = path.is_dir() and not path.is_symlink()
-        if is_folder or path == folder / MARK:
+        # Neither a link's own size nor that of its target says what was exported.
+        kind = path.lstat().st_mode
+        if stat.S_ISDIR(kind) or path == folder / MARK:
             continue
-        is_plain = path.is_file() and not path.is_symlink()
+        size = path.lstat().st_size
         name = path.relative_to(folder).as_posix()
-        sizes[name] = path.stat().st_size if is_plain else -1
+        sizes[name] = size if stat.S_ISREG(kind) else -1
     return sizes
 
 
@@ -111,7 +114,9 @@ def delete_unfinished(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def delete_old(root: Path, run: str, keep: int, newest: int) -> list[Path]:
+def delete_old(
+    root: Path, run: str, keep: int, newest: int, warn: Callable[[str], None]
+) -> list[Path]:
     """Delete all but the ``keep`` newest exports of a run, and return the folders.
 
     Exports of steps after ``newest`` are neither counted nor deleted: they are of a run
@@ -120,23 +125,37 @@ def delete_old(root: Path, run: str, keep: int, newest: int) -> list[Path]:
 
     Args:
         newest: step of the export that was just finished.
+        warn: called with a line on each that must stay for what it holds.
     """
-    own = []
-    for path in _entries(root):
-        mark = read_mark(path) if NAME.match(path.name) else None
-        if mark is not None and mark.run == run and mark.step <= newest:
-            own.append((mark.step, path, mark))
-    own.sort(key=lambda export: export[:2], reverse=True)
+    exports = _exports_of(root, run)
+    up_to_newest = [path for path, mark in exports.items() if mark.step <= newest]
+    # Of two exports of one step, the name decides.
+    newest_first = sorted(
+        up_to_newest, key=lambda path: (exports[path].step, path.name), reverse=True
+    )
     deleted = []
-    for _, path, mark in own[keep:]:
-        reason = _reason_to_stay(path, mark)
-        if reason:
-            logger.warning("%s is not deleted: %s", path, reason)
+    for path in newest_first[keep:]:
+        pin = path.with_name(path.name + PIN)
+        if pin.exists():
             continue
-        if not path.with_name(path.name + PIN).exists():
+        reason = _reason_to_stay(path, exports[path])
+        if reason:
+            warn(f"{path} is not deleted: {reason}")
+        else:
             _delete(path)
             deleted.append(path)
     return deleted
+
+
+def _exports_of(root: Path, run: str) -> dict[Path, ExportMark]:
+    """Return the folders that a run exported, and their marks."""
+    found = {}
+    for path in _entries(root):
+        if NAME.match(path.name):
+            mark = read_mark(path)
+            if mark is not None and mark.run == run:
+                found[path] = mark
+    return found
 
 
 def _reason_to_stay(path: Path, mark: ExportMark) -> str:

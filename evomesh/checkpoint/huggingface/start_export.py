@@ -89,16 +89,21 @@ def worker_command(job: ExportJob) -> list[str]:
 
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of the process: no accelerator, few threads, and the same evomesh."""
+    made = dict(env)
+    for name in OF_RANKS:
+        made.pop(name, None)
+    made["CUDA_VISIBLE_DEVICES"] = ""
+    processors = os.cpu_count() or 1
+    threads = max(1, processors // 4)
+    made.setdefault("OMP_NUM_THREADS", str(threads))
+
+    # Also where evomesh is not installed, but found beside the script that trains.
     package = Path(evomesh.__file__).parents[1]
-    path = [str(package), *filter(None, [env.get("PYTHONPATH")])]
-    threads = max(1, (os.cpu_count() or 1) // 4)
-    kept = {name: value for name, value in env.items() if name not in OF_RANKS}
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        **kept,
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(path),
-    }
+    path = [str(package)]
+    if env.get("PYTHONPATH"):
+        path.append(env["PYTHONPATH"])
+    made["PYTHONPATH"] = os.pathsep.join(path)
+    return made
 
 
 def _how_it_ended(code: int, last_words: str) -> str:

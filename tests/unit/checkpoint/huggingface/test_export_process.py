@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from evomesh.checkpoint.huggingface import start_export
+from evomesh.checkpoint.huggingface.background_exports import ExportPlan
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.export_job import ExportJob
 from evomesh.checkpoint.huggingface.export_process import run_export
@@ -24,9 +26,20 @@ from evomesh.checkpoint.huggingface.exported_folder import (
     read_mark,
 )
 from evomesh.checkpoint.huggingface.start_export import ExportProcess
+from evomesh.checkpoint.native.format import CommitRecord
+from evomesh.checkpoint.native.listener import NoListener
+from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.config.record import config_to_dict
+from evomesh.config.schema import Config
 from evomesh.errors import UserError
+from evomesh.storage.s3_client import make_client
 from tests.support.covers import covers
-from tests.unit.checkpoint.huggingface.hf_models import export, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import (
+    export,
+    model_config,
+    random_model,
+    save_model,
+)
 
 
 def job_of(root: Path, out: Path, dtype: str | None = None) -> ExportJob:
@@ -53,6 +66,45 @@ def test_the_folder_is_that_of_the_command(tmp_path: Path, dtype: str | None) ->
     assert config == json.loads((by_hand / "config.json").read_text())
     assert config["dtype"] == (dtype or "float32")
     assert read_mark(out) == ExportMark("..", 7, job.attempt, file_sizes(out))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is local, and the checkpoint is read where it is."""
+    monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    root = f"s3:http://{host}:{port}/bucket/ckpts"
+    keys = {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
+    make_client(f"http://{host}:{port}", keys).create_bucket(Bucket="bucket")
+    config = Config(model=model_config(dtype="float32"))
+    weights = dict(random_model(config.model).named_parameters())
+    listener = Commits()
+    writer = CheckpointWriter(root, listener=listener)
+    writer.save(7, weights, {"train": {}}, config_to_dict(config))
+    (tmp_path / "hf").mkdir()
+    job = ExportPlan(root, tmp_path / "hf").job(*listener.heard[0])
+    result = run_export(job)
+    writer.close()
+    server.stop()
+    assert result.error == "" and job.checkpoint == f"{root}/step-00000007"
+    exported = load_file(tmp_path / "hf" / "hf-00000007" / "model.safetensors")
+    stored = weights["embedding.weight"].detach()
+    assert torch.equal(exported["model.embed_tokens.weight"], stored)
+
+
+class Commits(NoListener):
+    """Remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, CommitRecord]] = []
+
+    def committed(self, folder: str, record: CommitRecord) -> None:
+        self.heard.append((folder, record))
 
 
 def test_a_checkpoint_that_was_replaced(tmp_path: Path) -> None:
