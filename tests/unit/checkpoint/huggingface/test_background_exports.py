@@ -365,7 +365,7 @@ def test_an_export_that_is_not_as_it_was_written_stays(
     warnings: list[str] = []
     assert delete_old(tmp_path, "..", 1, 10, warnings.append) == []
     assert names(tmp_path) == before
-    # Somebody changed it; of what is not this run's, or pinned, nothing is said.
+    # Only what somebody changed is warned of, not another run's or a pinned one.
     changed = (add_file, change_size, remove_file, replace_by_link, link_inside)
     assert bool(warnings) == (change in (*changed, unfinished_mark))
 
