@@ -95,7 +95,11 @@ def _for_each(action: Callable[[int], None], indices: range, threads: int) -> No
 
 def _drawing_threads() -> int:
     """Return one thread per core of this process, as many as the ranks of a large node can share its cores with."""
-    return min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(cores, MOST_THREADS)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
