@@ -39,16 +39,23 @@ def global_norm_and_sums(
         grads: the gradients that this rank counts (see ``counts_in_norm``).
         sums: [K] float64, this rank's summands of other totals.
     """
-    total = torch.zeros((), dtype=torch.float64, device=sums.device)
-    if grads:
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        norms = torch._foreach_norm(list(grads), 2, dtype=wide)
-        # float64 across tensors: the square of a norm overflows float32 long before the
-        # norm does.
-        total = torch.stack([norm.double() for norm in norms]).square().sum()
-    message = torch.cat([total.unsqueeze(0), sums])
-    summed = all_reduce_no_grad(message, grid.dp, grid.tp, grid.pp)
-    return summed[0].sqrt(), summed[1:]
+    own_square = _sum_of_squares(grads, sums.device)
+    message = torch.cat([own_square.unsqueeze(0), sums])
+    totals = all_reduce_no_grad(message, grid.dp, grid.tp, grid.pp)
+    square = totals[0]
+    return square.sqrt(), totals[1:]
+
+
+def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of all squared elements, a float64 scalar."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    norms = torch._foreach_norm(list(grads), 2, dtype=wide)
+    # float64 across tensors: the square of a norm overflows float32 long before the
+    # norm does.
+    doubles = [norm.double() for norm in norms]
+    return torch.stack(doubles).square().sum()
 
 
 def counts_in_norm(spec: ShardSpec, axes: Sequence[Axis]) -> bool:

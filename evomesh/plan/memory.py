@@ -70,25 +70,35 @@ def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
     """
     with built_rank(config, world_size, rank) as (grid, stages, optimizer):
         kinds = held_by_kind(stages, optimizer)
+        kinds["pipeline buffers"] = _pipeline_buffers(config, stages)
         kept, peaks = _trace_step(config, stages, optimizer)
-        schedule = stages.schedule
         depth = _micro_batches_in_flight(config, grid.pp)
-        if isinstance(schedule, PipelineSchedule):
-            message = schedule.message_bytes(config.data.packed_length)
-            # A hidden state and its gradient for each micro-batch and stage.
-            messages = 2 * len(stages.models) * config.data.micro_num
-            kinds["pipeline buffers"] = messages * message
+
     # Of the micro-batches that a pipeline keeps, the trace had one.
     waiting = kept * (depth - 1)
-    peaks["loss"] = peaks["loss"].with_bytes(waiting)
-    peaks["backward"] = peaks["backward"].with_bytes(waiting)
+    for name in ("loss", "backward"):
+        peaks[name] = peaks[name].with_bytes(waiting)
     phase = max(peaks, key=lambda name: peaks[name].nbytes)
     peak = peaks[phase]
-    kept_now = kept * depth if phase != "update" else 0
-    kinds["kept activations"] = kept_now
+    activations = 0
+    if phase != "update":
+        activations = kept * depth
+
+    kinds["kept activations"] = activations
     kinds["gathered layers"] = peak.gathered
-    kinds[TRANSIENT[phase]] = peak.nbytes - peak.gathered - kept_now
-    return PeakMemory({kind: size for kind, size in kinds.items() if size}, phase)
+    kinds[TRANSIENT[phase]] = peak.nbytes - peak.gathered - activations
+    present = {kind: size for kind, size in kinds.items() if size}
+    return PeakMemory(present, phase)
+
+
+def _pipeline_buffers(config: Config, stages: ModelStages) -> int:
+    """Return the bytes that torch's stages receive into: of each micro-batch a hidden state and its gradient."""
+    schedule = stages.schedule
+    if not isinstance(schedule, PipelineSchedule):
+        return 0
+    message = schedule.message_bytes(config.data.packed_length)
+    messages = 2 * len(stages.models) * config.data.micro_num
+    return messages * message
 
 
 TRANSIENT = {
