@@ -10,8 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evomesh.parallel.modes import MODES
+from evomesh.train.stages import build_stages
+from tests.dist.layouts import Layout, packs
 from tests.support.nccl_log import HostTensor
-from tests.support.pool import Pool, RankError
+from tests.support.pool import Pool, RankError, grid_of
 
 PAIR = [0, 1]
 
@@ -223,3 +226,34 @@ def allowed(rank: int) -> str:
 
 def test_what_nccl_allows_is_not_refused(pool: Pool) -> None:
     assert pool.run(allowed, ranks=2) == ["done"] * 2
+
+
+def evaluate(rank: int, layout: Layout) -> list[int]:
+    """Return the micro-batches whose losses this rank saw."""
+    grid = grid_of(pipeline=layout.pipeline)
+    stages = build_stages(layout.config, grid, MODES["mtp"], torch.device("cpu"))
+    stages.initialize(1, grid)
+    seen: list[int] = []
+    batch = packs(0, range(layout.packs))
+    stages.schedule.evaluate(batch, lambda index, output: seen.append(index))
+    return seen
+
+
+SMALL = {"num_layers": 8}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pipeline=4),
+        Layout(pipeline=2, ranks=2, chunks=2),
+        Layout(pipeline=4, chunks=2, model=SMALL),
+        Layout(pipeline=2, ranks=2, chunks=2, schedule="zbv"),
+        Layout(pipeline=4, chunks=2, schedule="zbv", model=SMALL),
+    ],
+    ids=str,
+)
+def test_pipelines_evaluate_under_the_rules(pool: Pool, layout: Layout) -> None:
+    """Ranks with several stages both start with a send easily, which hangs NCCL and not gloo."""
+    found = pool.run(evaluate, layout, ranks=layout.ranks)
+    assert sorted(found)[-1] == list(range(layout.packs))
