@@ -167,8 +167,14 @@ def copy(
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
+        theirs = {path.stem for path in xtuner_configs()}
+        is_theirs = name.removesuffix(".py") in theirs
         raise UserError(
-            f"no config named {name!r}", expected=f"one of {', '.join(known)}"
+            f"no config named {name!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"it is a config of XTuner: evomesh xtuner copy-cfg {name} {dest}"
+            if is_theirs
+            else "",
         )
     target = Path(dest)
     if target.is_dir():

@@ -97,10 +97,12 @@ class GradientProfile:
     def _by_parameter(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a figure of each parameter [P], 0 where this rank has none."""
         by_parameter = self._zeros(len(self.elements))
+        nothing = self._zeros(())
         figures = []
         for slot in self.slots:
             gradient = _stored_gradient(slot, self.grid)
-            figures.append(self._zeros(()) if gradient is None else figure(gradient))
+            own_figure = nothing if gradient is None else figure(gradient)
+            figures.append(own_figure)
         if figures:
             by_parameter[self.columns] = torch.stack(figures)
         return by_parameter

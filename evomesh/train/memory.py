@@ -46,12 +46,18 @@ def available_bytes() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             rows = dict(line.split(":", 1) for line in file)
-        free = sum(int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+        free = _kibibytes(rows["MemAvailable"]) + _kibibytes(rows["SwapFree"])
     except (OSError, ValueError, KeyError):
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     available = 1024 * free
     return available if limit == resource.RLIM_INFINITY else min(available, limit)
+
+
+def _kibibytes(row: str) -> int:
+    """Return the number of a row such as ``  19845120 kB``."""
+    number, _, _ = row.strip().partition(" ")
+    return int(number)
 
 
 def refuse_too_large(

@@ -44,6 +44,12 @@ def test_a_few_warnings_are_printed_in_full(tmp_path: Path) -> None:
     assert "SYNTHETIC data" in run("check", str(config))
 
 
+def test_a_config_of_xtuner_is_copied_by_its_own_command(tmp_path: Path) -> None:
+    name = "internlm2_7b_w_tokenized_dataset"
+    with pytest.raises(UserError, match=f"evomesh xtuner copy-cfg {name}"):
+        run("copy", name, str(tmp_path))
+
+
 OWN = """
 from evomesh.models.registry import model_initializer
 
