@@ -240,7 +240,7 @@ class TestHostWaitsOfAStep:
             return call
 
         if place == "layer":
-            monkeypatch.setattr(attention, "_causal", reading(attention._causal))
+            monkeypatch.setattr(attention, "_varlen", reading(attention._varlen))
         elif place == "loss":
             monkeypatch.setattr(
                 loss._VocabularyShard,
