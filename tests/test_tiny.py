@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM
 
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses
@@ -155,7 +155,7 @@ def test_the_model_counts_and_so_does_its_export(
     )
     assert answer.split()[-5:] == ["6", "7", "8", "9", "0"]
     run("convert", "to-hf", "ckpts", "exported")
-    exported = AutoModelForCausalLM.from_pretrained(trained / "exported")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(trained / "exported")
     tokenizer = Tokenizer.from_file(str(trained / "exported/tokenizer.json"))
     prompt = torch.tensor([tokenizer.encode("3 4 5").ids])
     completion = exported.generate(prompt, max_new_tokens=5, do_sample=False)[0]

@@ -202,7 +202,6 @@ def verify(
     Checks offsets, counts, ids, targets, lengths, repeats, tokenized JSON, and overlap
     with validation data.
     """
-    from evomesh.data.build import find_training_problems
     from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
 
@@ -226,6 +225,9 @@ def verify(
         valid_min_length=valid_min_length,
     )
     if section is not None and not problems:
+        # Imports torch, which takes longer than checking a small file.
+        from evomesh.data.build import find_training_problems
+
         problems = find_training_problems(section, path)
     for found in scans:
         print(
@@ -233,6 +235,11 @@ def verify(
         )
         for note in found.notes:
             print(f"note: {note}")
+    _report_problems(problems)
+
+
+def _report_problems(problems: list[str]) -> None:
+    """Print the problems of a dataset; with any, exit with code 1."""
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

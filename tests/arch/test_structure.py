@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -160,6 +161,22 @@ def test_collectives_live_in_parallel() -> None:
     assert not [row for row in found if not row.startswith("evomesh/parallel/")]
     # parallel itself imports them, so the check finds such an import.
     assert found
+
+
+# At the top of a file these take seconds, in every worker and for one test alone.
+# `import transformers` is quick: its attributes import what is large.
+SLOW_IMPORT = re.compile(
+    r"^(?:from (?:transformers|gradio|evomesh\.serve\.page)\b|import gradio\b).*",
+    re.MULTILINE,
+)
+
+
+def test_collecting_the_unit_tests_imports_nothing_slow() -> None:
+    assert SLOW_IMPORT.search("import os\nfrom transformers import AutoTokenizer\n")
+    files = [*(ROOT / "tests/unit").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    found = {ids(path): SLOW_IMPORT.findall(path.read_text()) for path in files}
+    assert len(found) > 100
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 def test_names() -> None:
