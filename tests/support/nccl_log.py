@@ -191,6 +191,7 @@ class OperationLog:
         axis of each test's grid would take a core by the end of a run.
         """
         made: dict[tuple[Any, ...], ProcessGroup] = {}
+        dist.distributed_c10d._hash_ranks_to_str = _names_of_groups()
 
         def new_group(
             ranks: list[int] | None = None, backend: str | None = None, **options: Any
@@ -286,3 +287,21 @@ def _describe(args: Sequence[Any]) -> str:
             parts += [f"root {arg.rootRank}"] if hasattr(arg, "rootRank") else []
             parts += [arg.reduceOp.op.name] if hasattr(arg, "reduceOp") else []
     return ", ".join(parts)
+
+
+def _names_of_groups() -> Callable[[list[int]], str]:
+    """Return what names a group that only its members make, in place of torch's function.
+
+    torch's name has the number of groups in this process. A run makes one grid, in which
+    all ranks have the same number. Here one grid comes after another, and in a pipeline
+    of four only the first and the last rank have a group of the ends: from then on the
+    ranks would wait for each other under different names.
+    """
+    times: dict[tuple[int, ...], int] = {}
+
+    def name(ranks: list[int]) -> str:
+        key = tuple(ranks)
+        times[key] = times.get(key, 0) + 1
+        return f"group {'_'.join(map(str, ranks))}, number {times[key]}"
+
+    return name
