@@ -1,6 +1,6 @@
 """Both template configs of XTuner's guides are translated and traced on a fake world of 8.
 
-What the smaller one trains is compared with XTuner's losses in tests/e2e/test_xtuner.py.
+Both are trained in tests/e2e/test_xtuner.py, where the losses are compared with XTuner's.
 """
 
 from __future__ import annotations

@@ -122,6 +122,20 @@ def test_rate_and_files(trained: Path) -> None:
     assert steps == [f"step-0000000{step}" for step in range(1, 5)]
 
 
+def test_the_other_template_trains_the_same(
+    place: Path, trained: Path, interpreter: Interpreter
+) -> None:
+    """The config for InternEvo's files stands on the one beside it, and their format is the same."""
+    base = place / "internlm2_7b_w_tokenized_dataset.py"
+    base.write_text((place / "c.py").read_text())
+    write_config(place / "evo.py", name="internlm2_7b_w_internevo_dataset")
+    command = ["evomesh", "xtuner", "train", "evo.py", "--work-dir", "evo", *FLOAT32]
+    done = interpreter.run(command, cwd=place, timeout=200)
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in metrics(place / "evo")]
+    assert losses == [row["loss"] for row in metrics(trained)]
+
+
 def test_resume_and_then_a_longer_run(
     place: Path, trained: Path, interpreter: Interpreter
 ) -> None:
