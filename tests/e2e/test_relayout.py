@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
 def long_steps(folder: Path, parallel: str, data_ranks: int) -> None:
     more = 'ckpt["checkpoint_every"] = 50\n'
     write_run(
-        folder, COMMON.format(steps=3, micro=24 // data_ranks, parallel=parallel) + more
+        folder, COMMON.format(steps=5, micro=24 // data_ranks, parallel=parallel) + more
     )
 
 
@@ -113,7 +113,8 @@ def uninterrupted(
         ("zero1=2", 2, 2),
         ('tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 4, 2),
         ("zero1=dict(size=2, fsdp=True), tensor=2", 4, 2),
-        # Stages are never between the same two micro-batches: the step is finished.
+        # Stages are never between the same two micro-batches: the step is finished, and
+        # the next one too if the other stage has begun it when the signal is seen.
         ("pipeline=2", 2, 1),
     ],
 )
@@ -131,9 +132,9 @@ def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
     )
     # The first rank of the last stage.
     speaker = running[1 if "pipeline" in parallel else 0]
-    speaker.wait_for("starting from scratch", timeout=120)
-    started = time.monotonic()
     speaker.wait_for("step=0,", timeout=120)
+    started = time.monotonic()
+    speaker.wait_for("step=1,", timeout=120)
     time.sleep(0.3 * (time.monotonic() - started))  # into the middle of the next step
     running[1].signal(signal.SIGTERM)
     finished = [one.wait(60) for one in running]

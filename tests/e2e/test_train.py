@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -407,7 +408,11 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
         )
     train(interpreter, straight)
     running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
+    # Into the middle of a step: the pause after the first one is longer than the others.
     running.wait_for("step=0,")
+    started = time.monotonic()
+    running.wait_for("step=1,")
+    time.sleep(0.4 * (time.monotonic() - started))
     running.signal(signal.SIGTERM)
     finished = running.wait()
     assert finished.returncode == 75, finished.stderr
