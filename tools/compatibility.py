@@ -81,7 +81,7 @@ def configs() -> list[tuple[str, ...]]:
 
 
 def typed() -> list[tuple[str, ...]]:
-    """Return one row for each command, file and number of the documents."""
+    """Return one row for each command, file and number of InternEvo's and XTuner's guides and the tutorial."""
     rows = []
     for row in documents.ROWS:
         test = f"`{row.test}`" if row.test else ""
@@ -109,7 +109,7 @@ def page() -> str:
         + "\n## Promises of InternEvo\n\n"
         + f"{kept} of {len(PROMISES)} are kept; the table is in `tests/contract/promises.py`.\n\n"
         + table(("source", "promise", "tests"), promises)
-        + "\n## Commands, files and numbers of the documents\n\n"
+        + "\n## Commands, files and numbers of the guides\n\n"
         + DOCUMENTS
         + table(("document", "typed", "here", "how", "test"), typed())
         + "\n## Different on purpose\n\n"

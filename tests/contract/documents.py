@@ -130,7 +130,7 @@ ROWS: tuple[DocumentRow, ...] = (
         "usage",
         "enable_feishu_alert, light_monitor_address",
         "not here",
-        "refused: not available yet",
+        "refused, with the name of the key: evomesh sends no alerts",
         BAD,
     ),
     # checkpoints

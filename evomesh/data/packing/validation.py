@@ -99,7 +99,7 @@ class ValidationSet:
         stored = self._read_from(start, numbers)
         tokens, following = np.split(stored, [stop - start])
 
-        # Where the documents end, counted from the start of the pack. The last one may
+        # Where each document ends, counted from the start of the pack. The last one may
         # end after it.
         document_ends = self._document_bounds[1:]
         ends = document_ends[numbers.start : numbers.stop]
