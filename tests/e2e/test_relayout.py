@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
 def long_steps(folder: Path, parallel: str, data_ranks: int) -> None:
     more = 'ckpt["checkpoint_every"] = 50\n'
     write_run(
-        folder, COMMON.format(steps=5, micro=24 // data_ranks, parallel=parallel) + more
+        folder, COMMON.format(steps=5, micro=48 // data_ranks, parallel=parallel) + more
     )
 
 
@@ -135,7 +135,9 @@ def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
     speaker.wait_for("step=0,", timeout=120)
     started = time.monotonic()
     speaker.wait_for("step=1,", timeout=120)
-    time.sleep(0.3 * (time.monotonic() - started))  # into the middle of the next step
+    # Early in the next step: a rank that is ahead of the others decides how late all stop,
+    # and on a busy machine it may be most of a step ahead.
+    time.sleep(0.1 * (time.monotonic() - started))
     running[1].signal(signal.SIGTERM)
     finished = [one.wait(60) for one in running]
     assert [one.returncode for one in finished] == [75] * ranks, finished[0].stderr[
