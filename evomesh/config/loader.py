@@ -28,6 +28,7 @@ from evomesh.config.reading.spellings import (
 )
 from evomesh.config.reading.xtuner.file import is_xtuner_file
 from evomesh.config.reading.xtuner.translate import read_xtuner_source
+from evomesh.config.redact import holds_secrets
 from evomesh.config.rules import check
 from evomesh.config.schema import Config
 from evomesh.config.step_values import SettingError
@@ -269,9 +270,12 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
         draft.problem(key, setting_error.found, expected=setting_error.expected)
         return
     expected = _accepted_values(details) or first["msg"]
+    value = shown(first["input"])
+    if holds_secrets(key):
+        value = f"a value of type {type(first['input']).__name__}"
     draft.problem(
         key,
-        f"found {shown(first['input'])}",
+        f"found {value}",
         expected=expected,
         fix=_suggested_fix(key, first),
     )

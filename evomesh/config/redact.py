@@ -18,7 +18,10 @@ REDACTED = "<redacted>"
 SECRET_KEYS = (
     "monitor.alert.feishu_alert_address",
     "monitor.alert.light_monitor_address",
+    "monitor.alert.channels.url",
 )
+# A value that only names the variable with the secret, such as env:SLACK_WEBHOOK_URL.
+_VARIABLE_REFERENCE = re.compile(r"env:[A-Za-z_]\w*")
 # Shorter values of environment variables are words like "1" and "true".
 SHORTEST_SECRET = 8
 
@@ -99,8 +102,17 @@ def redact_setting(key: str, text: str, secrets: Sequence[str]) -> str:
         key: dotted key of the resolved config.
         secrets: ``secret_values``, found once for all settings of a config.
     """
-    is_secret = key in SECRET_KEYS or _SECRET_NAME.search(key) is not None
-    return REDACTED if is_secret and text else _hide(text, secrets)
+    if _VARIABLE_REFERENCE.fullmatch(text):
+        return text
+    return REDACTED if holds_secrets(key) and text else _hide(text, secrets)
+
+
+def holds_secrets(key: str) -> bool:
+    """Return whether the value of a config key, or a part of it, is a secret by the key's name."""
+    below = f"{key}."
+    if any(secret == key or secret.startswith(below) for secret in SECRET_KEYS):
+        return True
+    return _SECRET_NAME.search(key) is not None
 
 
 def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:

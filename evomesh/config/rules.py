@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from evomesh.config.alert import alert_findings, alert_warnings
 from evomesh.config.architecture import architecture_findings
 from evomesh.config.data_rules import data_findings
 from evomesh.config.export_hf import export_findings, exports_once
@@ -41,16 +42,6 @@ CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 # feature.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
-    (
-        "monitor.alert.enable_feishu_alert",
-        lambda c: c.monitor.alert.enable_feishu_alert,
-        "alerts",
-    ),
-    (
-        "monitor.alert.light_monitor_address",
-        lambda c: c.monitor.alert.light_monitor_address is not None,
-        "heartbeats",
-    ),
 )
 
 
@@ -75,6 +66,7 @@ def check(
         *layout_findings(config),
         *_checkpoint_findings(config),
         *profiling_findings(config.grad_profiling, config.model),
+        *alert_findings(config.monitor.alert),
     ]
     findings += _twice_given(given)
     findings += [
@@ -332,7 +324,7 @@ def _warnings(
     yield from _without_effect_warnings(config, given)
     yield from _training_warnings(config, given)
     yield from _parallel_warnings(config)
-    yield from _alert_warnings(config)
+    yield from alert_warnings(config.monitor.alert)
     yield from _snapshot_warnings(config)
 
 
@@ -434,16 +426,6 @@ def _parallel_warnings(config: Config) -> Iterator[tuple[str, str]]:
         )
     if chunks > 1 and parallel.pipeline.size == 1:
         yield "model.num_chunks", "has no effect while parallel.pipeline.size is 1"
-
-
-def _alert_warnings(config: Config) -> Iterator[tuple[str, str]]:
-    alert = config.monitor.alert
-    for name in ("feishu_alert_address", "alert_file_path"):
-        if getattr(alert, name) is not None and not alert.enable_feishu_alert:
-            yield (
-                f"monitor.alert.{name}",
-                "has no effect while monitor.alert.enable_feishu_alert is False",
-            )
 
 
 def _snapshot_warnings(config: Config) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
 The sections ``model``, ``data``, ``grad_profiling`` and ``ckpt.export_hf`` have files of
-their name.
+their name; ``monitor`` is in ``alert.py``.
 
 Field names are InternEvo's. A field's default and description are written here and
 nowhere else. The loader (``loader.py``) resolves older spellings
@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from evomesh.config.alert import MonitorConfig
 from evomesh.config.data import DataConfig
 from evomesh.config.export_hf import ExportHfConfig
 from evomesh.config.grad_profiling import GradProfilingConfig
@@ -38,6 +39,7 @@ __all__ = [
     "LayerType",
     "ModelConfig",
     "ModelFamily",
+    "MonitorConfig",
     "RotaryType",
     "Section",
 ]
@@ -375,23 +377,6 @@ class CheckpointConfig(Section):
     export_hf: ExportHfConfig = Field(
         ExportHfConfig(), description="Hugging Face folders written after a save."
     )
-
-
-class AlertConfig(Section):
-    enable_feishu_alert: bool = Field(
-        False, description="Send alerts (not available yet)."
-    )
-    feishu_alert_address: str | None = Field(
-        None, description="Webhook of alerts; never written to a log or checkpoint."
-    )
-    light_monitor_address: str | None = Field(
-        None, description="Address of heartbeats (not available yet)."
-    )
-    alert_file_path: str | None = Field(None, description="File of alerts.")
-
-
-class MonitorConfig(Section):
-    alert: AlertConfig = Field(AlertConfig(), description="Alerts and heartbeats.")
 
 
 class GenerationConfig(Section):

@@ -160,6 +160,8 @@ class PeerWatch:
         self._store = store
         self._end = end or end_process
         self._stop_requested = stop_requested
+        # Called with the verdict's sentence before ``end``.
+        self.before_end: Callable[[str], None] | None = None
         others = [other for other in hosts if other != rank]
         self._heartbeats = Heartbeats(others if rank == 0 else [0], time.monotonic())
         self._named: set[int] = set()
@@ -321,8 +323,11 @@ class PeerWatch:
 
     def _end_soon(self, verdict: Verdict) -> None:
         """Leave the main thread a moment to end with the same verdict in its own words, then end the process."""
-        if not self._stopped.wait(LINGER_S + BEAT_S):
-            self._end(verdict)
+        if self._stopped.wait(LINGER_S + BEAT_S):
+            return
+        if self.before_end is not None:
+            self.before_end(verdict.sentence)
+        self._end(verdict)
 
     def _guard_until_stopped(self) -> None:
         """Find the store lost, whose calls may never return when its host is frozen."""

@@ -75,6 +75,14 @@ class TrainingRun:
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
+    @property
+    def local_save_folder(self) -> str | None:
+        """The save folder, None if nothing is saved or it is remote."""
+        saves = self.checkpoints
+        if saves is None or saves.storage.remote:
+            return None
+        return saves.root
+
     def take_batch(self) -> Batch:
         """Return the next batch of the stream."""
         self._state_before_batch = self.stream.state()

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -56,9 +56,18 @@ class RunContext:
 
 @contextmanager
 def launch(
-    config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None
+    config: Config,
+    launcher: str = "auto",
+    *,
+    port: int = 8888,
+    seed: int | None = None,
+    before_end: Callable[[str], None] | None = None,
 ) -> Iterator[RunContext]:
     """Join the other ranks, if there are any, and leave them at the end of the context.
+
+    Args:
+        before_end: called with a sentence before this process is ended at once, because its main thread waits for a
+            rank that is gone; on another thread.
 
     Raises:
         UserError: the launcher's variables are missing or wrong, or the layout does not fit the number of processes;
@@ -89,6 +98,7 @@ def launch(
     )
     try:
         if watch is not None:
+            watch.before_end = before_end
             _agree_before_the_start(config, watch, request)
         if process.rank == 0:
             for warning in warnings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from os import PathLike
 
 from evomesh.checkpoint.huggingface.background_exports import (
@@ -13,11 +14,12 @@ from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.warning_lines import warning_lines
+from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import build_run
 from evomesh.train.job import reporting_early_errors
 from evomesh.train.launch import RunContext, launch
-from evomesh.train.launchers import spawn_ranks
+from evomesh.train.launchers import detect, spawn_ranks
 from evomesh.train.memory import float16_warning, product_ratio, refuse_too_large
 from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
@@ -52,9 +54,18 @@ def run_training(
     with reporting_early_errors(launcher, port):
         loaded = config if isinstance(config, LoadedConfig) else load_config(config)
         spawn_ranks(launcher)
-        with running_exports(loaded.config.ckpt) as exports:
-            with launch(loaded.config, launcher=launcher, port=port) as context:
-                exit_code = _train(loaded, context, profile, exports)
+        rank = detect(os.environ, launcher, port).rank
+        with (
+            TrainingAlerts(loaded.config, rank) as alerts,
+            running_exports(loaded.config.ckpt) as exports,
+        ):
+            with launch(
+                loaded.config,
+                launcher=launcher,
+                port=port,
+                before_end=alerts.ended_by_peer,
+            ) as context:
+                exit_code = _train(loaded, context, profile, exports, alerts)
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
                 _finish(exports, exit_code)
@@ -74,6 +85,7 @@ def _train(
     context: RunContext,
     profile: bool,
     exports: BackgroundExports | None,
+    alerts: TrainingAlerts,
 ) -> int:
     """Build the run on this rank and train it; return the exit code."""
     warnings = warning_lines(loaded.warnings, loaded.path)
@@ -88,8 +100,14 @@ def _train(
     if exports is not None:
         refuse_unexportable_run(loaded.config)
     run = build_run(loaded, context, exports)
+    alerts.attach(
+        run.reporter.folder,
+        run.reporter.main,
+        context.started,
+        saves_to=run.local_save_folder,
+    )
     try:
-        return Trainer(run, profile, exports).train()
+        return Trainer(run, profile, exports, alerts).train()
     except Exception:
         if run.checkpoints is not None and context.rank == 0:
             logger.error("%s", restart_line(run.checkpoints.folder))

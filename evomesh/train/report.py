@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 from torch import Tensor
 
+from evomesh.config.redact import REDACTED
 from evomesh.config.schema import Config
 from evomesh.config.user import expand_home
 from evomesh.data.batch import Batch
@@ -132,9 +133,15 @@ class RunReporter:
         self._open_files.callback(attempt, board.close)
         if step == 0:
             command = " ".join(sys.argv)
-            attempt(lambda: board.text("cmd", command))
-            attempt(lambda: board.text("config", self.text))
+            attempt(lambda: board.text("cmd", self._without_addresses(command)))
+            attempt(lambda: board.text("config", self._without_addresses(self.text)))
         return board
+
+    def _without_addresses(self, text: str) -> str:
+        """Hide the secrets that the config has as values, which look like any other text."""
+        for secret in self.config.monitor.alert.secrets:
+            text = text.replace(secret, REDACTED)
+        return text
 
     def step(
         self,

@@ -16,6 +16,7 @@ from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
 from evomesh.parallel.exchange import default_exchange
+from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
@@ -32,6 +33,7 @@ class Trainer:
     Args:
         profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
         exports: what exports the checkpoints of the run, if anything does.
+        alerts: of this rank; by default those of the config.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Trainer:
         run: TrainingRun,
         profile: bool = False,
         exports: BackgroundExports | None = None,
+        alerts: TrainingAlerts | None = None,
     ) -> None:
         self.run = run
+        self.alerts = alerts or TrainingAlerts(run.config, rank=0)
         self.exports = exports
         self.profile = profile
         self.config = run.config
@@ -51,6 +55,10 @@ class Trainer:
         self.upkeep = PeriodicUpkeep(
             data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp
         )
+        if run.checkpoints is not None:
+            run.checkpoints.on_refusal = partial(
+                self.alerts.raise_alert, "checkpoint failed"
+            )
 
     def train(self) -> int:
         """Train and return the process's exit code; see ``run_training``."""
@@ -78,11 +86,18 @@ class Trainer:
             stack.enter_context(self.run.reporter)
             stack.enter_context(garbage_at_fixed_steps())
             logger.info("%s", self.run.reason)
+            self.alerts.began(
+                f"{self.run.reason}; run folder {self.run.reporter.folder}",
+                resumed=self.run.resumed_step is not None,
+                world_size=self.run.reporter.world_size,
+            )
             self._run_steps(self._stop_poll(stop_request), stack)
             # After a stop as well: a signal costs no step that was finished.
             self._save(final=True)
             if self.state.step < total:
                 return self._report_stop(stop_request)
+        folder = self.run.reporter.folder
+        self.alerts.raise_alert("done", f"all {total} steps are done; {folder}")
         return 0
 
     def _run_steps(self, poll: StopPoll, stack: ExitStack) -> None:
@@ -102,20 +117,19 @@ class Trainer:
     def _report_stop(self, stop_request: StopRequest) -> int:
         """Log why the run ended early and return the exit code."""
         if stop_request.signal is None:
-            logger.warning("stopped by the stop file after %d steps", self.state.step)
-            return 0
-        advice = (
-            "rerun the same command to resume"
-            if self.run.checkpoints
-            else "nothing was saved"
-        )
-        logger.warning(
-            "stopped by %s after step %d: %s",
-            stop_request.signal.name,
-            self.state.step - 1,
-            advice,
-        )
-        return stop_request.exit_code
+            line = f"stopped by the stop file after {self.state.step} steps"
+            exit_code = 0
+        else:
+            advice = "nothing was saved"
+            if self.run.checkpoints:
+                advice = "rerun the same command to resume"
+            last_step = self.state.step - 1
+            name = stop_request.signal.name
+            line = f"stopped by {name} after step {last_step}: {advice}"
+            exit_code = stop_request.exit_code
+        logger.warning("%s", line)
+        self.alerts.raise_alert("stopped", line)
+        return exit_code
 
     def _step_profile(self) -> StepProfile | None:
         """Return the profiler on the first rank of each pipeline stage, None on others and when not asked for."""
@@ -168,6 +182,8 @@ class Trainer:
             results = validate(run.stages, run.valid_sets, run.grid, run.device)
             record = run.reporter.validation(record, results)
         run.reporter.write(record)
+        saves = run.checkpoints
+        self.alerts.after_step(record, 0 if saves is None else saves.bytes_per_save)
         self._refuse_endless_skipping(step)
         self.upkeep.after_step(record.fwd_bwd_time)
         self._save_if_due()

@@ -360,10 +360,31 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "ckpt.export_hf.dtype", "torch.bfloat16", E, ("ckpt.save_ckpt_folder=x",)
     ),
     CompatibilityRow("ckpt.export_hf.folder", "hf", E, ("ckpt.save_ckpt_folder=x",)),
-    CompatibilityRow("monitor.alert.enable_feishu_alert", True, L),
-    CompatibilityRow("monitor.alert.feishu_alert_address", "http://x", W),
-    CompatibilityRow("monitor.alert.light_monitor_address", "http://x", L),
-    CompatibilityRow("monitor.alert.alert_file_path", "alert.log", W),
+    CompatibilityRow(
+        "monitor.alert.enable_feishu_alert",
+        True,
+        E,
+        ("monitor.alert.feishu_alert_address=http://x",),
+    ),
+    CompatibilityRow(
+        "monitor.alert.feishu_alert_address",
+        "http://x",
+        E,
+        ("monitor.alert.enable_feishu_alert=True",),
+    ),
+    CompatibilityRow("monitor.alert.light_monitor_address", "http://x", E),
+    CompatibilityRow(
+        "monitor.alert.alert_file_path",
+        "alert.log",
+        E,
+        ("monitor.alert.channels=[dict(type='webhook', url='http://x')]",),
+    ),
+    CompatibilityRow(
+        "monitor.alert.channels", [{"type": "webhook", "url": "http://x"}], E
+    ),
+    CompatibilityRow("monitor.alert.min_interval", 60.0, E),
+    CompatibilityRow("monitor.alert.loss_spike_ratio", 2.0, E),
+    CompatibilityRow("monitor.alert.min_free_gb", 10.0, E),
     CompatibilityRow("monitor.tensorboard", {"queue_max_length": 5}, E),
     CompatibilityRow("monitor.tensorboard.queue_max_length", 5, E),
     CompatibilityRow("generation.output_folder", "x", E),

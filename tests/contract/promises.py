@@ -121,7 +121,7 @@ PROMISES: tuple[Promise, ...] = (
         "usage",
         "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size",
     ),
-    Promise("alerts", "usage", "monitor.alert: Feishu and light monitor", issue=8),
+    Promise("alerts", "usage", "monitor.alert: Feishu and light monitor"),
     Promise(
         "xtuner-config", "tokenized", "XTuner's configs, with the edits of its guides"
     ),

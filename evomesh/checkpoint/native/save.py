@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -137,8 +137,15 @@ class CheckpointWriter:
         self._plan: tuple[str, SavePlan] | None = None
         # The last one loaded or committed.
         self._parent: ParentRecord | None = None
+        # Called with a sentence when the store refuses a save, on every rank.
+        self.on_refusal: Callable[[str], object] | None = None
         # (step, snapshot) -> folder; of this process only.
         self._committed: dict[tuple[int, bool], str] = {}
+
+    @property
+    def bytes_per_save(self) -> int:
+        """Bytes of a checkpoint's tensors over all ranks; 0 until the first is planned."""
+        return 0 if self._plan is None else self._plan[1].total_bytes
 
     @property
     def folder(self) -> SaveFolder:
@@ -425,6 +432,8 @@ class CheckpointWriter:
                 user's mistake if it is full.
         """
         self._failed_saves += 1
+        if self.on_refusal is not None:
+            self.on_refusal(str(error))
         count = f"refusal {self._failed_saves} of {MAX_FAILED_SAVES} in a row"
         if self._failed_saves >= MAX_FAILED_SAVES:
             raise CheckpointError(

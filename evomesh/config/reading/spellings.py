@@ -88,6 +88,7 @@ TUPLES = (
     "model.nope_layers",
     "model.rope_scaling.short_factor",
     "model.rope_scaling.long_factor",
+    "monitor.alert.channels",
 )
 
 
