@@ -33,6 +33,8 @@ _HOMES = {
     # Extensions.
     "register_loader": "evomesh.checkpoint.loaders",
     "register_model": "evomesh.models.registry",
+    # Watching a run.
+    "AlertCenter": "evomesh.monitor.alerts.center",
     # Building blocks of custom models.
     "ModelConfig": "evomesh.config.model",
     "Attention": "evomesh.layers.attention",
@@ -54,8 +56,8 @@ _HOMES = {
 # Type checkers and editors read a literal list and plain imports;
 # tests/unit/test_public_api.py compares all three.
 __all__ = [
-    "Attention", "AttentionFunction", "ConfigError", "Embedding", "FeedForward", "GenerationEngine", "InitialWeight",
-    "LanguageModel", "LoadedConfig", "LoadedModel", "LossOutput", "ModelConfig", "Norm", "Placement",
+    "AlertCenter", "Attention", "AttentionFunction", "ConfigError", "Embedding", "FeedForward", "GenerationEngine",
+    "InitialWeight", "LanguageModel", "LoadedConfig", "LoadedModel", "LossOutput", "ModelConfig", "Norm", "Placement",
     "RotaryEmbedding", "SamplingParams", "SequenceBounds", "StreamedToken", "UserError", "attend", "encode_prompt",
     "generate_tokens", "linear_cross_entropy", "load_config", "load_model", "parameter_dtype", "register_loader",
     "register_model", "run_training", "stream_tokens",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from evomesh.layers.sequence_bounds import SequenceBounds
     from evomesh.models.language_model import LanguageModel
     from evomesh.models.registry import register_model
+    from evomesh.monitor.alerts.center import AlertCenter
     from evomesh.train.main import run_training
 else:  # hidden from type checkers, which would take every name for an existing one
 

@@ -26,8 +26,16 @@ PUBLIC_OPTIONS = ("type", "server", "sender", "to", "user", "security")
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _CUSTOM_TYPE = re.compile(r"[\w.]+:[A-Za-z_]\w*")  # module:callable
-_HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?")
-SECURITY = ("starttls", "tls", "none")
+_MAIL_ADDRESS = re.compile(r"[^\s@<>,;]+@[^\s@<>,;]+")
+# Options with a form: the pattern, and what is wrong with a value of another form.
+_OPTION_FORMS = {
+    "sender": (_MAIL_ADDRESS, "is not a mail address"),
+    "server": (re.compile(r"[\w.-]+(:\d{1,5})?"), "is not HOST or HOST:PORT"),
+    "security": (
+        re.compile("starttls|tls|none"),
+        "is not one of starttls, tls, none",
+    ),
+}
 
 
 class AlertConfig(Section):
@@ -211,30 +219,29 @@ def _option_findings(
 def _option_problem(option: str, value: Any) -> str | None:
     """Return what is wrong with the value of an option, which may be a secret and is not repeated."""
     if option == "to":
-        addresses = [value] if isinstance(value, str) else value
-        is_list = isinstance(addresses, list | tuple) and len(addresses) > 0
-        if is_list and all(_is_mail_address(address) for address in addresses):
-            return None
-        return "is not a mail address or a list of them"
+        return _receivers_problem(value)
     if not isinstance(value, str) or not value:
         return "is not a text in quotes"
     if value.startswith(ENVIRONMENT_PREFIX):
         return _variable_problem(value)
     if option == "url":
         return address_problem(value)
-    if option == "sender" and not _is_mail_address(value):
-        return "is not a mail address"
-    if option == "server" and not _HOST_AND_PORT.fullmatch(value):
-        return "is not HOST or HOST:PORT"
-    if option == "security" and value not in SECURITY:
-        return f"is not one of {', '.join(SECURITY)}"
+    if option in _OPTION_FORMS:
+        form, words = _OPTION_FORMS[option]
+        return None if form.fullmatch(value) else words
     return None
 
 
+def _receivers_problem(value: Any) -> str | None:
+    addresses = [value] if isinstance(value, str) else value
+    is_list = isinstance(addresses, list | tuple) and len(addresses) > 0
+    if is_list and all(_is_mail_address(address) for address in addresses):
+        return None
+    return "is not a mail address or a list of them"
+
+
 def _is_mail_address(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    return re.fullmatch(r"[^\s@<>,;]+@[^\s@<>,;]+", value) is not None
+    return isinstance(value, str) and _MAIL_ADDRESS.fullmatch(value) is not None
 
 
 def alert_warnings(alert: AlertConfig) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.monitor.alerts.alert import AlertKind
 from evomesh.monitor.alerts.center import FLUSH_S, AlertCenter
-from evomesh.monitor.alerts.heartbeat import Heartbeats
+from evomesh.monitor.alerts.heartbeat import HeartbeatSender
 from evomesh.monitor.alerts.sender import BackgroundSender
 from evomesh.monitor.alerts.spike import LossSpike
 from evomesh.monitor.metrics import StepRecord
@@ -47,11 +47,11 @@ class TrainingAlerts:
         self._center = center or AlertCenter.open(self.config, config.run.job_name)
         self._is_main = rank == 0
         self._claim: Path | None = None
-        self._heartbeats: Heartbeats | None = None
+        self._heartbeats: HeartbeatSender | None = None
         self._spike = LossSpike(self.config.loss_spike_ratio)
         self._disks = DiskCheck(self.raise_alert, self.config.min_free_gb)
         if self.config.light_monitor_address is not None:
-            self._heartbeats = Heartbeats(
+            self._heartbeats = HeartbeatSender(
                 _HEARTBEAT_KEY, self.config.light_monitor_address, self._center.job
             )
 

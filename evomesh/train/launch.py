@@ -101,13 +101,7 @@ def launch(
             watch.before_end = before_end
             _agree_before_the_start(config, watch, request)
         if process.rank == 0:
-            for warning in warnings:
-                logger.warning(warning)
-            sizes = axis_sizes(config.parallel, process.world_size)
-            logger.info(
-                f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
-                f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
-            )
+            _log_layout(config, process, warnings)
         yield _start_run(config, process, device, seed)
     except BaseException as error:
         if watch is None:
@@ -121,6 +115,16 @@ def launch(
     leave_world()
     if watch is not None:
         watch.sign_off()
+
+
+def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> None:
+    for warning in warnings:
+        logger.warning(warning)
+    sizes = axis_sizes(config.parallel, process.world_size)
+    logger.info(
+        f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
+        f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
+    )
 
 
 def _agree_before_the_start(

@@ -366,12 +366,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
         E,
         ("monitor.alert.feishu_alert_address=http://x",),
     ),
-    CompatibilityRow(
-        "monitor.alert.feishu_alert_address",
-        "http://x",
-        E,
-        ("monitor.alert.enable_feishu_alert=True",),
-    ),
+    CompatibilityRow("monitor.alert.feishu_alert_address", "http://x", E),
     CompatibilityRow("monitor.alert.light_monitor_address", "http://x", E),
     CompatibilityRow(
         "monitor.alert.alert_file_path",

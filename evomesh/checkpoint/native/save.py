@@ -137,15 +137,10 @@ class CheckpointWriter:
         self._plan: tuple[str, SavePlan] | None = None
         # The last one loaded or committed.
         self._parent: ParentRecord | None = None
-        # Called with a sentence when the store refuses a save, on every rank.
-        self.on_refusal: Callable[[str], object] | None = None
+        self.on_refusal: Callable[[str], object] | None = None  # gets a sentence
+        self.bytes_per_save = 0  # of the tensors, over all ranks
         # (step, snapshot) -> folder; of this process only.
         self._committed: dict[tuple[int, bool], str] = {}
-
-    @property
-    def bytes_per_save(self) -> int:
-        """Bytes of a checkpoint's tensors over all ranks; 0 until the first is planned."""
-        return 0 if self._plan is None else self._plan[1].total_bytes
 
     @property
     def folder(self) -> SaveFolder:
@@ -215,6 +210,7 @@ class CheckpointWriter:
         """Make a plan for this layout and remember it for the next saves."""
         plan = make_plan(local, self.exchange)
         self._plan = signature(local), plan
+        self.bytes_per_save = plan.total_bytes
         return plan
 
     def save(

@@ -19,7 +19,7 @@ EVERY_S = 60.0
 TIMEOUT_S = 3.0
 
 
-class Heartbeats:
+class HeartbeatSender:
     """Sends the figures of a step every minute or fifty steps, the newest only.
 
     Args:
