@@ -134,7 +134,8 @@ class Embedding(nn.Module):
         # Rows of other ranks: look up row 0, then set what was found to zero.
         local_ids = local_ids.masked_fill(is_elsewhere, 0)
         found = self._look_up(local_ids)
-        summand = found.masked_fill(is_elsewhere[:, None], 0.0)
+        is_elsewhere = is_elsewhere.unsqueeze(1)  # [T, 1], for all columns
+        summand = found.masked_fill(is_elsewhere, 0.0)
         if self.placement.mode.sequence_parallel:
             return reduce_scatter(summand, axis)
         return all_reduce(summand, axis)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from evomesh.parallel.grid import Axis
@@ -67,28 +68,49 @@ def fill_parameter(
     local = shard.view(len(rows), len(columns))
 
     def fill_band(band_index: int) -> None:
-        # `band` holds the global rows of one row of tiles, `owned` those of them in this
-        # shard. Rows 200 to 399 are the last 56 of the band 0 to 255 and the first 144
-        # of the band 256 to 511.
+        """Draw one row of tiles and copy those of its rows that are in this shard."""
+        # Of a shard with the rows 200 to 399, the band 0 to 255 has the first 56 and the
+        # band 256 to 511 the other 144.
         band = _tile_range(band_index, matrix_rows)
         drawn = _draw_band(
-            name, band_index, len(band), columns, matrix_columns, initial, seed
+            name,
+            band_index,
+            len(band),
+            columns,
+            matrix_columns,
+            initial,
+            seed,
         )
-        owned = range(max(rows.start, band.start), min(rows.stop, band.stop))
-        target = local[owned.start - rows.start : owned.stop - rows.start]
-        target.copy_(drawn[owned.start - band.start : owned.stop - band.start])
+        owned = _overlap(rows, band)
+        target = local[_place_in(rows, owned)]
+        source = drawn[_place_in(band, owned)]
+        target.copy_(source)
 
     _for_each(fill_band, _tiles_over(rows), threads or _drawing_threads())
 
 
+def _overlap(a: range, b: range) -> range:
+    """Return the indices that are in both ranges."""
+    start = max(a.start, b.start)
+    stop = min(a.stop, b.stop)
+    return range(start, stop)
+
+
+def _place_in(whole: range, part: range) -> slice:
+    """Return where ``part`` is in a tensor that begins with the first index of ``whole``."""
+    start = part.start - whole.start
+    return slice(start, start + len(part))
+
+
 def _for_each(action: Callable[[int], None], indices: range, threads: int) -> None:
     """Call ``action`` with every index, in several threads if there is more than one."""
-    if threads == 1 or len(indices) <= 1:
+    workers = min(threads, len(indices))
+    if workers <= 1:
         for index in indices:
             action(index)
         return
     # numpy draws without the interpreter's lock.
-    with ThreadPoolExecutor(min(threads, len(indices))) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(action, indices):
             pass  # an error in a thread is raised here
 
@@ -186,7 +208,7 @@ def _draw_tile(
     shape: tuple[int, int],
     initial: InitialWeight,
     seed: int,
-) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+) -> npt.NDArray[np.float32]:
     # The lower two of the four counter words count draws, the upper two are the index
     # of the tile.
     counter = [0, 0, *tile]
@@ -200,4 +222,5 @@ def _draw_tile(
     # A uniform distribution on [-a, a] has the standard deviation a / sqrt(3).
     half_width = np.float32(math.sqrt(3) * initial.scale)
     unit = generator.random(shape, dtype=np.float32)  # in [0, 1)
-    return (unit * 2 - 1) * half_width
+    symmetric = unit * 2 - 1  # in [-1, 1)
+    return symmetric * half_width

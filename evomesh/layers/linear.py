@@ -16,6 +16,7 @@ has gathered each weight before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,24 +126,40 @@ class _RegatherLinear(torch.autograd.Function):
         x_shard, *w_shards = ctx.saved_tensors
         x = all_gather_no_grad(x_shard, ctx.axis)
 
-        # dgrad: the first product makes dx, the others are added to it.
-        dx = None
-        for dy_shard, w_shard in zip(dy_shards, w_shards, strict=True):
-            dx = matmul_nt(dy_shard, w_shard.T, accumulate=dx)
-        assert dx is not None
+        # dgrad: dx is the sum of dy w over all projections.
+        dx = _sum_of_products(dy_shards, w_shards)
         dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
 
-        # bgrad and wgrad; dw = dy^T x is a product a b^T with b = x^T.
-        db_shards: list[Tensor | None] = []
+        # wgrad: dw = dy^T x is a product a b^T with b = x^T.
         dw_shards = []
-        for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True):
-            db_shard = None
-            if has_bias:
-                db_shard = dy_shard.sum(0)
-            db_shards.append(db_shard)
-            dw_shard = matmul_nt(dy_shard.T, x.T)
+        x_transposed = x.T
+        for dy_shard in dy_shards:
+            dw_shard = matmul_nt(dy_shard.T, x_transposed)
             dw_shards.append(dw_shard)
+        db_shards = _bias_gradients(dy_shards, ctx.has_bias)
         return dx_shard, None, *dw_shards, *db_shards
+
+
+def _sum_of_products(dy_shards: Sequence[Tensor], w_shards: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``dy w``, [T, I]: the first product makes it, each further one is added in place."""
+    total = None
+    for dy_shard, w_shard in zip(dy_shards, w_shards, strict=True):
+        total = matmul_nt(dy_shard, w_shard.T, accumulate=total)
+    assert total is not None
+    return total
+
+
+def _bias_gradients(
+    dy_shards: Sequence[Tensor], has_bias: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return db = sum over the tokens of dy for each projection with a bias, None for the others."""
+    db_shards: list[Tensor | None] = []
+    for dy_shard, exists in zip(dy_shards, has_bias, strict=True):
+        db_shard = None
+        if exists:
+            db_shard = dy_shard.sum(0)
+        db_shards.append(db_shard)
+    return db_shards
 
 
 class RowParallelLinear(nn.Module):

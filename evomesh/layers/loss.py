@@ -194,53 +194,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_grad: bool,
         axis: Axis,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        device, wide = hidden.device, promote(hidden.dtype)
-
         # 1. Keep the rows that need a product, and make room for their results.
         kept = _rows_with_target(labels)
         kept_hidden = hidden[kept]
         kept_labels = labels[kept]
-        loss, z_loss = torch.zeros(2, dtype=wide, device=device)
-        kept_nll = torch.zeros(len(kept_labels), dtype=wide, device=device)
-        kept_correct = torch.zeros(len(kept_labels), dtype=torch.bool, device=device)
+        losses = _KeptLosses.zeros(len(kept_labels), hidden)
         shard = _VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
-        gradients = _GradientAccumulator(kept_hidden, weight) if with_grad else None
+        gradients = None
+        if with_grad:
+            gradients = _GradientAccumulator(kept_hidden, weight)
 
         for start in range(0, len(kept_labels), chunk):
             part = slice(start, start + chunk)
-            is_target = kept_labels[part] != IGNORE
-            label = kept_labels[part].clamp(min=0)[:, None]
+            chunk_labels = kept_labels[part]
+            is_target = chunk_labels != IGNORE
+            label = chunk_labels.clamp(min=0).unsqueeze(1)  # [C, 1]
 
             # 2. Logits of the chunk, then its loss. From here on `logits` holds exp(logit - top).
             logits, slope = _logits_and_slope(kept_hidden[part], weight, softcap)
             result = shard.exponentiate_(logits, label, with_mean=terms.smooths)
-            kept_correct[part] = result.correct & is_target
-            kept_nll[part] = result.nll.where(is_target, 0.0)
-            cross_entropy = result.cross_entropy(terms.label_smoothing)
-            loss += cross_entropy.where(is_target, 0.0).sum()
-            if terms.z_loss_coeff:
-                z_loss += result.z_loss(terms).where(is_target, 0.0).sum()
+            losses.add(part, is_target, result, terms)
 
             # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
             if gradients is not None:
                 shard.subtract_target_(logits, label, result, terms)
                 if slope is not None:
                     logits.mul_(slope)
-                token_scale = (scale * is_target)[:, None]
-                gradients.add(part, logits, token_scale / result.exp_sum)
+                token_scale = scale * is_target
+                factor = token_scale.unsqueeze(1) / result.exp_sum  # [C, 1]
+                gradients.add(part, logits, factor)
             del logits, slope  # or the logits of two chunks would exist at one time
 
         # 4. Scatter the kept rows back to all T tokens.
-        nll = _spread(kept_nll, kept, len(labels))
-        correct = _spread(kept_correct, kept, len(labels))
+        num_tokens = len(labels)
+        nll = _spread(losses.nll, kept, num_tokens)
+        correct = _spread(losses.correct, kept, num_tokens)
         if gradients is not None:
             grad_hidden = gradients.hidden
             if isinstance(kept, Tensor):
-                grad_hidden = _spread(gradients.hidden, kept, len(labels))
-            ctx.save_for_backward(grad_hidden, gradients.weight_gradient())
-        scaled_z_loss = z_loss * scale
+                grad_hidden = _spread(grad_hidden, kept, num_tokens)
+            grad_weight = gradients.weight_gradient()
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        scaled_z_loss = losses.z_loss * scale
         ctx.mark_non_differentiable(nll, correct, scaled_z_loss)
-        return (loss + z_loss) * scale, nll, correct, scaled_z_loss
+        scaled_sum = (losses.cross_entropy + losses.z_loss) * scale
+        return scaled_sum, nll, correct, scaled_z_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,6 +250,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * factor
             grad_weight = grad_weight * factor
         return grad_hidden, grad_weight, *[None] * 8
+
+
+@dataclass(frozen=True)
+class _KeptLosses:
+    """Losses of the K kept rows, filled in place chunk by chunk.
+
+    Attributes:
+        cross_entropy, z_loss: scalars, sums over the targets.
+        nll, correct: [K], as in ``LossOutput``.
+    """
+
+    cross_entropy: Tensor
+    z_loss: Tensor
+    nll: Tensor
+    correct: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, hidden: Tensor) -> _KeptLosses:
+        wide = promote(hidden.dtype)
+        cross_entropy = hidden.new_zeros((), dtype=wide)
+        z_loss = hidden.new_zeros((), dtype=wide)
+        nll = hidden.new_zeros(rows, dtype=wide)
+        correct = hidden.new_zeros(rows, dtype=torch.bool)
+        return cls(cross_entropy, z_loss, nll, correct)
+
+    def add(
+        self,
+        part: slice,
+        is_target: Tensor,
+        result: _ChunkLoss,
+        terms: LossTerms,
+    ) -> None:
+        """Add the chunk of the rows ``part``, of which only those with a target count."""
+        self.correct[part] = result.correct & is_target
+        self.nll[part] = result.nll.where(is_target, 0.0)
+
+        cross_entropy = result.cross_entropy(terms.label_smoothing)
+        counted = cross_entropy.where(is_target, 0.0)
+        self.cross_entropy.add_(counted.sum())
+
+        if terms.z_loss_coeff:
+            z_loss = result.z_loss(terms)
+            counted = z_loss.where(is_target, 0.0)
+            self.z_loss.add_(counted.sum())
 
 
 class _GradientAccumulator:

@@ -52,9 +52,11 @@ class _RmsNorm(torch.autograd.Function):
         dw = dy_normed.sum(0)
 
         # A product with the weight sums over D: mean(dn n) = (dy n) w / D, [T].
-        mean = (dy_normed @ weight).div_(size)
+        mean = dy_normed @ weight
+        mean.div_(size)
+        mean_column = mean.unsqueeze(-1)  # [T, 1]
         dn = dy * weight
-        dx = dn.addcmul_(normed, mean.unsqueeze(-1), value=-1)
+        dx = dn.addcmul_(normed, mean_column, value=-1)
         dx.mul_(scale)
         return dx, dw, None
 
@@ -132,14 +134,20 @@ class Norm(nn.Module):
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the norm of ``x`` by the fastest way there is for it; both are in the wide dtype."""
         if self.columns_axis.size > 1:
-            return x * self._scale_of_columns(x) * weight
-        shape = (self.size,)
+            return self._rms_norm_of_columns(x, weight)
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
-            return F.layer_norm(x, shape, weight, bias, self.eps)
+            return F.layer_norm(x, (self.size,), weight, bias, self.eps)
+        return self._rms_norm(x, weight)
+
+    def _rms_norm_of_columns(self, x: Tensor, weight: Tensor) -> Tensor:
+        scale = self._scale_of_columns(x)
+        return x * scale * weight
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # torch's norm is one kernel on CUDA, and many passes on the CPU.
         if x.is_cuda or torch.compiler.is_compiling():
-            return F.rms_norm(x, shape, weight, self.eps)
+            return F.rms_norm(x, (self.size,), weight, self.eps)
         out: Tensor
         out = _RmsNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return out

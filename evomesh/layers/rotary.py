@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from evomesh.layers.dtype import promote
 from evomesh.layers.sequence_bounds import SequenceBounds
 
 Value = TypeVar("Value")
+QueriesKeysValues: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ class RotaryEmbedding:
         even_columns = columns[::2]  # 2i, [H/2]
         exponent = even_columns / self.head_dim
         base = columns.new_full((1, 1), self.base)
-        if self.dynamic_ntk:
-            factor = self._ntk_factor(bounds)
-            base = base * factor[:, None]  # [T, 1]
+        if not self.dynamic_ntk:
+            return base**-exponent
+        # Each token has a base of its own, [T, 1].
+        factor = self._ntk_factor(bounds)
+        factor = factor.unsqueeze(1)
+        base = base * factor
         return base**-exponent
 
     def _ntk_factor(self, bounds: SequenceBounds) -> Tensor:
@@ -131,16 +135,25 @@ def _given(value: Value | None) -> Value:
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by turns (Llama 3.1)."""
+    factor = _given(scaling.factor)
+    slow = frequencies / factor
+    kept = _llama3_kept_share(frequencies, scaling)
+    return frequencies * kept + slow * (1 - kept)
+
+
+def _llama3_kept_share(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return how much of each frequency stays as it is: 0 for slow ones, 1 for fast ones."""
     low = _given(scaling.low_freq_factor)
     high = _given(scaling.high_freq_factor)
     original_length = _given(scaling.original_max_position_embeddings)
     # An angle of f per position makes L f / (2 pi) turns within L positions.
     turns_per_radian = original_length / (2 * math.pi)
     turns = frequencies * turns_per_radian
-    position_in_range = (turns - low) / (high - low)
-    kept = position_in_range.clamp(0, 1)  # 0: divided, 1: as it is
-    slow = frequencies / _given(scaling.factor)
-    return frequencies * kept + slow * (1 - kept)
+    # Linear in the turns between the two bounds, and constant outside.
+    turns_above_low = turns - low
+    width = high - low
+    position_in_range = turns_above_low / width
+    return position_in_range.clamp(0, 1)
 
 
 def _yarn_frequencies(
@@ -169,9 +182,11 @@ def _yarn_ramp(scaling: RopeScaling, head_dim: int, base: float) -> tuple[float,
     def index_of(turns: float) -> float:
         """Return the index, a real number, of the frequency with so many turns within the original length."""
         # L base^(-2i/H) = 2 pi turns, solved for i.
-        positions_per_radian = original_length / (turns * 2 * math.pi)
+        radians = turns * 2 * math.pi
+        positions_per_radian = original_length / radians
         numerator = head_dim * math.log(positions_per_radian)
-        return numerator / (2 * math.log(base))
+        denominator = 2 * math.log(base)
+        return numerator / denominator
 
     fast_turns = scaling.beta_fast or 32.0
     slow_turns = scaling.beta_slow or 1.0
@@ -212,9 +227,7 @@ def _rotate(
     out_b.copy_(torch.addcmul(b * cos, a, sin))
 
 
-def parts_of_groups(
-    qkv: Tensor, kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def parts_of_groups(qkv: Tensor, kv_heads: int, head_dim: int) -> QueriesKeysValues:
     """Return views of the fused projection [T, G (R + 2) H]: queries [T, G, R, H], keys and values [T, G, 1, H]."""
     groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
     queries = groups[:, :, :-2]
@@ -242,7 +255,7 @@ class _SplitRotate(torch.autograd.Function):
         kv_heads: int,
         head_dim: int,
         interleaved: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> QueriesKeysValues:
         cos = cos[:, None, None]
         sin = sin[:, None, None]
         ctx.save_for_backward(cos, sin)
@@ -256,30 +269,31 @@ class _SplitRotate(torch.autograd.Function):
         return q.flatten(1, 2), k.squeeze(2), v_in.squeeze(2).contiguous()
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        minus_sin = -sin  # negates the angle
+        interleaved = ctx.interleaved
         dq, dk, dv = grads
-        tokens, kv_heads, head_dim = dk.shape
-        heads = dq.shape[1] + 2 * kv_heads
 
-        # Write each part to its place in the fused gradient; the angle is negated by
-        # negating the sine.
-        dqkv = dq.new_empty(tokens, heads * head_dim)
+        # Each part is written to its place in the fused gradient.
+        tokens, query_heads, head_dim = dq.shape
+        kv_heads = dk.shape[1]
+        heads = query_heads + 2 * kv_heads
+        width = heads * head_dim
+        dqkv = dq.new_empty(tokens, width)
         dq_place, dk_place, dv_place = parts_of_groups(dqkv, kv_heads, head_dim)
+
         dq = dq.reshape(dq_place.shape)  # [T, G, R, H]
+        _rotate(dq, cos, minus_sin, dq_place, interleaved)
         dk = dk.unsqueeze(2)  # [T, G, 1, H]
-        minus_sin = -sin
-        _rotate(dq, cos, minus_sin, dq_place, ctx.interleaved)
-        _rotate(dk, cos, minus_sin, dk_place, ctx.interleaved)
-        dv_place.copy_(dv.unsqueeze(2))
-        return dqkv, None, None, None, None, None
+        _rotate(dk, cos, minus_sin, dk_place, interleaved)
+        dv = dv.unsqueeze(2)
+        dv_place.copy_(dv)
+        for_tables_and_settings = [None] * 5
+        return dqkv, *for_tables_and_settings
 
 
-def split_heads(
-    qkv: Tensor, *, kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, *, kv_heads: int, head_dim: int) -> QueriesKeysValues:
     """Split a fused projection like ``split_and_rotate``, for a layer without rotary positions."""
     q, k, v = parts_of_groups(qkv, kv_heads, head_dim)
     q = q.flatten(1, 2)
@@ -296,7 +310,7 @@ def split_and_rotate(
     kv_heads: int,
     head_dim: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> QueriesKeysValues:
     """Split a fused projection [T, G (R + 2) H] into q [T, G R, H], k and v [T, G, H], and rotate q and k.
 
     ``qkv`` is group-major: for each key/value head its R query heads, the key head, the value head.
@@ -314,7 +328,7 @@ def _rotate_together(
     kv_heads: int,
     head_dim: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> QueriesKeysValues:
     """Rotate q and k in one pass, without a gradient; v stays a view of ``qkv``."""
     groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
     q_and_k = groups[:, :, :-1]

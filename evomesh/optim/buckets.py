@@ -82,8 +82,10 @@ class GradientBucket:
             completion.wait()
         self.completions.clear()
         message = self._message()
-        shard_axis = self.slots[0].shard_axis
-        sum_axes = list(self.slots[0].sum_axes)
+        # All parameters of a bucket are summed over the same axes.
+        first_slot = self.slots[0]
+        shard_axis = first_slot.shard_axis
+        sum_axes = list(first_slot.sum_axes)
         if shard_axis.size > 1:
             self.pending = launch_reduce_scatter(message, shard_axis)
         else:
@@ -181,8 +183,10 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.finish()
         for slot in self.local:
-            slot.master.grad = slot.gradient_rows().view(slot.master.shape)
-        self._launched = self._micro_batches = 0
+            gradient = slot.gradient_rows()
+            slot.master.grad = gradient.view(slot.master.shape)
+        self._launched = 0
+        self._micro_batches = 0
 
 
 def allocate_accumulators(slots: Sequence[ParameterSlot]) -> Tensor | None:

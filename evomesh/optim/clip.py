@@ -39,11 +39,16 @@ def global_norm_and_sums(
         grads: the gradients that this rank counts (see ``counts_in_norm``).
         sums: [K] float64, this rank's summands of other totals.
     """
+    # Both need one all-reduce per axis: [square, sum 1, ..., sum K].
     own_square = _sum_of_squares(grads, sums.device)
-    message = torch.cat([own_square.unsqueeze(0), sums])
+    own_square = own_square.unsqueeze(0)
+    own_totals = [own_square, sums]
+    message = torch.cat(own_totals)
     totals = all_reduce_no_grad(message, grid.dp, grid.tp, grid.pp)
     square = totals[0]
-    return square.sqrt(), totals[1:]
+    norm = square.sqrt()
+    other_totals = totals[1:]
+    return norm, other_totals
 
 
 def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:

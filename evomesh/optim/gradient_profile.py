@@ -68,10 +68,15 @@ class GradientProfile:
 
         # 2. The parameters of the chosen layers, with their elements: P columns.
         names = _chosen_parameters(config, list(shapes), tied)
-        self.elements = {name: math.prod(shapes[name]) for name in names}
+        self.elements: dict[str, int] = {}
+        for name in names:
+            self.elements[name] = math.prod(shapes[name])
         counted = [slot for slot in slots if slot.counts_in_norm]
         self.slots = [slot for slot in counted if slot.name in self.elements]
-        columns = [names.index(slot.name) for slot in self.slots]
+        columns = []
+        for slot in self.slots:
+            column = names.index(slot.name)
+            columns.append(column)
         # Made here, because the host waits for a tensor of Python numbers.
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
 
@@ -91,8 +96,9 @@ class GradientProfile:
             parts.append(self._by_parameter(_nonzero))
         if self.config.vocab_grad_norm_profiling:
             parts.append(self._head_squares())
+        own_sums = torch.cat(parts)
         grid = self.grid
-        return all_reduce_no_grad(torch.cat(parts), grid.dp, grid.tp, grid.pp)
+        return all_reduce_no_grad(own_sums, grid.dp, grid.tp, grid.pp)
 
     def _by_parameter(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a figure of each parameter [P], 0 where this rank has none."""
@@ -132,19 +138,23 @@ class GradientProfile:
         if self.config.grad_norm_profiling:
             squares = remaining[:parameters].tolist()
             remaining = remaining[parameters:]
-            for name, square in self._named("grad_norm", squares).items():
+            squares_by_name = self._named("grad_norm", squares)
+            for name, square in squares_by_name.items():
                 scalars[name] = math.sqrt(square) * inv_scale
         if self.config.zero_grad_profiling:
             nonzero = remaining[:parameters].tolist()
             remaining = remaining[parameters:]
-            zeros = []
-            for elements, count in zip(self.elements.values(), nonzero, strict=True):
-                zeros.append(elements - int(count))
+            zeros = self._zero_counts(nonzero)
             scalars |= self._named("zero_grad", zeros)
         vocab_norms = None
         if self.config.vocab_grad_norm_profiling:
             vocab_norms = remaining.sqrt() * inv_scale
         return GradientFigures(scalars, vocab_norms)
+
+    def _zero_counts(self, nonzero: list[float]) -> list[int]:
+        """Return how many elements of each chosen parameter's gradient are zero."""
+        sizes = self.elements.values()
+        return [size - int(count) for size, count in zip(sizes, nonzero, strict=True)]
 
     def _named(self, metric: str, by_parameter: Sequence[float]) -> dict[str, float]:
         """Return figures that add up: the sum of each layer, then those of the parameters, by name of the metric."""
@@ -160,7 +170,9 @@ def _shapes_of_all_stages(
     slots: Sequence[ParameterSlot], grid: Grid
 ) -> dict[str, tuple[int, ...]]:
     """Return the global shape of every parameter, without the padding of the layout."""
-    own_shapes = {slot.name: slot.spec.stored_shape for slot in slots}
+    own_shapes = {}
+    for slot in slots:
+        own_shapes[slot.name] = slot.spec.stored_shape
     shapes: dict[str, tuple[int, ...]] = {}
     for stage_shapes in all_gather_objects(own_shapes, grid.pp):
         shapes |= stage_shapes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -276,14 +276,20 @@ class ZeroOptimizer:
         head, and shards, which FSDP2 reads before the block that they belong to.
         """
         for root in _roots(model):
-            waits_in = _waiting_modules(root)
-            names_of_module: dict[nn.Module, list[str]] = defaultdict(list)
-            for slot in self.slots:
-                if slot.param in waits_in:
-                    module = waits_in[slot.param]
-                    names_of_module[module].append(slot.name)
-            for module, names in names_of_module.items():
+            for module, names in self._names_to_await(root).items():
                 self._wait_before(module, names)
+
+    def _names_to_await(self, root: nn.Module) -> dict[nn.Module, list[str]]:
+        """Return the names of the parameters that each module's forward waits for."""
+        waits_in = _waiting_modules(root)
+        names_of_module: dict[nn.Module, list[str]] = defaultdict(list)
+        for slot in self.slots:
+            module = waits_in.get(slot.param)
+            # Parameters of another root wait in the modules of that one.
+            if module is not None:
+                names = names_of_module[module]
+                names.append(slot.name)
+        return names_of_module
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
         def wait(*_: Any) -> None:
@@ -313,14 +319,16 @@ def _count_uses(slots: list[ParameterSlot], model: nn.Module | None) -> None:
 
 def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:
     """Map each parameter to the module whose forward waits for it: its block of a module list or dict, else root."""
-    waits_in: dict[nn.Parameter, nn.Module] = {}
-    for parameter in root.parameters():
-        waits_in[parameter] = root
-    for container in root.modules():
-        if not isinstance(container, nn.ModuleList | nn.ModuleDict):
-            continue
-        for block in container.children():
-            for parameter in block.parameters():
-                if not is_sharded(parameter):
-                    waits_in[parameter] = block
+    waits_in = dict.fromkeys(root.parameters(), root)
+    for block in _blocks(root):
+        for parameter in block.parameters():
+            if not is_sharded(parameter):
+                waits_in[parameter] = block
     return waits_in
+
+
+def _blocks(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members of the module lists and dicts, an inner one after those around it."""
+    for container in root.modules():
+        if isinstance(container, nn.ModuleList | nn.ModuleDict):
+            yield from container.children()

@@ -145,12 +145,10 @@ class _StageModule(nn.Module):
         self, model: nn.Module, first: bool, last: bool, column_axis: Axis
     ) -> None:
         super().__init__()
-        self.model, self.first, self.last, self.column_axis = (
-            model,
-            first,
-            last,
-            column_axis,
-        )
+        self.model = model
+        self.first = first
+        self.last = last
+        self.column_axis = column_axis
         self.inputs: _ScheduleInputs | None = None
         self.num_done = 0
 
@@ -165,11 +163,10 @@ class _StageModule(nn.Module):
         self.num_done += 1
         # In mtp all tp ranks hold the same hidden states: each sends its columns, and
         # the receivers gather them.
-        x = (
-            batch.tokens[micro_batch]
-            if self.first
-            else gather_from_axis(x, self.column_axis, dim=1)
-        )
+        if self.first:
+            x = batch.tokens[micro_batch]
+        else:
+            x = gather_from_axis(x, self.column_axis, dim=1)
         hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
         if not self.last:
             return shard_to_axis(hidden, self.column_axis, dim=1)
@@ -208,20 +205,28 @@ class PipelineSchedule:
     ) -> None:
         if schedule == "zbv":
             refuse_zbv(torch.__version__)
-        pp, tp = grid.pp, grid.tp
-        self._kind, self._pp, self._device = schedule, pp, device
+        pp = grid.pp
+        self._kind = schedule
+        self._pp = pp
+        self._device = device
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        # Sequence-parallel modes send [T / tp, D], mtp sends [T, D / tp].
+        if mode.sequence_parallel:
+            self._row_shards = grid.tp.size
+            column_axis = Axis("tp")
+        else:
+            self._row_shards = 1
+            column_axis = grid.tp
+        self._column_shards = column_axis.size
         self._stages = stages_of_rank(pp.rank, pp.size, len(models), schedule)
         self._num_stages = pp.size * len(models)
-        # Sequence-parallel modes send [T / tp, D], mtp sends [T, D / tp].
-        column_axis = Axis("tp") if mode.sequence_parallel else tp
-        self._row_shards, self._column_shards = (
-            (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
-        )
-        self._modules = [
-            _StageModule(model, stage == 0, stage == self._num_stages - 1, column_axis)
-            for model, stage in zip(models, self._stages, strict=True)
-        ]
-        self._hidden_size, self._dtype = hidden_size, dtype
+        self._modules = []
+        for model, stage in zip(models, self._stages, strict=True):
+            is_first = stage == 0
+            is_last = stage == self._num_stages - 1
+            module = _StageModule(model, is_first, is_last, column_axis)
+            self._modules.append(module)
         self._torch_schedules: dict[tuple[int, int], Any] = {}
 
     def train(
@@ -266,21 +271,28 @@ class PipelineSchedule:
         """
         num_micro_batches, tokens = batch.tokens.shape
         rank_of_stage = [self._rank_of(stage) for stage in range(self._num_stages)]
-        arrived: dict[StageVisit, Tensor] = {}  # inputs of visits on this rank
-        if 0 in self._stages:
-            for index in range(num_micro_batches):
-                arrived[StageVisit(0, index)] = torch.tensor([index])
+        arrived = self._first_inputs(num_micro_batches)
         unscaled = [1.0] * num_micro_batches
         inputs = _ScheduleInputs(batch, unscaled, PLAIN, on_output)
+        slots = evaluation_slots(rank_of_stage, num_micro_batches)
         sends: list[Any] = []
         with self._stage_inputs(inputs):
-            for visits in evaluation_slots(rank_of_stage, num_micro_batches):
+            for visits in slots:
                 outputs = self._run_visits(visits, arrived)
                 # No output is kept for longer than until the next one: earlier sends
                 # end first.
                 _wait_for(sends)
                 sends = self._pass_on(visits, outputs, arrived, tokens)
             _wait_for(sends)
+
+    def _first_inputs(self, num_micro_batches: int) -> dict[StageVisit, Tensor]:
+        """Return what the first stage gets, if this rank has it: the number of each micro-batch."""
+        inputs: dict[StageVisit, Tensor] = {}
+        if 0 in self._stages:
+            for index in range(num_micro_batches):
+                visit = StageVisit(0, index)
+                inputs[visit] = torch.tensor([index])
+        return inputs
 
     def _run_visits(
         self, visits: Sequence[StageVisit], arrived: dict[StageVisit, Tensor]

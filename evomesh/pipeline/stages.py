@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 
 def layer_ranges(
@@ -46,6 +47,25 @@ def _ranges(counts: Sequence[int]) -> list[range]:
     ]
 
 
+class _Distribution(NamedTuple):
+    """Layer counts of consecutive stages.
+
+    Tuples compare by their first field, then by the second: the smallest of several
+    distributions has the lightest heaviest stage and, of equals, the most even ones.
+    """
+
+    heaviest: float
+    squares: float
+    counts: tuple[int, ...]
+
+    def after_stage(self, weight: float, count: int) -> _Distribution:
+        """Return the distribution with a stage of ``count`` layers before these."""
+        heaviest = max(weight, self.heaviest)
+        squares = self.squares + weight**2
+        counts = (count, *self.counts)
+        return _Distribution(heaviest, squares, counts)
+
+
 def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[range]:
     """Return contiguous stages of at least one layer with the lightest heaviest stage; of equals, the most even.
 
@@ -62,24 +82,23 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
         return count + embedding + head
 
     @cache
-    def best(stage: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """Return (heaviest, sum of squares, layer counts) of ``stage`` and later ones, which share ``left`` layers."""
-        if stage == stages - 1:
-            this_stage = weight(stage, left)
-            return this_stage, this_stage**2, (left,)
-        choices = []
+    def best(stage: int, left: int) -> _Distribution:
+        """Distribute ``left`` layers over ``stage`` and later ones."""
         later_stages = stages - 1 - stage
+        if later_stages == 0:
+            this_stage = weight(stage, left)
+            return _Distribution(this_stage, this_stage**2, (left,))
+        choices = []
         most = left - later_stages  # each later stage needs at least one layer
         for count in range(1, most + 1):
+            later = best(stage + 1, left - count)
             this_stage = weight(stage, count)
-            heaviest, squares, counts = best(stage + 1, left - count)
-            heaviest = max(this_stage, heaviest)
-            squares += this_stage**2
-            choices.append((heaviest, squares, (count, *counts)))
+            choice = later.after_stage(this_stage, count)
+            choices.append(choice)
         return min(choices)
 
-    _, _, counts = best(0, num_layers)
-    return _ranges(counts)
+    distribution = best(0, num_layers)
+    return _ranges(distribution.counts)
 
 
 def stages_of_rank(rank: int, pp: int, chunks: int, schedule: str) -> list[int]:

@@ -32,7 +32,7 @@ from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import local_shard
 from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.pipeline.stages import stages_of_rank
-from evomesh.plan.trace import built_rank, empty_batch
+from evomesh.plan.trace import built_rank, empty_batch, ignore_output
 from evomesh.train.stages import ModelStages
 
 GIB = 2**30
@@ -74,21 +74,28 @@ def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
         kept, peaks = _trace_step(config, stages, optimizer)
         depth = _micro_batches_in_flight(config, grid.pp)
 
-    # Of the micro-batches that a pipeline keeps, the trace had one.
+    # 1. Of the micro-batches that a pipeline keeps, the trace had one.
     waiting = kept * (depth - 1)
     for name in ("loss", "backward"):
-        peaks[name] = peaks[name].with_bytes(waiting)
+        traced = peaks[name]
+        peaks[name] = traced.with_bytes(waiting)
+
+    # 2. The highest peak, and what its bytes are. The update needs no activations.
     phase = max(peaks, key=lambda name: peaks[name].nbytes)
     peak = peaks[phase]
     activations = 0
     if phase != "update":
         activations = kept * depth
-
+    lasting = peak.gathered + activations
+    kind = TRANSIENT[phase]
+    kinds[kind] = peak.nbytes - lasting
     kinds["kept activations"] = activations
     kinds["gathered layers"] = peak.gathered
-    kinds[TRANSIENT[phase]] = peak.nbytes - peak.gathered - activations
-    present = {kind: size for kind, size in kinds.items() if size}
-    return PeakMemory(present, phase)
+    return PeakMemory(_without_zeros(kinds), phase)
+
+
+def _without_zeros(kinds: Mapping[str, int]) -> dict[str, int]:
+    return {kind: size for kind, size in kinds.items() if size}
 
 
 def _pipeline_buffers(config: Config, stages: ModelStages) -> int:
@@ -166,11 +173,11 @@ def _trace_step(
     terms = LossTerms.of(config.loss)
     with live.counted():
         optimizer.expect_micro_batches(2)
-        run(batch, [1.0], terms, lambda index, output: None)
+        run(batch, [1.0], terms, ignore_output)
         live.restart()
         kept.clear()
         live.begin("loss")
-        run(batch, [1.0], terms, lambda index, output: None)
+        run(batch, [1.0], terms, ignore_output)
         live.begin("update")
         optimizer.communicate_only()
     for hook in hooks:

@@ -18,7 +18,7 @@ from torch import Tensor
 from evomesh.config.layout import check_world
 from evomesh.config.schema import Config
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossTerms
+from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
@@ -80,6 +80,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
         micro_num = config.data.micro_num
         batch = empty_batch(config, micro_num)
         scales = [1.0] * micro_num
+        terms = LossTerms.of(config.loss)
         schedule = stages.schedule
         held = _held(stages, optimizer)
         # Torch's pipeline schedules agree on shapes with the other ranks, which do not
@@ -89,11 +90,15 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
             run = schedule.rehearse
         with record_traffic(grid) as traffic:
             optimizer.expect_micro_batches(micro_num)
-            run(batch, scales, LossTerms.of(config.loss), lambda index, output: None)
+            run(batch, scales, terms, ignore_output)
             passes = len(traffic.calls)
             # Without values there is no update, only what it would send.
             optimizer.communicate_only()
         return StepTrace(grid, *held, traffic, passes)
+
+
+def ignore_output(index: int, output: LossOutput) -> None:
+    """Do nothing with the loss of a micro-batch: on the meta device it has no value."""
 
 
 @contextmanager
