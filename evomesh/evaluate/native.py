@@ -48,6 +48,39 @@ class ScoringRequest:
     targets: list[int]
 
 
+@dataclass
+class PackedRequests:
+    """Scoring requests in one pack without padding.
+
+    Attributes:
+        lengths: of the inputs of each request.
+        inputs, targets: of all requests, one after the other.
+        rows: those of the pack that predict the targets, the last ones of each request.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, requests: Sequence[ScoringRequest]) -> PackedRequests:
+        """Pack the requests.
+
+        The inputs 1 2 3 and 4 5 with the targets 3 9 and 6 are packed as 1 2 3 4 5, and
+        the rows 1, 2 and 4 predict 3, 9 and 6.
+        """
+        packed = cls()
+        for request in requests:
+            packed.lengths.append(len(request.inputs))
+            packed.inputs += request.inputs
+            packed.targets += request.targets
+            end = len(packed.inputs)
+            start = end - len(request.targets)
+            packed.rows += range(start, end)
+        return packed
+
+
 @dataclass(frozen=True)
 class TextScore:
     """Summed log-probability of a continuation, and whether greedy decoding would give it."""
@@ -221,37 +254,31 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @torch.inference_mode()
     def _score(self, batch: list[ScoringRequest]) -> dict[int, TextScore]:
         """Score packed requests in one forward pass; the result is keyed by request number."""
-        # 1. Pack the inputs.
-        device = self._device
-        bounds = self._bounds([len(request.inputs) for request in batch])
+        packed = PackedRequests.of(batch)
+        # 1. Score all targets.
+        bounds = self._bounds(packed.lengths)
+        hidden = self.model(self._on_device(packed.inputs), bounds)
+        predicting = hidden[self._on_device(packed.rows)]
+        targets = self._on_device(packed.targets)
+        logprobs, is_top = self._score_targets(predicting, targets)
 
-        # 2. The rows that predict targets are the last ones of each request: the inputs
-        #    1 2 3 and 4 5 with the targets 3 9 and 6 are packed as 1 2 3 4 5, and the
-        #    rows 1, 2 and 4 predict 3, 9 and 6.
-        packed: list[int] = []
-        packed_targets: list[int] = []
-        rows: list[int] = []
-        for request in batch:
-            packed += request.inputs
-            packed_targets += request.targets
-            end = len(packed)
-            rows += range(end - len(request.targets), end)
-        ids = torch.tensor(packed, device=device)
-        targets = torch.tensor(packed_targets, device=device)
-        predicting = torch.tensor(rows, device=device)
-        hidden = self.model(ids, bounds)
-        logprobs, is_top = self._score_targets(hidden[predicting], targets)
-
-        # 3. Sum over the targets of each request.
+        # 2. Sum over the targets of each request.
         scores: dict[int, TextScore] = {}
         start = 0
         for request in batch:
-            own = slice(start, start + len(request.targets))
-            total = float(logprobs[own].sum())
-            is_greedy = bool(is_top[own].all())
-            scores[request.number] = TextScore(total, is_greedy)
-            start = own.stop
+            num_targets = len(request.targets)
+            stop = start + num_targets
+            own_logprobs = logprobs[start:stop]
+            own_is_top = is_top[start:stop]
+            total = float(own_logprobs.sum())
+            is_greedy = bool(own_is_top.all())
+            score = TextScore(total, is_greedy)
+            scores[request.number] = score
+            start = stop
         return scores
+
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
 
     def _bounds(self, lengths: Sequence[int]) -> SequenceBounds:
         """Return the bounds of packed texts: lengths 3 and 2 have cu_seqlens 0 3 5 and positions 0 1 2 0 1."""

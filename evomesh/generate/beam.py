@@ -7,8 +7,9 @@ Shapes: P prompts, R running beams, V vocabulary, K candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,15 @@ class _BeamCandidate:
     score: float
 
 
+_Scored = TypeVar("_Scored", _Beam, _BeamCandidate)
+
+
+def _best(scored: Iterable[_Scored], count: int) -> list[_Scored]:
+    """Return the ``count`` with the highest scores, best first; of equal scores the earlier one first."""
+    ranked = sorted(scored, key=lambda item: -item.score)
+    return ranked[:count]
+
+
 @dataclass
 class _BeamSearch:
     """The search of one prompt.
@@ -60,34 +70,28 @@ class _BeamSearch:
         Args:
             logits: [R, V] of the running beams.
         """
-        num_beams = self.sampling.num_beams
-        eos_ids = self.sampling.eos_ids
-        length = len(self.running[0].ids) + 1
-        at_maximum = length >= self.max_total_length
+        sampling = self.sampling
+        num_beams = sampling.num_beams
+        first_beam = self.running[0]  # all are of the same length
+        length = len(first_beam.ids) + 1
 
         # 1. Enough candidates that `num_beams` of them can grow even if every end token is among the best.
-        per_beam = max(2, 1 + len(eos_ids))
-        found = self._candidates(logits, per_beam * num_beams)
+        per_beam = max(2, 1 + len(sampling.eos_ids))
+        num_candidates = per_beam * num_beams
+        found = self._candidates(logits, num_candidates)
 
         # 2. A candidate that ends is an answer if it ranks among the best; the others are there to grow.
-        growing: list[_BeamCandidate] = []
-        for rank, candidate in enumerate(found):
-            ends = at_maximum or candidate.token in eos_ids
-            if not ends:
-                growing.append(candidate)
-            elif rank < num_beams:
-                self._finish(candidate, length)
+        growing = self._finish_ended(found, length)
 
         # 3. Keep the best of each kind.
-        self.finished.sort(key=lambda beam: -beam.score)
-        self.finished = self.finished[:num_beams]
-        growing.sort(key=lambda candidate: -candidate.score)
-        growing = growing[:num_beams]
+        self.finished = _best(self.finished, num_beams)
+        growing = _best(growing, num_beams)
         if self._cannot_improve(growing, length):
             self.running = []
             return []
+        parents = [candidate.parent for candidate in growing]
         self.running = [self._extend(candidate) for candidate in growing]
-        return [candidate.parent for candidate in growing]
+        return parents
 
     def _finish(self, candidate: _BeamCandidate, length: int) -> None:
         """Add the answer that ends with a candidate."""
@@ -108,6 +112,20 @@ class _BeamSearch:
         best_possible = self._final_score(growing[0].score, length)
         return best_possible <= self.finished[-1].score
 
+    def _finish_ended(
+        self, found: Sequence[_BeamCandidate], length: int
+    ) -> list[_BeamCandidate]:
+        """Make answers of the ended candidates among the ``num_beams`` best, and return all that can grow."""
+        at_maximum = length >= self.max_total_length
+        growing: list[_BeamCandidate] = []
+        for rank, candidate in enumerate(found):
+            ends = at_maximum or candidate.token in self.sampling.eos_ids
+            if not ends:
+                growing.append(candidate)
+            elif rank < self.sampling.num_beams:
+                self._finish(candidate, length)
+        return growing
+
     def _extend(self, candidate: _BeamCandidate) -> _Beam:
         parent = self.running[candidate.parent]
         return _Beam([*parent.ids, candidate.token], candidate.score)
@@ -123,28 +141,31 @@ class _BeamSearch:
 
     def _candidates(self, logits: Tensor, count: int) -> list[_BeamCandidate]:
         """Return the ``count`` best extensions of the running beams, or as many sampled ones."""
-        # 1. Log-probabilities of each beam's next token.
-        logprobs = self._next_logprobs(logits)
-
-        # 2. Scores of the extended beams.
-        beam_scores = logprobs.new_tensor([beam.score for beam in self.running])
-        extended_scores = logprobs + beam_scores.unsqueeze(1)  # [R, V]
+        extended_scores = self._extended_scores(logits)  # [R, V]
+        _, vocab_size = extended_scores.shape
         scores = extended_scores.flatten()  # [R * V]
 
-        # 3. The best of them that are possible at all.
+        # 1. The best of them that are possible at all.
         best = self._rank(scores, count)  # [K]
-        is_possible = scores[best].isfinite()
+        scores_of_best = scores[best]
+        is_possible = scores_of_best.isfinite()
         best = best[is_possible]
 
-        # 4. As beams and tokens: with V = 100, index 203 is token 3 after beam 2.
+        # 2. As beams and tokens: with V = 100, index 203 is token 3 after beam 2.
         found: list[_BeamCandidate] = []
-        vocab_size = logprobs.shape[1]
+        indices = best.tolist()
         best_scores = scores[best].tolist()
-        for index, score in zip(best.tolist(), best_scores, strict=True):
+        for index, score in zip(indices, best_scores, strict=True):
             parent, token = divmod(index, vocab_size)
             candidate = _BeamCandidate(parent, token, score)
             found.append(candidate)
         return found
+
+    def _extended_scores(self, logits: Tensor) -> Tensor:
+        """Return the score of every running beam with every token after it, [R, V]."""
+        logprobs = self._next_logprobs(logits)
+        beam_scores = logprobs.new_tensor([beam.score for beam in self.running])
+        return logprobs + beam_scores.unsqueeze(1)
 
     def _rank(self, scores: Tensor, count: int) -> Tensor:
         """Return the indices of the ``count`` largest scores, or of so many sampled by their scores."""
@@ -159,13 +180,15 @@ class _BeamSearch:
 
     def _next_logprobs(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities [R, V] from which next tokens are chosen; when sampling, in float64."""
+        sampling = self.sampling
         logprobs = logits.log_softmax(-1)
-        penalty = self.sampling.repetition_penalty
+        penalty = sampling.repetition_penalty
         if penalty != 1.0:
-            for row, beam in enumerate(self.running):
-                seen = torch.tensor(beam.ids, device=logprobs.device)
-                logprobs[row] = penalize(logprobs[row], seen, penalty)
-        if self.sampling.greedy:
+            for beam, row in zip(self.running, logprobs, strict=True):
+                seen = torch.tensor(beam.ids, device=row.device)
+                penalized = penalize(row, seen, penalty)
+                row.copy_(penalized)
+        if sampling.greedy:
             return logprobs
         wide = logprobs.cpu().double()
         return self._without_unlikely(wide)

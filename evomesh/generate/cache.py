@@ -150,15 +150,17 @@ class KeyValueCache:
         Erased with zeros, because a masked product with a NaN that an earlier sequence
         left would still be NaN.
         """
-        last = len(self.lengths) - 1
-        longer = max(self.lengths[slot], self.lengths[last])
+        lengths = self.lengths
+        last = len(lengths) - 1
+        # Both slots are zero after the longer of the two sequences.
+        longer = max(lengths[slot], lengths[last])
         for cached in self._all_tensors():
             used = cached[:, :, :longer]
             if slot != last:
                 used[slot] = used[last]
             used[last] = 0
-        self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
+        lengths[slot] = lengths[last]
+        lengths.pop()
 
     @torch.inference_mode()
     def reorder(self, sources: Sequence[int]) -> None:
@@ -211,7 +213,8 @@ def _store_sequence(cached: Tensor, sequence: Tensor) -> None:
     if length <= capacity:
         cached[:, :length] = sequence.transpose(0, 1)
         return
-    positions = torch.arange(length - capacity, length, device=cached.device)
+    first_kept = length - capacity
+    positions = torch.arange(first_kept, length, device=cached.device)
     rows = positions % capacity
     kept = sequence[positions]
     cached[:, rows] = kept.transpose(0, 1)

@@ -44,7 +44,8 @@ def stream_tokens(
         UserError: a prompt is empty, or it or ``sampling.eos_ids`` contains ids that the model does not know.
     """
     answers_per_prompt = sampling.num_return_sequences
-    slots = batch_size or max(len(prompts) * answers_per_prompt, 1)
+    num_answers = len(prompts) * answers_per_prompt
+    slots = batch_size or max(num_answers, 1)
     context_length = _context_length(prompts, sampling)
     engine = GenerationEngine(model, slots=slots, context_length=context_length)
     check_eos_ids(sampling, engine.vocab_size)

@@ -221,30 +221,38 @@ class GenerationEngine:
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
         """Read the tokens of requests without a slot, of most the prompt, and choose their next ones."""
-        # The prompts are packed without padding: lengths 3 and 2 give T = 5 tokens with
-        # sequence bounds 0, 3, 5.
-        lengths: list[int] = []
-        packed: list[int] = []
-        for request in admitted:
-            lengths.append(len(request.ids))
-            packed += request.ids
-        ids = torch.tensor(packed, device=self.device)
-        bounds, attend = self.cache.prefill(lengths, self.device)
-        hidden = self.model(ids, bounds, attend)  # [T, D]
-
-        # The last token of each prompt predicts the first one of its answer.
-        ends = torch.tensor(lengths, device=self.device).cumsum(0)
-        logits = self.model.logits(hidden[ends - 1])  # [B, V]
-        hidden_of_prompts = torch.split(hidden, lengths)
+        hidden_of_prompts = self._read_prompts(admitted)
         prompt_scores = self._score_prompts(admitted, hidden_of_prompts)
-
+        # The last token of each prompt predicts the first one of its answer.
+        last_states = [states[-1] for states in hidden_of_prompts]
+        predicting = torch.stack(last_states)  # [B, D]
+        logits = self.model.logits(predicting)  # [B, V]
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)
+        # A prompt's scores go out with the first token.
         scored_tokens = []
-        for token, scores in zip(tokens, prompt_scores, strict=True):
+        pairs = zip(tokens, prompt_scores, strict=True)
+        for token, scores in pairs:
             scored = replace(token, prompt_scores=scores)
             scored_tokens.append(scored)
         return scored_tokens
+
+    def _read_prompts(self, admitted: Sequence[_ActiveRequest]) -> Sequence[Tensor]:
+        """Fill the cache with the tokens of these requests, and return the hidden states [length, D] of each."""
+        # Packed without padding: lengths 3 and 2 give T = 5 tokens with sequence bounds
+        # 0, 3, 5.
+        lengths: list[int] = []
+        packed: list[int] = []
+        for request in admitted:
+            prompt = request.ids
+            length = len(prompt)
+            lengths.append(length)
+            packed += prompt
+        device = self.device
+        ids = torch.tensor(packed, device=device)
+        bounds, attend = self.cache.prefill(lengths, device)
+        hidden = self.model(ids, bounds, attend)  # [T, D]
+        return torch.split(hidden, lengths)
 
     def _score_prompts(
         self,
@@ -308,13 +316,14 @@ class GenerationEngine:
         ]
 
     def _choose_token(self, request: _ActiveRequest, logits: Tensor) -> GeneratedToken:
-        penalty = request.sampling.repetition_penalty
+        sampling = request.sampling
+        penalty = sampling.repetition_penalty
         penalized = logits
         if penalty != 1.0:
             seen = torch.tensor(request.ids, device=logits.device)
             penalized = penalize(logits, seen, penalty)
         token = request.sampler.next_token(penalized)
-        top_count = request.sampling.logprobs
+        top_count = sampling.logprobs
         if top_count < 0:
             return request.append(token)
         # The model's own log-probabilities, without the penalty.

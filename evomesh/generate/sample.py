@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from evomesh.generate.options import SamplingParams
 
 BINS = 4096
 BINS_PER_UNIT = 64  # of a gap over the temperature; all gaps beyond BINS / BINS_PER_UNIT = 64 share the last bin
+Ids: TypeAlias = npt.NDArray[np.int64]
+TokenLogprob: TypeAlias = tuple[int, float]
+Summand = TypeVar("Summand", np.int64, np.float64)
 Place = tuple[int, int]
 AFTER_ALL: Place = (BINS, 0)
 
@@ -50,40 +54,24 @@ class RankedTokens:
     """
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(wide)
-        top = logits.max()
-        if not top.isfinite():
-            # The model is broken. Give it any tokens, so that the other requests of the
-            # batch get theirs.
-            logits = torch.zeros_like(logits)
-            top = logits[0]
+        logits, top = _with_top(logits)
         self._logits = logits.numpy()
+        self._bins = _bins_of_gaps(logits, top, temperature)
+        self._sorted_bins: dict[int, Ids] = {}
+        self.weights = _weights_of_gaps(logits, top, temperature)
 
-        # A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of
-        # 1 falls into bin 32.
-        bins = top - logits
-        bins.mul_(BINS_PER_UNIT / temperature)
-        bins.clamp_(max=BINS - 1)
-        self._bins: npt.NDArray[np.int64] = bins.long().numpy()
-        self._sorted_bins: dict[int, npt.NDArray[np.int64]] = {}
+    @cached_property
+    def _weight_in_bin(self) -> npt.NDArray[Any]:
+        return np.bincount(self._bins, self.weights, minlength=BINS)
 
-        # The weight is exp(-gap / temperature), in float64, so that a seed gives the
-        # same tokens on every device.
-        weights = logits.double() - top
-        weights.div_(temperature)
-        weights.exp_()
-        self.weights: npt.NDArray[np.float64] = weights.numpy()
-
-        # Of each bin, the weight of all tokens in it and of all before it.
-        in_bin = np.bincount(self._bins, self.weights, minlength=BINS)
-        self._weight_before = np.cumsum(in_bin) - in_bin
-        self._total = float(in_bin.sum())
+    @cached_property
+    def _weight_before(self) -> npt.NDArray[np.float64]:
+        return _sums_before(self._weight_in_bin)
 
     @cached_property
     def _count_before(self) -> npt.NDArray[np.int64]:
         counts = np.bincount(self._bins, minlength=BINS)
-        return np.cumsum(counts) - counts
+        return _sums_before(counts)
 
     def after_count(self, count: int) -> Place:
         """Return the place after the first ``count`` tokens."""
@@ -101,7 +89,7 @@ class RankedTokens:
         """Return the summed weights of the tokens before a place."""
         bin_, rank = place
         if place == AFTER_ALL:
-            return self._total
+            return float(self._weight_in_bin.sum())
         members = self._sorted(bin_)[:rank]
         return float(self._weight_before[bin_] + self.weights[members].sum())
 
@@ -115,20 +103,21 @@ class RankedTokens:
         """Return the first token whose cumulative weight exceeds ``weight``, or else the last one before ``end``."""
         end_bin, end_rank = end
         # 1. The last bin before which no more than this weight is summed up.
-        bins_not_above = np.searchsorted(self._weight_before, weight, side="right")
-        bin_ = int(bins_not_above) - 1
-        bin_ = min(bin_, end_bin)
+        bins_not_above = _count_not_above(weight, self._weight_before)
+        bin_ = min(bins_not_above - 1, end_bin)
         members = self._sorted(bin_)
         if bin_ == end_bin:
             members = members[:end_rank]
 
         # 2. The token in it: cumulative weights 0.5, 0.75 and 0.875 give the second token for a weight of 0.5.
-        in_bin = np.cumsum(self.weights[members])
+        weights = self.weights[members]
+        in_bin = np.cumsum(weights)
         cumulative = self._weight_before[bin_] + in_bin
-        index = int(np.searchsorted(cumulative, weight, side="right"))
+        index = _count_not_above(weight, cumulative)
         # Rounding may lead beyond the last one.
         last = len(members) - 1
-        return int(members[min(index, last)])
+        index = min(index, last)
+        return int(members[index])
 
     def _sorted(self, bin_: int) -> npt.NDArray[np.int64]:
         """Return the ids of the tokens of one bin, in order."""
@@ -216,15 +205,65 @@ class TokenSampler:
 
 def top_logprobs(
     logits: Tensor, token: int, count: int
-) -> tuple[float, list[tuple[int, float]]]:
+) -> tuple[float, list[TokenLogprob]]:
     """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
     logprobs = logits.log_softmax(-1)
-    count = min(count, len(logprobs))
+    vocab_size = len(logprobs)
+    count = min(count, vocab_size)
     best = logprobs.topk(count)
     ids = best.indices.tolist()
     best_logprobs = best.values.tolist()
     top = list(zip(ids, best_logprobs, strict=True))
-    return float(logprobs[token]), top
+    own_logprob = float(logprobs[token])
+    return own_logprob, top
+
+
+def _with_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits, at least float32, and the largest of them."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide)
+    top = logits.max()
+    if not top.isfinite():
+        # The model is broken. Give it any tokens, so that the other requests of the
+        # batch get theirs.
+        logits = torch.zeros_like(logits)
+        top = logits[0]
+    return logits, top
+
+
+def _sums_before(summands: npt.NDArray[Summand]) -> npt.NDArray[Summand]:
+    """Return the sum of all summands before each one: 3, 1 and 2 give 0, 3 and 4."""
+    sums: npt.NDArray[Summand] = np.cumsum(summands) - summands
+    return sums
+
+
+def _bins_of_gaps(logits: Tensor, top: Tensor, temperature: float) -> Ids:
+    """Return the bin of each token [V].
+
+    A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of 1 falls
+    into bin 32.
+    """
+    bins = top - logits
+    bins.mul_(BINS_PER_UNIT / temperature)
+    bins.clamp_(max=BINS - 1)
+    numbers: Ids = bins.long().numpy()
+    return numbers
+
+
+def _weights_of_gaps(
+    logits: Tensor, top: Tensor, temperature: float
+) -> npt.NDArray[np.float64]:
+    """Return exp(-gap / temperature) of each token [V], in float64, so that a seed gives one answer on all devices."""
+    weights = logits.double() - top
+    weights.div_(temperature)
+    weights.exp_()
+    values: npt.NDArray[np.float64] = weights.numpy()
+    return values
+
+
+def _count_not_above(bound: float, ascending: npt.NDArray[Any]) -> int:
+    """Return how many of the ascending values are not above ``bound``."""
+    return int(np.searchsorted(ascending, bound, side="right"))
 
 
 def argmax_suffices(samplings: Sequence[SamplingParams]) -> bool:

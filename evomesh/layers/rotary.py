@@ -72,7 +72,7 @@ class RotaryEmbedding:
         base = columns.new_full((1, 1), self.base)
         if not self.dynamic_ntk:
             return base**-exponent
-        # Each token has a base of its own, [T, 1].
+        # Each token has its own base, [T, 1].
         factor = self._ntk_factor(bounds)
         factor = factor.unsqueeze(1)
         base = base * factor

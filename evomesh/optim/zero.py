@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, is_sharded
 
 logger = logging.getLogger(__name__)
+
+NamesByModule: TypeAlias = dict[nn.Module, list[str]]
 
 
 def _no_sums() -> Tensor:
@@ -279,17 +281,16 @@ class ZeroOptimizer:
             for module, names in self._names_to_await(root).items():
                 self._wait_before(module, names)
 
-    def _names_to_await(self, root: nn.Module) -> dict[nn.Module, list[str]]:
+    def _names_to_await(self, root: nn.Module) -> NamesByModule:
         """Return the names of the parameters that each module's forward waits for."""
         waits_in = _waiting_modules(root)
-        names_of_module: dict[nn.Module, list[str]] = defaultdict(list)
+        awaited: NamesByModule = defaultdict(list)
         for slot in self.slots:
-            module = waits_in.get(slot.param)
             # Parameters of another root wait in the modules of that one.
+            module = waits_in.get(slot.param)
             if module is not None:
-                names = names_of_module[module]
-                names.append(slot.name)
-        return names_of_module
+                awaited[module].append(slot.name)
+        return awaited
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
         def wait(*_: Any) -> None:

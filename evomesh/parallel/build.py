@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     """Return the global ranks on each axis through ``rank``, in axis order."""
     # Adjacent ranks that hold different shards of the weights.
-    weight_shards = sizes.wp if sizes.isp else sizes.tp
+    weight_shards = sizes.tp
+    if sizes.isp:
+        weight_shards = sizes.wp
     # Adjacent ranks that hold one copy of the optimizer state.
     zero_block = sizes.zero * weight_shards
 
@@ -38,12 +40,19 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     }
     members = {}
     for name, (distance, size) in axes.items():
-        # Blocks of distance * size ranks hold one axis beside the other: with distance 2
-        # and size 3, ranks 6 to 11 are the axes 6, 8, 10 and 7, 9, 11.
-        rank_on_axis = rank // distance % size
-        first = rank - rank_on_axis * distance
-        members[name] = [first + i * distance for i in range(size)]
+        members[name] = _members_through(rank, distance, size)
     return members
+
+
+def _members_through(rank: int, distance: int, size: int) -> list[int]:
+    """Return the ranks of one axis, of which ``rank`` is one.
+
+    Blocks of distance * size ranks hold one axis beside the other: with distance 2 and
+    size 3, ranks 6 to 11 are the axes 6, 8, 10 and 7, 9, 11.
+    """
+    rank_on_axis = rank // distance % size
+    first = rank - rank_on_axis * distance
+    return [first + i * distance for i in range(size)]
 
 
 def pipeline_ends(sizes: AxisSizes, rank: int) -> list[int]:

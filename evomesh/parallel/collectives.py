@@ -215,15 +215,23 @@ def _check_divisible(x: Tensor, axis: Axis, dim: int) -> None:
         )
 
 
+def _dim_first(x: Tensor, dim: int) -> Tensor:
+    """Return the tensor as c10d wants it, which concatenates and splits dim 0 only: with ``dim`` there, contiguous."""
+    return x.movedim(dim, 0).contiguous()
+
+
+def _empty_rows(rows: int, source: Tensor) -> Tensor:
+    """Return an empty tensor like ``source`` with another length of dim 0."""
+    shape = (rows, *source.shape[1:])
+    return source.new_empty(shape)
+
+
 def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate the tensors of all ranks along ``dim`` in rank order, [L / n] -> [L]; not differentiable."""
     if axis.size == 1:
         return x
-    # c10d concatenates along dim 0 only, and wants contiguous memory.
-    source = x.movedim(dim, 0).contiguous()
-    shape = list(source.shape)
-    shape[0] *= axis.size
-    whole = source.new_empty(shape)
+    source = _dim_first(x, dim)
+    whole = _empty_rows(len(source) * axis.size, source)
     _gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
 
@@ -233,12 +241,11 @@ def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     if axis.size == 1:
         return x
     _check_divisible(x, axis, dim)
-    # c10d splits dim 0 only, and wants contiguous memory.
-    source = x.movedim(dim, 0).contiguous()
-    shape = list(source.shape)
-    shape[0] //= axis.size
-    own = source.new_empty(shape)
-    _reduce_scatter_single(own, source, group=axis.group)
+    source = _dim_first(x, dim)
+    own_rows = len(source) // axis.size
+    own = _empty_rows(own_rows, source)
+    group = axis.group
+    _reduce_scatter_single(own, source, group=group)
     return own.movedim(0, dim)
 
 
@@ -355,9 +362,11 @@ def launch_all_gather(
 ) -> PendingCollective:
     """Launch the gather of every rank's ``chunk`` [chunk] into [n, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
-        return PendingCollective(chunk.unsqueeze(0), None, chunk)
+        row = chunk.unsqueeze(0)
+        return PendingCollective(row, None, chunk)
     if out is None:
-        out = chunk.new_empty((axis.size, *chunk.shape))
+        shape = (axis.size, *chunk.shape)
+        out = chunk.new_empty(shape)
     flat = out.view(-1)
     work = _gather_single(flat, chunk, group=axis.group, async_op=True)
     return PendingCollective(out, work, chunk)
@@ -380,13 +389,19 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     The bucket must be contiguous, and belongs to the collective from here on: a copy
     could be as large as the model.
     """
-    if axis.size == 1:
-        return PendingCollective(bucket, None, bucket)
-    if bucket.is_cpu:
-        rows = _as_rows(bucket, axis.size)
-        return _launch_row_exchange(rows, axis, bucket.shape)
-    work = dist.all_reduce(bucket, group=axis.group, async_op=True)
+    work = None
+    if axis.size > 1:
+        if bucket.is_cpu:
+            rows = _as_rows(bucket, axis.size)
+            return _launch_row_exchange(rows, axis, bucket.shape)
+        work = _launch_sum_(bucket, axis)
     return PendingCollective(bucket, work, bucket)
+
+
+def _launch_sum_(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Launch the all-reduce of ``x`` in place."""
+    work: dist.Work | None = dist.all_reduce(x, group=axis.group, async_op=True)
+    return work
 
 
 def launch_next_sum(
@@ -397,12 +412,13 @@ def launch_next_sum(
     Args:
         stream: of a CUDA device; it waits for the result, so that the current stream need not.
     """
-    if stream is None:
-        total = pending.wait()
-        work = dist.all_reduce(total, group=axis.group, async_op=True)
-        return _PendingNextSum(total, work, pending.source, pending)
-    with torch.cuda.stream(cast(torch.cuda.Stream, stream)):
-        return launch_next_sum(pending, axis, None)
+    if stream is not None:
+        cuda_stream = cast(torch.cuda.Stream, stream)
+        with torch.cuda.stream(cuda_stream):
+            return launch_next_sum(pending, axis, None)
+    total = pending.wait()
+    work = _launch_sum_(total, axis)
+    return _PendingNextSum(total, work, pending.source, pending)
 
 
 def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:

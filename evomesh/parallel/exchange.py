@@ -98,20 +98,17 @@ class GroupExchange:
         data = _encode(message)
         # gloo gathers tensors of equal size: all ranks learn all sizes, and each message
         # is padded to that of the longest.
-        sizes = self._sizes_of_all(len(data))
+        own_size = len(data)
+        sizes = self._sizes_of_all(own_size)
         padded = _zero_bytes(max(sizes))
-        padded[: len(data)] = data
-        if self.rank:
-            dist.gather(padded, None, dst=0, group=self._group)
-            return None
-        gathered = [torch.zeros_like(padded) for _ in sizes]
+        padded[:own_size] = data
+        gathered = None  # only rank 0 receives
+        if self.rank == 0:
+            gathered = [torch.zeros_like(padded) for _ in sizes]
         dist.gather(padded, gathered, dst=0, group=self._group)
-
-        messages = []
-        for received, size in zip(gathered, sizes, strict=True):
-            message = _decode(received[:size])
-            messages.append(message)
-        return messages
+        if gathered is None:
+            return None
+        return list(map(_decode_padded, gathered, sizes))
 
     def _sizes_of_all(self, own_size: int) -> list[int]:
         """Return the size of each rank's message, in order of the ranks."""
@@ -146,6 +143,10 @@ def _encode(message: Any) -> torch.Tensor:
 
 def _zero_bytes(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.uint8)
+
+
+def _decode_padded(data: torch.Tensor, size: int) -> Any:
+    return _decode(data[:size])
 
 
 def _decode(data: torch.Tensor) -> Any:

@@ -111,17 +111,23 @@ def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     # and tp are the same ranks.
     state_ranks = grid.zero.size * grid.replica.size
     views_agree = state_ranks == grid.dp.size
+    zero = grid.zero
+    replica = grid.replica
+    inner = grid.tp
 
     if not _is_on_tensor_axis(spec, grid):
-        inner = grid.wp
-        if views_agree and grid.wp.size == 1:
-            inner = grid.tp
-        return grid.zero, grid.replica, inner
-    if views_agree:
-        return grid.zero, grid.replica, grid.tp
-    if grid.zero.size > 1:
-        return grid.dp, Axis("replica"), grid.tp
-    return Axis("zero"), grid.dp, grid.tp
+        wp_is_tp = views_agree and grid.wp.size == 1
+        if not wp_is_tp:
+            inner = grid.wp
+    elif not views_agree:
+        # The last row of the table: all of dp shards the state, or none of it.
+        if zero.size > 1:
+            zero = grid.dp
+            replica = Axis("replica")
+        else:
+            zero = Axis("zero")
+            replica = grid.dp
+    return zero, replica, inner
 
 
 def _is_on_tensor_axis(spec: ShardSpec, grid: Grid) -> bool:

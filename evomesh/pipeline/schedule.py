@@ -270,13 +270,14 @@ class PipelineSchedule:
         order.
         """
         num_micro_batches, tokens = batch.tokens.shape
-        rank_of_stage = [self._rank_of(stage) for stage in range(self._num_stages)]
-        arrived = self._first_inputs(num_micro_batches)
         unscaled = [1.0] * num_micro_batches
         inputs = _ScheduleInputs(batch, unscaled, PLAIN, on_output)
+        all_stages = range(self._num_stages)
+        rank_of_stage = list(map(self._rank_of, all_stages))
         slots = evaluation_slots(rank_of_stage, num_micro_batches)
-        sends: list[Any] = []
+        arrived = self._first_inputs(num_micro_batches)
         with self._stage_inputs(inputs):
+            sends: list[Any] = []
             for visits in slots:
                 outputs = self._run_visits(visits, arrived)
                 # No output is kept for longer than until the next one: earlier sends

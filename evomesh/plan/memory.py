@@ -75,27 +75,30 @@ def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
         depth = _micro_batches_in_flight(config, grid.pp)
 
     # 1. Of the micro-batches that a pipeline keeps, the trace had one.
-    waiting = kept * (depth - 1)
-    for name in ("loss", "backward"):
-        traced = peaks[name]
-        peaks[name] = traced.with_bytes(waiting)
+    untraced = depth - 1
+    waiting = kept * untraced
+    for phase in ("loss", "backward"):
+        traced = peaks[phase]
+        peaks[phase] = traced.with_bytes(waiting)
 
-    # 2. The highest peak, and what its bytes are. The update needs no activations.
-    phase = max(peaks, key=lambda name: peaks[name].nbytes)
+    # 2. The highest peak, and what its bytes are.
+    phase = _highest(peaks)
     peak = peaks[phase]
-    activations = 0
-    if phase != "update":
-        activations = kept * depth
+    activations = kept * depth
+    if phase == "update":
+        activations = 0  # backward has used them up
     lasting = peak.gathered + activations
-    kind = TRANSIENT[phase]
-    kinds[kind] = peak.nbytes - lasting
+    transient = peak.nbytes - lasting
     kinds["kept activations"] = activations
     kinds["gathered layers"] = peak.gathered
-    return PeakMemory(_without_zeros(kinds), phase)
+    kinds[TRANSIENT[phase]] = transient
+    present = {kind: size for kind, size in kinds.items() if size}
+    return PeakMemory(present, phase)
 
 
-def _without_zeros(kinds: Mapping[str, int]) -> dict[str, int]:
-    return {kind: size for kind, size in kinds.items() if size}
+def _highest(peaks: Mapping[str, Peak]) -> str:
+    """Return the phase with the highest peak, the first of equals."""
+    return max(peaks, key=lambda phase: peaks[phase].nbytes)
 
 
 def _pipeline_buffers(config: Config, stages: ModelStages) -> int:

@@ -128,18 +128,27 @@ class Detokenizer:
         self._ids = ids[-CONTEXT_TOKENS:]
         self._read = len(self._ids)
         if with_scores:
-            # A bos that the tokenizer puts in front is no text.
-            encoded = self._tokenizer.encode_with_spans(text)
-            starts = [start for start, _ in encoded.spans]
-            silent = len(ids) - len(starts)
-            offsets = [0] * silent + starts
-            for score, offset in zip(scores, offsets, strict=True):
-                scored = replace(self._score(score), offset=offset)
-                self._scored.append(scored)
+            self._add_scores_of(text, scores)
         self._held_back = text
         finish = "length" if is_all else ""
         scores_of_text = self._take_scored()
         return self._emit(text, finish, scores_of_text)
+
+    def _add_scores_of(self, text: str, scores: Sequence[TokenScore]) -> None:
+        """Add the score of each token at the place where it begins in ``text``."""
+        offsets = self._offsets_in(text, len(scores))
+        for score, offset in zip(scores, offsets, strict=True):
+            scored = self._score(score)
+            moved = replace(scored, offset=offset)
+            self._scored.append(moved)
+
+    def _offsets_in(self, text: str, count: int) -> list[int]:
+        """Return where each of the ``count`` tokens of a text begins."""
+        encoded = self._tokenizer.encode_with_spans(text)
+        starts = [start for start, _ in encoded.spans]
+        # A bos that the tokenizer puts in front is no text.
+        silent = count - len(starts)
+        return [0] * silent + starts
 
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
@@ -148,9 +157,9 @@ class Detokenizer:
 
         # The first complete stop string ends the answer.
         held_back = self._held_back
-        starts = [held_back.find(stop) for stop in self._stops if stop in held_back]
-        if starts:
-            text = held_back[: min(starts)]
+        end = _first_stop(held_back, self._stops)
+        if end is not None:
+            text = held_back[:end]
             scored = self._scored_before_stop(text)
             return self._emit(text, "stop", scored)
 
@@ -161,7 +170,8 @@ class Detokenizer:
             scored = self._take_scored()
             return self._emit(held_back, token.finish, scored)
         overlaps = [_overlap(held_back, stop) for stop in self._stops]
-        complete = len(held_back) - max(overlaps, default=0)
+        longest_overlap = max(overlaps, default=0)
+        complete = len(held_back) - longest_overlap
         text = held_back[:complete]
         scored = self._take_scored(before=complete)
         return self._emit(text, "", scored)
@@ -178,8 +188,9 @@ class Detokenizer:
         # The mark comes after all text, which the flush has just completed.
         scores_mark = is_mark and self._score_end
         if scores_mark and has_score:
-            scored_end = replace(self._score(score), content=b"")
-            self._scored.append(scored_end)
+            scored_mark = self._score(score)
+            scored_mark = replace(scored_mark, content=b"")
+            self._scored.append(scored_mark)
 
     def _append(self, score: TokenScore, with_score: bool) -> None:
         """Add a token to those that are not text yet."""
@@ -273,11 +284,13 @@ class Detokenizer:
         for position in range(1, count):
             scored = self._scored[-position]
             own_text = scored.content.decode(errors="replace")
-            if not own_text or not text[:end].endswith(own_text):
+            is_whole = bool(own_text) and text.endswith(own_text, 0, end)
+            if not is_whole:
                 return
             end -= len(own_text)
             # All tokens of a group were taken at the place where its text begins.
-            moved = replace(scored, offset=scored.offset + end)
+            offset = scored.offset + end
+            moved = replace(scored, offset=offset)
             self._scored[-position] = moved
 
     def _take_scored(self, before: int | None = None) -> list[ScoredToken]:
@@ -310,6 +323,12 @@ def _with_content(scored: ScoredToken, content: bytes) -> ScoredToken:
 
 def _collapse_marks(text: str) -> str:
     return re.sub(f"{MARK}+", MARK, text)
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first complete stop string begins; None: there is none."""
+    starts = [text.find(stop) for stop in stops if stop in text]
+    return min(starts, default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeAlias
 
 from evomesh.config.schema import RotaryType
 from evomesh.errors import UserError
@@ -114,6 +115,7 @@ class _TokenEvent:
 
 
 _Owner = tuple[Submission, int]  # a request of a submission
+EngineBuilder: TypeAlias = Callable[[], GenerationEngine]
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,7 @@ class EngineLoop:
             failure.
     """
 
-    def __init__(
-        self, builders: Mapping[RotaryType, Callable[[], GenerationEngine]]
-    ) -> None:
+    def __init__(self, builders: Mapping[RotaryType, EngineBuilder]) -> None:
         self.builders = builders
         self.commands: SimpleQueue[_Command] = SimpleQueue()
         # One engine for each rotary type, built when the first request asks for it.
@@ -208,7 +208,7 @@ class EngineLoop:
             except Empty:
                 return commands
 
-    def _builder(self, rotary_type: RotaryType) -> Callable[[], GenerationEngine]:
+    def _builder(self, rotary_type: RotaryType) -> EngineBuilder:
         if rotary_type not in self.builders:
             raise UserError(
                 f"rotary_type {rotary_type!r} is not available for this model",

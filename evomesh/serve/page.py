@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from starlette.routing import Mount
@@ -33,6 +33,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 Delta = tuple[int, TextDelta]  # index of the prompt, and what was added to its answer
+Conversation: TypeAlias = list[dict[str, Any]]  # messages as gradio has them
 STYLE = """
 footer {display: none !important}
 .status p {font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); margin: 0}
@@ -131,14 +132,17 @@ class ChatPage:
                 self._stopped_sessions.discard(session)
 
     async def answer_conversation(
-        self, history: list[dict[str, Any]], request: gr.Request, *controls: Any
-    ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
+        self, history: Conversation, request: gr.Request, *controls: Any
+    ) -> AsyncGenerator[tuple[Conversation, str], None]:
         """Yield (conversation with the answer so far, status line) if the last message is the user's."""
-        conversation: list[dict[str, Any]] = []
+        conversation: Conversation = []
         try:
             conversation = text_only(history)
             settings = read_settings(controls)
-            if not conversation or conversation[-1]["role"] != "user":
+            if not conversation:
+                return
+            last_message = conversation[-1]
+            if last_message["role"] != "user":
                 return
             messages = _chat_messages(conversation, settings.system)
             service = self.service
@@ -148,7 +152,8 @@ class ChatPage:
             async with aclosing(stream) as answer:
                 async for text, status in answer:
                     reply = {"role": "assistant", "content": text}
-                    yield [*conversation, reply], status
+                    with_answer = [*conversation, reply]
+                    yield with_answer, status
         except UserError as error:
             yield conversation, warning(error)
 
@@ -242,7 +247,7 @@ def warning(error: UserError) -> str:
     return redact_text(f"⚠ {error}")
 
 
-def text_only(history: Any) -> list[dict[str, Any]]:
+def text_only(history: Any) -> Conversation:
     """Return the messages of a conversation with their text only, so that no file gets into an answer.
 
     Raises:
@@ -256,9 +261,7 @@ def text_only(history: Any) -> list[dict[str, Any]]:
     ]
 
 
-def append_message(
-    message: str, history: list[dict[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
+def append_message(message: str, history: Conversation) -> tuple[str, Conversation]:
     """Return an empty input box, and the conversation with the user's message unless that is blank."""
     conversation = text_only(history)
     if isinstance(message, str) and message.strip():
@@ -390,19 +393,23 @@ def _connect_chat_tab(
     settings: list[Any],
     status: gr.Markdown,
 ) -> None:
+    # Components that a function reads (typed, asked) or writes (typed, shown).
     typed = [tab.message, tab.conversation]
     asked = [tab.conversation, *settings]
     shown = [tab.conversation, status]
     # The message appears at once, and its answer as it is generated.
-    for event in (tab.message.submit, tab.send.click):
+    answer = page.answer_conversation
+    sent = (tab.message.submit, tab.send.click)
+    for event in sent:
         appended = event(append_message, typed, typed, **IMMEDIATE)
-        appended.then(page.answer_conversation, asked, shown, **STREAMING)
-
-    def nothing() -> tuple[list[Any], str]:
-        return [], ""
-
+        appended.then(answer, asked, shown, **STREAMING)
     tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
-    tab.clear.click(nothing, None, shown, **IMMEDIATE)
+    tab.clear.click(_nothing, None, shown, **IMMEDIATE)
+
+
+def _nothing() -> tuple[Conversation, str]:
+    """Return an empty conversation and status line."""
+    return [], ""
 
 
 def _create_completion_tab() -> CompletionTab:
@@ -438,7 +445,8 @@ def _connect_completion_tab(
 ) -> None:
     asked = [tab.prompt, *settings]
     shown = [tab.completion, status]
-    tab.complete.click(page.complete_text, asked, shown, **STREAMING)
+    complete = tab.complete.click
+    complete(page.complete_text, asked, shown, **STREAMING)
     tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
     tab.example.click(page.long_text, None, tab.prompt, **IMMEDIATE)
 

@@ -107,7 +107,8 @@ class GradioGuard:
         self, scope: Scope, receive: Receive
     ) -> tuple[Scope, Receive]:
         """Check a call of one of the page's functions, and return what gradio gets in its place."""
-        check_same_site(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        check_same_site(headers)
         request = Request(scope, receive)
         received = await read_body(request, self.max_body_bytes)
         # Gradio gets a new body, which holds nothing but what was checked.

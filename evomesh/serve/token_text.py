@@ -51,9 +51,16 @@ class TokenTexts:
             text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
         return TokenText(text or self._tokenizer.token_name(token_id), content)
 
+    def _bytes_of_symbols(self, name: str) -> bytes | None:
+        """Return the bytes that a name's symbols stand for; None if one stands for no byte."""
+        values = [self._byte_of_symbol.get(symbol) for symbol in name]
+        known = [value for value in values if value is not None]
+        return bytes(known) if len(known) == len(name) else None
+
     def _content(self, token_id: int) -> bytes:
-        name = self._tokenizer.token_name(token_id)
-        alone = self._tokenizer.decode([token_id])
+        tokenizer = self._tokenizer
+        name = tokenizer.token_name(token_id)
+        alone = tokenizer.decode([token_id])
         # 1. A byte token of sentencepiece, such as "<0x0A>"; but a token may also have
         #    this as its text.
         byte = BYTE_NAME.fullmatch(name)
@@ -62,16 +69,14 @@ class TokenTexts:
 
         # 2. A name in which each symbol stands for a byte, as in byte-level BPE. A name
         #    that means something else does not give the token's text.
-        byte_of_symbol = self._byte_of_symbol
-        values = [byte_of_symbol[sign] for sign in name if sign in byte_of_symbol]
-        content = bytes(values)
-        is_complete = len(content) == len(name)
-        if is_complete and content.decode(errors="replace") == alone:
+        content = self._bytes_of_symbols(name)
+        if content is not None and content.decode(errors="replace") == alone:
             return content
 
         # 3. Any other token. The beginning of a text may lose a space, so take the
         #    second of two.
-        twice = self._tokenizer.decode([token_id, token_id])
+        pair = [token_id, token_id]
+        twice = tokenizer.decode(pair)
         second = twice[len(alone) :]
         return second.encode()
 
