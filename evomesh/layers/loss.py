@@ -17,12 +17,8 @@ from torch import Tensor
 
 from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.layers.dtype import promote
-from evomesh.layers.products import (
-    add_product_,
-    adds_wide_products,
-    matmul_nt,
-    uses_onednn,
-)
+from evomesh.layers.loss_gradients import LossGradients
+from evomesh.layers.products import matmul_nt
 from evomesh.monitor.profile import region
 from evomesh.parallel.collectives import MAX, all_reduce_no_grad
 from evomesh.parallel.grid import Axis
@@ -202,7 +198,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shard = _VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
         gradients = None
         if with_grad:
-            gradients = _GradientAccumulator(kept_hidden, weight)
+            gradients = LossGradients(kept_hidden, weight)
 
         for start in range(0, len(kept_labels), chunk):
             part = slice(start, start + chunk)
@@ -294,67 +290,6 @@ class _KeptLosses:
             z_loss = result.z_loss(terms)
             counted = z_loss.where(is_target, 0.0)
             self.z_loss.add_(counted.sum())
-
-
-class _GradientAccumulator:
-    """Gradients of the hidden rows and of the weight, added chunk by chunk; the weight's in at least float32.
-
-    With oneDNN the weight's gradient is accumulated transposed, [D, V]: oneDNN then
-    copies the hidden rows of a chunk and not its logits.
-    """
-
-    def __init__(self, hidden_rows: Tensor, weight: Tensor) -> None:
-        self._hidden_rows = hidden_rows
-        self._weight = weight
-        self.hidden = torch.empty_like(hidden_rows)
-        self._transposed = uses_onednn(hidden_rows, weight)
-        self._weight_sum: Tensor | None = None
-
-    def add(self, part: slice, logit_grad: Tensor, factor: Tensor) -> None:
-        """Add one chunk, whose d(loss) / d(logits) is ``logit_grad`` [C, V] times ``factor`` [C, 1].
-
-        The factor contains the loss scale. For wide weights it moves to the [C, D] side
-        of both products, which saves a pass over the logits; a gradient that is rounded
-        to a narrow dtype must be multiplied first.
-        """
-        weight = self._weight
-        hidden_chunk = self._hidden_rows[part]
-        is_wide = weight.dtype == logit_grad.dtype
-        if is_wide:
-            hidden_chunk = hidden_chunk * factor
-        else:
-            logit_grad = logit_grad.mul_(factor).to(weight.dtype)
-        hidden_grad = matmul_nt(logit_grad, weight.T)
-        if is_wide:
-            hidden_grad.mul_(factor)
-        self.hidden[part] = hidden_grad
-        self._add_to_weight(logit_grad, hidden_chunk)
-
-    def _add_to_weight(self, logit_grad: Tensor, hidden_chunk: Tensor) -> None:
-        # left right^T is the chunk's gradient: [V, D], or transposed [D, V].
-        if self._transposed:
-            left = hidden_chunk.T
-            right = logit_grad.T
-        else:
-            left = logit_grad.T
-            right = hidden_chunk.T
-        wide = promote(self._weight.dtype)
-        if self._transposed:
-            self._weight_sum = matmul_nt(left, right, accumulate=self._weight_sum)
-        elif self._weight_sum is not None:
-            add_product_(self._weight_sum, left, right.T)
-        elif adds_wide_products(left.device, left.dtype, wide):
-            self._weight_sum = torch.zeros_like(self._weight, dtype=wide)
-            add_product_(self._weight_sum, left, right.T)
-        else:
-            self._weight_sum = matmul_nt(left, right).to(wide)
-
-    def weight_gradient(self) -> Tensor:
-        """Return the sum over all chunks [V, D], in the weight's dtype."""
-        if self._weight_sum is None:  # no row has a target
-            return torch.zeros_like(self._weight)
-        total = self._weight_sum.T if self._transposed else self._weight_sum
-        return total.to(self._weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class StageVisit(NamedTuple):
     """One micro-batch passing through one stage."""
@@ -21,6 +24,15 @@ class StageVisit(NamedTuple):
 
     def next(self) -> StageVisit:
         return StageVisit(self.stage + 1, self.micro_batch)
+
+
+def first_inputs(num_micro_batches: int) -> dict[StageVisit, Tensor]:
+    """Return what the first stage is given: the number of each micro-batch, [1] int64."""
+    inputs: dict[StageVisit, Tensor] = {}
+    for index in range(num_micro_batches):
+        visit = StageVisit(0, index)
+        inputs[visit] = torch.tensor([index])
+    return inputs
 
 
 def evaluation_slots(

@@ -25,13 +25,12 @@ from evomesh.parallel.collectives import (
 )
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
-from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots
+from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots, first_inputs
 from evomesh.pipeline.stages import stages_of_rank
 
 ZBV_SINCE = "2.13"  # the first version of torch that it is known to work with
-LossScale = (
-    float | Tensor
-)  # factor of a micro-batch's summed loss; a scalar tensor keeps it on the device
+# Factor of a micro-batch's summed loss; a scalar tensor keeps it on the device.
+LossScale = float | Tensor
 OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
 ShouldStop = Callable[[int], bool]  # number of finished micro-batches
 
@@ -275,7 +274,9 @@ class PipelineSchedule:
         all_stages = range(self._num_stages)
         rank_of_stage = list(map(self._rank_of, all_stages))
         slots = evaluation_slots(rank_of_stage, num_micro_batches)
-        arrived = self._first_inputs(num_micro_batches)
+        arrived: dict[StageVisit, Tensor] = {}  # inputs of visits on this rank
+        if 0 in self._stages:
+            arrived = first_inputs(num_micro_batches)
         with self._stage_inputs(inputs):
             sends: list[Any] = []
             for visits in slots:
@@ -285,15 +286,6 @@ class PipelineSchedule:
                 _wait_for(sends)
                 sends = self._pass_on(visits, outputs, arrived, tokens)
             _wait_for(sends)
-
-    def _first_inputs(self, num_micro_batches: int) -> dict[StageVisit, Tensor]:
-        """Return what the first stage gets, if this rank has it: the number of each micro-batch."""
-        inputs: dict[StageVisit, Tensor] = {}
-        if 0 in self._stages:
-            for index in range(num_micro_batches):
-                visit = StageVisit(0, index)
-                inputs[visit] = torch.tensor([index])
-        return inputs
 
     def _run_visits(
         self, visits: Sequence[StageVisit], arrived: dict[StageVisit, Tensor]
