@@ -64,5 +64,11 @@ class Grid:
         )
 
     @property
+    def world_rank(self) -> int:
+        """Return this rank's number among all: the activation view, whose last axis is adjacent."""
+        before = self.pp.rank * self.dp.size + self.dp.rank
+        return before * self.tp.size + self.tp.rank
+
+    @property
     def world_size(self) -> int:
         return self.pp.size * self.dp.size * self.tp.size

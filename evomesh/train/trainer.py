@@ -18,6 +18,7 @@ from evomesh.parallel.build import shared_store
 from evomesh.parallel.exchange import default_exchange
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
+from evomesh.train.diagnosis import Diagnosis, DiskProbe
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
 from evomesh.train.stop import StopPoll
@@ -53,7 +54,7 @@ class Trainer:
         data = run.config.data
         self.skipped_steps = data.skip_batches
         self.upkeep = PeriodicUpkeep(
-            data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp
+            data.empty_cache_and_diag_interval, self._diagnosis()
         )
         if run.checkpoints is not None:
             run.checkpoints.on_refusal = partial(
@@ -138,6 +139,23 @@ class Trainer:
         if not self.profile or grid.dp.rank or grid.tp.rank:
             return None
         return StepProfile(reporter.folder / "traces", reporter.name)
+
+    def _diagnosis(self) -> Diagnosis:
+        """Return what looks for slow ranks and reports them in the log and as alerts."""
+        data = self.config.data
+        disk = None if data.train_folder is None else DiskProbe(data.train_folder)
+
+        def report(sentence: str) -> None:
+            logger.warning("%s", sentence)
+            self.alerts.raise_alert("slow rank", sentence)
+
+        return Diagnosis(
+            data.diag_outlier_ratio,
+            self.run.grid,
+            self.run.device,
+            disk=disk,
+            report=report,
+        )
 
     def _stop_poll(self, stop_request: StopRequest) -> StopPoll:
         checkpoints = self.run.checkpoints

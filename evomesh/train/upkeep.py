@@ -1,19 +1,14 @@
-"""Work between steps: collecting garbage, freeing caches, and reporting slow ranks."""
+"""Work between steps: collecting garbage, freeing caches, and a look for slow ranks."""
 
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
 
 import torch
 
-from evomesh.parallel.collectives import all_gather_objects
-from evomesh.parallel.grid import Axis
-
-logger = logging.getLogger(__name__)
+from evomesh.train.diagnosis import Diagnosis
 
 DEFAULT_INTERVAL = 50  # also for an interval of 0 or less, as in InternEvo
 
@@ -39,19 +34,18 @@ def garbage_at_fixed_steps() -> Iterator[None]:
 
 
 class PeriodicUpkeep:
-    """Collects garbage after each step, of which all but the newest every so many steps.
+    """Collects garbage after each step, of which all but the newest every so many steps, with a diagnosis.
 
-    Implements ``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
+    Implements ``data.empty_cache_and_diag_interval``.
 
     Args:
         interval: steps between two rounds.
-        ratio: a rank is slow when its forward and backward took more than this times the median of its peers.
-        peers: the axis whose ranks do equal work (data parallel).
+        diagnosis: finds slow ranks; takes part in a round on every rank.
     """
 
-    def __init__(self, interval: int, ratio: float, peers: Axis) -> None:
+    def __init__(self, interval: int, diagnosis: Diagnosis) -> None:
         self.interval = interval if interval > 0 else DEFAULT_INTERVAL
-        self.ratio, self.peers = ratio, peers
+        self.diagnosis = diagnosis
         self._seconds: list[float] = []
 
     def after_step(self, fwd_bwd_time: float) -> None:
@@ -61,23 +55,9 @@ class PeriodicUpkeep:
         self._seconds.append(fwd_bwd_time)
         if len(self._seconds) < self.interval:
             return
-        times = all_gather_objects(sum(self._seconds) / self.interval, self.peers)
+        mean = sum(self._seconds) / self.interval
         self._seconds.clear()
-        if self.peers.rank == 0:
-            for rank, seconds in slow_ranks(times, self.ratio):
-                logger.warning(
-                    "data-parallel rank %d is slow: forward and backward took %.3f s (median of %d ranks: %.3f s)",
-                    rank,
-                    seconds,
-                    len(times),
-                    median(times),
-                )
+        self.diagnosis.run(mean)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def slow_ranks(times: list[float], ratio: float) -> list[tuple[int, float]]:
-    """Return (rank, seconds) of the ranks above ``ratio`` times the median."""
-    limit = ratio * median(times)
-    return [(rank, seconds) for rank, seconds in enumerate(times) if seconds > limit]

@@ -1,50 +1,36 @@
 from __future__ import annotations
 
 import gc
-import logging
 import weakref
 
 import pytest
 
-from evomesh.parallel.grid import Axis
-from evomesh.train import upkeep
-from evomesh.train.upkeep import (
-    PeriodicUpkeep,
-    garbage_at_fixed_steps,
-    slow_ranks,
-)
+from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
 from tests.support.covers import covers
 
 
-@covers("data.diag_outlier_ratio")
-def test_slow_is_above_the_ratio_times_the_median() -> None:
-    assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.1) == [(2, 1.2)]
-    assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.25) == []
-    assert slow_ranks([3.0], 1.0) == []
+class Rounds:
+    """A diagnosis that notes the mean time of each round."""
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+
+    def run(self, fwd_bwd: float) -> None:
+        self.means.append(fwd_bwd)
 
 
-@pytest.mark.slow
 @covers("data.empty_cache_and_diag_interval")
 @pytest.mark.parametrize(("interval", "every"), [(4, 4), (0, 50), (-1, 50)])
-def test_slow_ranks_are_named_every_interval(
-    interval: int,
-    every: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_round_of_diagnosis_has_the_mean_of_its_interval(
+    interval: int, every: int
 ) -> None:
-    # One peer takes 9 s.
-    monkeypatch.setattr(
-        upkeep, "all_gather_objects", lambda value, axis: [value, 9.0, value]
-    )
-    keeping = PeriodicUpkeep(interval, 1.5, Axis("dp", 3, 0))
-    with caplog.at_level(logging.WARNING):
-        for step in range(1, 2 * every + 1):
-            keeping.after_step(2.0 if step % every else 4.0)
-            assert len(caplog.records) == step // every
+    rounds = Rounds()
+    keeping = PeriodicUpkeep(interval, rounds)
+    for step in range(1, 2 * every + 1):
+        keeping.after_step(2.0 if step % every else 4.0)
+        assert len(rounds.means) == step // every
     mean = (2.0 * (every - 1) + 4.0) / every
-    assert caplog.messages[0] == (
-        f"data-parallel rank 1 is slow: forward and backward took 9.000 s (median of 3 ranks: {mean:.3f} s)"
-    )
+    assert rounds.means == pytest.approx([mean, mean])
 
 
 class Cycle:
@@ -53,7 +39,7 @@ class Cycle:
 
 
 def test_cycles_of_a_step_are_freed_after_it_and_old_ones_every_interval() -> None:
-    keeping = PeriodicUpkeep(3, 1.1, Axis("dp"))
+    keeping = PeriodicUpkeep(3, Rounds())
     with garbage_at_fixed_steps():
         old_cycle = Cycle()
         gc.collect()  # into the oldest generation
