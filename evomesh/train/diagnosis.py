@@ -45,7 +45,7 @@ REDUCED_AXES = ("dp", "tp", "wp", "pp")
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one rank measured, in seconds.
+    """Figures of one rank, in seconds.
 
     Attributes:
         peers: ranks that are equal here do equal work: position in pipeline and tensor axis.

@@ -1,4 +1,4 @@
-"""A round of diagnosis over four ranks: every figure is gathered, and groups are told apart."""
+"""A round of diagnosis over four ranks: every figure is gathered, and groups are kept apart."""
 
 from __future__ import annotations
 
