@@ -39,6 +39,9 @@ lint: $(VENV)/.dev ## style, types, import layers
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# The tests start hundreds of interpreters: without byte code on disk each would compile the package again.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(VENV)/.dev ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 

@@ -19,16 +19,18 @@ def garbage_at_fixed_steps() -> Iterator[None]:
 
     Python would search whenever it has made enough objects: on a thousand ranks in a
     thousand different places, and each time the others wait. What exists already, such
-    as modules and the model, is exempt.
+    as modules and the model, is exempt. What a program had exempted before stays so.
     """
     was_enabled = gc.isenabled()
+    was_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -12,7 +12,7 @@ import ast
 import io
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 LAYOUT = {
@@ -39,13 +39,19 @@ class FunctionDensity:
         return self.tokens / self.code_lines
 
 
-def function_densities(source: str) -> Iterator[FunctionDensity]:
-    """Yield the figures of each function and method, nested ones on their own and in the outer one."""
-    module = ast.parse(source)
+def function_densities(
+    source: str, nodes: Iterable[ast.AST]
+) -> Iterator[FunctionDensity]:
+    """Yield the figures of each function and method, nested ones on their own and in the outer one.
+
+    Args:
+        source: the text of a module.
+        nodes: all nodes of its tree.
+    """
     tokens_on_line = _tokens_by_line(source)
-    for line in _docstring_lines(module):
+    for line in _docstring_lines(nodes):
         tokens_on_line.pop(line, None)
-    for node in ast.walk(module):
+    for node in nodes:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
@@ -63,10 +69,10 @@ def _tokens_by_line(source: str) -> Counter[int]:
     return counts
 
 
-def _docstring_lines(module: ast.Module) -> Iterator[int]:
+def _docstring_lines(nodes: Iterable[ast.AST]) -> Iterator[int]:
     """Yield the lines of every docstring, of the module and of what is defined in it."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(module):
+    for node in nodes:
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             docstring = node.body[0]
             yield from range(docstring.lineno, (docstring.end_lineno or 0) + 1)

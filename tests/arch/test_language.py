@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.arch.sources import FILES, ROOT, name_of, nodes, text
+
 FOLDERS = ("evomesh", "tools", "benchmarks", "configs", "examples", "docs", "tests")
 TOP_LEVEL = (
     "README.md",
@@ -118,11 +119,11 @@ WHOLE_FILES = {"tests/arch/test_language.py"}  # the list itself
 @functools.cache  # every phrase reads every file
 def prose(path: Path) -> list[tuple[int, str]]:
     """Return (line number, text) of comments and of strings with a space in them; of every line outside Python."""
-    text = path.read_text()
+    content = text(path)
     if path.suffix != ".py":
-        return list(enumerate(text.splitlines(), 1))
+        return list(enumerate(content.splitlines(), 1))
     lines: list[tuple[int, str]] = []
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    for token in tokenize.generate_tokens(io.StringIO(content).readline):
         if token.type == tokenize.COMMENT or (
             token.type == tokenize.STRING and " " in token.string
         ):
@@ -130,14 +131,9 @@ def prose(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-@functools.cache
-def joined_prose(path: Path) -> str:
-    """Return the texts of ``prose`` as lines of one string, in which a phrase is found at once."""
-    return "\n".join(text for _, text in prose(path))
-
-
 def matches(phrase: Phrase, path: Path) -> list[str]:
-    if not re.search(phrase.pattern, joined_prose(path), re.IGNORECASE):
+    # Most files have the phrase nowhere, not even in code: those need no look at their tokens.
+    if not re.search(phrase.pattern, text(path), re.IGNORECASE):
         return []
     found = []
     for number, line in prose(path):
@@ -178,15 +174,15 @@ def test_no_dialect(phrase: Phrase) -> None:
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, first line) of every docstring of a module."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, kinds):
-            text = ast.get_docstring(node)
-            if text:
-                yield getattr(node, "lineno", 1), text.splitlines()[0]
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield getattr(node, "lineno", 1), docstring.splitlines()[0]
 
 
 def docstring_fragments(path: Path) -> list[str]:
-    name = path.relative_to(ROOT).as_posix()
+    name = name_of(path)
     return [
         f"{name}:{number}: {line}; begin with {DOCSTRING_STARTS.replacement}"
         for number, line in docstrings(path)
@@ -196,9 +192,5 @@ def docstring_fragments(path: Path) -> list[str]:
 
 def test_docstrings_begin_with_a_sentence() -> None:
     assert re.search(DOCSTRING_STARTS.pattern, DOCSTRING_STARTS.example)
-    found = [
-        row
-        for path in sorted((ROOT / "evomesh").rglob("*.py"))
-        for row in docstring_fragments(path)
-    ]
+    found = [row for path in FILES for row in docstring_fragments(path)]
     assert not found, "\n".join(found)

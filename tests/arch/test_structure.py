@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import functools
 import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,19 +15,14 @@ import pytest
 from radon.complexity import cc_visit_ast
 from radon.visitors import Class
 
-ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "evomesh").rglob("*.py"))
+from tests.arch.sources import FILES, ROOT, name_of, nodes, text, tree
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 MAX_COMPLEXITY = 12  # counted by radon: boolean operators, conditional expressions and comprehensions too
 
-
-def ids(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-@functools.cache  # each check reads every file
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+Nodes = Sequence[ast.AST]
+# A check gets a module and all nodes in it, an outer one before what is in it.
+Check = Callable[[ast.Module, Nodes], Iterable[str]]
 
 
 def test_import_contracts() -> None:
@@ -48,9 +42,9 @@ def test_config_loads_without_torch() -> None:
     )
 
 
-def mutable_globals(module: ast.Module) -> Iterator[str]:
+def mutable_globals(module: ast.Module, inside: Nodes) -> Iterator[str]:
     """Lower-case module variables that hold a container or a call's result, and every ``global`` statement."""
-    for node in ast.walk(module):
+    for node in inside:
         if isinstance(node, ast.Global):
             yield f"line {node.lineno}: global {', '.join(node.names)}"
     for node in module.body:
@@ -66,9 +60,19 @@ def mutable_globals(module: ast.Module) -> Iterator[str]:
                 yield f"line {node.lineno}: {name}"
 
 
-def findings(check: Callable[[ast.Module], Iterable[str]]) -> list[str]:
+def findings(check: Check) -> list[str]:
     """Return what a check finds in any file of the package, each with the file's name."""
-    return [f"{ids(path)}: {found}" for path in FILES for found in check(tree(path))]
+    return [
+        f"{name_of(path)}: {found}"
+        for path in FILES
+        for found in check(tree(path), nodes(path))
+    ]
+
+
+def found_in(source: str, check: Check) -> list[str]:
+    """Return what a check finds in a program."""
+    module = ast.parse(source)
+    return list(check(module, tuple(ast.walk(module))))
 
 
 def test_no_mutable_module_globals() -> None:
@@ -76,12 +80,12 @@ def test_no_mutable_module_globals() -> None:
 
 
 def test_file_sizes() -> None:
-    lines = {ids(path): len(path.read_text().splitlines()) for path in FILES}
+    lines = {name_of(path): len(text(path).splitlines()) for path in FILES}
     assert not {name: count for name, count in lines.items() if count > MAX_FILE_LINES}
 
 
-def long_functions(module: ast.Module) -> Iterator[str]:
-    for node in ast.walk(module):
+def long_functions(module: ast.Module, inside: Nodes) -> Iterator[str]:
+    for node in inside:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
@@ -92,7 +96,7 @@ def test_function_sizes() -> None:
     assert not findings(long_functions)
 
 
-def too_complex(module: ast.Module) -> list[str]:
+def too_complex(module: ast.Module, inside: Nodes) -> list[str]:
     """Functions and methods above ``MAX_COMPLEXITY``, each with its own figure."""
     blocks = cc_visit_ast(module)
     functions = [block for block in blocks if not isinstance(block, Class)]
@@ -111,19 +115,19 @@ def test_complexity_counts_what_compression_hides() -> None:
     comparisons = [f"x == {number}" for number in range(MAX_COMPLEXITY + 1)]
     just_right, one_too_many = " or ".join(comparisons[:-1]), " or ".join(comparisons)
     method = f"class C:\n    def f(self, x):\n        return 1 if {just_right} else 0\n"
-    assert not too_complex(ast.parse(f"def f(x):\n    return {just_right}\n"))
-    assert too_complex(ast.parse(f"def f(x):\n    return {one_too_many}\n")) == [
+    assert not found_in(f"def f(x):\n    return {just_right}\n", too_complex)
+    assert found_in(f"def f(x):\n    return {one_too_many}\n", too_complex) == [
         f"f: {MAX_COMPLEXITY + 1}"
     ]
-    assert too_complex(ast.parse(method))
+    assert found_in(method, too_complex)
 
 
 def test_no_two_classes_share_a_name() -> None:
     homes = defaultdict(list)
     for path in FILES:
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
-                homes[node.name].append(ids(path))
+                homes[node.name].append(name_of(path))
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
 
 
@@ -138,10 +142,10 @@ NOT_COLLECTIVES = (
 )
 
 
-def distributed_imports(module: ast.Module) -> Iterator[str]:
+def distributed_imports(module: ast.Module, inside: Nodes) -> Iterator[str]:
     """Yield imports of torch.distributed that are neither for types only nor of ``NOT_COLLECTIVES``."""
     typing_only: set[ast.AST] = set()
-    for node in ast.walk(module):  # an if comes before what is in it
+    for node in inside:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             typing_only.update(ast.walk(node))
         if isinstance(node, ast.ImportFrom) and node not in typing_only:
@@ -174,7 +178,7 @@ SLOW_IMPORT = re.compile(
 def test_collecting_the_unit_tests_imports_nothing_slow() -> None:
     assert SLOW_IMPORT.search("import os\nfrom transformers import AutoTokenizer\n")
     files = [*(ROOT / "tests/unit").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
-    found = {ids(path): SLOW_IMPORT.findall(path.read_text()) for path in files}
+    found = {name_of(path): SLOW_IMPORT.findall(path.read_text()) for path in files}
     assert len(found) > 100
     assert not {name: lines for name, lines in found.items() if lines}
 
@@ -182,23 +186,21 @@ def test_collecting_the_unit_tests_imports_nothing_slow() -> None:
 def test_names() -> None:
     vague = {"utils", "util", "common", "helpers", "helper", "misc"}
     assert not [
-        ids(path) for path in FILES if path.stem in vague or set(path.parts) & vague
+        name_of(path) for path in FILES if path.stem in vague or set(path.parts) & vague
     ]
 
 
 def test_the_checks_can_fail() -> None:
-    assert list(
-        mutable_globals(ast.parse("cache = {}\ndef f():\n    global cache\n"))
-    ) == [
+    dictionary_and_global = "cache = {}\ndef f():\n    global cache\n"
+    assert found_in(dictionary_and_global, mutable_globals) == [
         "line 3: global cache",
         "line 1: cache",
     ]
-    assert not list(
-        mutable_globals(ast.parse("MODES = {}\n__all__ = ['x']\nlogger = f()\n"))
-    )
+    constants = "MODES = {}\n__all__ = ['x']\nlogger = f()\n"
+    assert not found_in(constants, mutable_globals)
     body = "    x = 1\n"
-    assert not list(long_functions(ast.parse("def f():\n" + body * 59)))
-    assert list(long_functions(ast.parse("def f():\n" + body * 60)))
+    assert not found_in("def f():\n" + body * 59, long_functions)
+    assert found_in("def f():\n" + body * 60, long_functions)
 
 
 def test_no_folder_of_tests_is_skipped(pytestconfig: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from evomesh.layers.attention import AttentionFunction, attend
 from evomesh.layers.sequence_bounds import SequenceBounds
@@ -24,6 +24,13 @@ T = 48
 PACKS = [(48,), (24, 24), (3, 5, 40), (7,) * 6 + (6,), (1,) * 48]
 
 
+def counters() -> dict[str, Counter[str]]:
+    """Return torch's own counts; importing them imports the compiler, for seconds."""
+    from torch._dynamo.utils import counters
+
+    return counters
+
+
 @pytest.fixture(autouse=True)
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs, guards and autograd as ever, but without generating code, which takes minutes here."""
@@ -32,7 +39,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
     )
     torch._dynamo.reset()
-    counters.clear()
+    counters().clear()
     yield
     torch._dynamo.reset()
 
@@ -65,7 +72,7 @@ def train(
 
 
 def graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
+    return int(counters()["stats"]["unique_graphs"])
 
 
 @pytest.mark.parametrize("recompute", [0.0, 0.5])
@@ -82,7 +89,7 @@ def test_lengths_and_number_of_documents_compile_nothing_anew(
         train(model, lengths, partial(attend))  # a new one each time, as in generation
     assert graphs() == first
     # None was left to run uncompiled.
-    assert counters["frames"]["total"] == counters["frames"]["ok"]
+    assert counters()["frames"]["total"] == counters()["frames"]["ok"]
 
 
 def test_compiled_gradients_are_those_of_the_eager_model() -> None:

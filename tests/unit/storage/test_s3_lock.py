@@ -32,7 +32,7 @@ from .test_storage import BUCKET, endpoint, keys  # noqa: F401
 # A lease that is not renewed while a test runs: its holder might as well hang.
 NEVER = 1e9
 SOON = 0.2  # a waiting job gives up on the holder
-LONG = 30.0  # a waiting job surely sees a renewal of a living holder
+LONG = 10.0  # a waiting job surely sees a renewal of a living holder; it looks every third of a second
 QUICK = 0.1  # renewed every 17 ms
 
 ELSEWHERE = ProcessIdentity("another machine", 7, 1)

@@ -70,11 +70,25 @@ def test_garbage_is_searched_for_at_no_other_time(is_enabled: bool) -> None:
             gc.callbacks.append(note)
             kept = [[] for _ in range(50 * gc.get_threshold()[0])]
             assert searches == []
-            assert gc.get_freeze_count() > 0
             gc.callbacks.remove(note)
         assert gc.isenabled() == is_enabled
-        assert gc.get_freeze_count() == 0
         assert len(kept) > 0
     finally:
         if was_enabled:
             gc.enable()
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_what_exists_is_exempt_while_a_run_lasts(is_frozen: bool) -> None:
+    """What the program had exempted itself stays exempt after the run."""
+    frozen_before = gc.get_freeze_count()
+    gc.unfreeze()
+    if is_frozen:
+        gc.freeze()
+    try:
+        with garbage_at_fixed_steps():
+            assert gc.get_freeze_count() > 0
+        assert (gc.get_freeze_count() > 0) == is_frozen
+    finally:
+        if frozen_before:
+            gc.freeze()
