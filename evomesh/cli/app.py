@@ -18,6 +18,7 @@ from evomesh.cli import (
     ledger,
     plan,
     serve,
+    slurm,
     tokenize,
     tokenizer,
     train,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("slurm")(slurm.slurm)
 app.command("batch")(batch.batch)
 app.command("ledger")(ledger.ledger)
 app.command("tokenize")(tokenize.tokenize)

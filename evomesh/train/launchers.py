@@ -311,6 +311,8 @@ def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
 def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
     """Return how many nodes this job has, and which of them this is; (1, 0) where no variable counts them."""
     count_name, index_name = "NNODES", "NODE_RANK"
+    if count_name not in env and _has_one_task_per_node(env):
+        count_name, index_name = "SLURM_STEP_NUM_NODES", "SLURM_NODEID"
     if on_dlc and count_name not in env:
         count_name, index_name = "WORLD_SIZE", "RANK"
     nodes = 1
@@ -323,10 +325,21 @@ def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int
     return nodes, node_rank
 
 
+def _has_one_task_per_node(env: Mapping[str, str]) -> bool:
+    """Return whether srun has started one process on each of several nodes, which can start the node's ranks."""
+    tasks, nodes = (
+        env.get(f"SLURM_STEP_NUM_{what}", "1") for what in ("TASKS", "NODES")
+    )
+    return _is_srun_step(env) and nodes != "1" and tasks == nodes
+
+
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
     """Return torchrun's options for the address at which the nodes meet."""
     address_name = "MASTER_ADDR" if "MASTER_ADDR" in env else "ADDR"
     port_name = "MASTER_PORT" if "MASTER_PORT" in env else "PORT"
+    if address_name not in env and _has_one_task_per_node(env):
+        first = first_node(env.get("SLURM_STEP_NODELIST", ""))
+        env = {**env, address_name: node_address(first)}
     # Nodes that choose their own ports would never connect.
     if address_name not in env or port_name not in env:
         raise UserError(

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "config check configs/7B_sft.py": {"evomesh.config.schema"},
     "config show configs/demo.py": {"evomesh.config.schema"},
+    "slurm configs/demo.py --gpus-per-node 1": {"evomesh.config.schema"},
     "data verify {tokens}": {"numpy"},
     "data repair {tokens}": {"numpy"},
 }

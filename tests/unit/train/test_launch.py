@@ -263,3 +263,31 @@ def test_nothing_is_spawned_twice_or_for_one_process() -> None:
     assert torchrun_command({"NPROC_PER_NODE": "1"}, ["train.py"]) is None
     assert torchrun_command({**TORCHRUN, "NPROC_PER_NODE": "4"}, ["train.py"]) is None
     assert torchrun_command({"NPROC_PER_NODE": "4"}, ["train.py"], "slurm") is None
+
+
+ON_A_NODE = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "localhost,n2",
+    "SLURM_NODEID": "1",
+    "MASTER_PORT": "10007",
+    "NPROC_PER_NODE": "4",
+}
+
+
+def test_one_task_of_srun_on_each_node_starts_the_ranks_of_its_node() -> None:
+    assert options(torchrun_command(ON_A_NODE, ["train.py"])) == [
+        "--nnodes=2",
+        "--node_rank=1",
+        "--master_addr=localhost",
+        "--master_port=10007",
+        "--nproc_per_node=4",
+        "train.py",
+    ]
+    assert planned_world_size(ON_A_NODE) == 8
+    # What the user sets counts; and with more tasks than nodes Slurm has started the ranks.
+    alone = torchrun_command(ON_A_NODE | {"NNODES": "1"}, [])
+    assert options(alone)[0] == "--standalone"
+    more = torchrun_command(ON_A_NODE | {"SLURM_STEP_NUM_TASKS": "8"}, [])
+    assert options(more)[0] == "--standalone"
