@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,16 @@ class GradientFigures:
 
     scalars: dict[str, float]
     vocab_norms: Tensor | None
+
+
+class GradientObserver(Protocol):
+    """What a step shows its gradients to, once they are summed over the ranks."""
+
+    def measure(self) -> Tensor:
+        """Return numbers [R] float64, not yet unscaled; the step brings them to the host with its results."""
+
+    def figures(self, sums: Tensor, inv_scale: float) -> GradientFigures:
+        """Return what the numbers of ``measure``, on the host, stand for."""
 
 
 class GradientProfile:

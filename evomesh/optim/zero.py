@@ -32,7 +32,7 @@ from evomesh.optim.clip import (
     clip_factor,
     global_norm_and_sums,
 )
-from evomesh.optim.gradient_profile import GradientProfile
+from evomesh.optim.gradient_profile import GradientObserver
 from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
@@ -53,7 +53,7 @@ class StepResult:
 
     Attributes:
         norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN if the step was skipped.
-        profile: [R], what ``GradientProfile.measure`` returned; None without a profile.
+        profile: [R], what ``GradientObserver.measure`` returned; None without a profile.
         sums: [K] float64, the ``sums`` given to the step, added over all ranks.
     """
 
@@ -142,7 +142,7 @@ class ZeroOptimizer:
         lr: float,
         beta2: float,
         inv_scale: float,
-        profile: GradientProfile | None = None,
+        profile: GradientObserver | None = None,
         sums: Tensor | None = None,
     ) -> StepResult:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.

@@ -12,7 +12,7 @@ from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.monitor.profile import region
-from evomesh.optim.gradient_profile import GradientFigures, GradientProfile
+from evomesh.optim.gradient_profile import GradientFigures, GradientObserver
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
@@ -63,7 +63,7 @@ def train_step(
     lr: float,
     beta2: float,
     should_stop: Callable[[int], bool] | None = None,
-    profile: GradientProfile | None = None,
+    profile: GradientObserver | None = None,
 ) -> StepOutput | None:
     """Accumulate the gradient of the mean loss over all target tokens of the global batch, and apply it.
 
@@ -114,7 +114,7 @@ def train_step(
 
 def _with_gradients(
     results: StepOutput,
-    profile: GradientProfile | None,
+    profile: GradientObserver | None,
     measured: Tensor,
     scale: float,
 ) -> StepOutput:

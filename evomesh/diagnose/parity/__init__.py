@@ -1,0 +1,8 @@
+"""Does a layout train like one process? Two steps of a small model in both, every tensor compared.
+
+    config   --shrink.py-->   a small config with the same features and divisibility
+    both     --observe.py-->  what modules and the optimizer computed, by name
+    these    --compare.py-->  the first tensor that differs, by module and direction
+
+``compare_layout`` in ``run.py`` does all of it.
+"""

@@ -1,0 +1,54 @@
+"""Packs for a comparison of layouts: a function of step and index alone, with segments of uneven lengths."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from evomesh.config.schema import IGNORE, Config
+from evomesh.data.batch import Batch
+
+MOST_SEGMENTS = 4
+
+
+def make_batch(config: Config, step: int, dp_rank: int, dp_size: int) -> Batch:
+    """Return the packs of one data-parallel rank: numbers ``dp_rank + m * dp_size`` of the step, as in training."""
+    tokens = config.data.packed_length
+    packs = []
+    for micro_batch in range(config.data.micro_num):
+        index = dp_rank + micro_batch * dp_size
+        packs.append(_pack(config.model.vocab_size, tokens, step, index))
+    ids, labels, positions, bounds = map(torch.stack, zip(*packs, strict=True))
+    batch = Batch(
+        tokens=ids,
+        labels=labels,
+        position_ids=positions,
+        type_ids=torch.zeros_like(ids),
+        cu_seqlens=bounds,
+        max_seqlen=tokens,
+    )
+    if config.model.has_dropout:
+        return batch.numbered(config.run.seed, step, dp_rank, dp_size)
+    return batch
+
+
+def _pack(
+    vocab_size: int, tokens: int, step: int, index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ids, labels and positions [T] and the bounds [K] of one pack."""
+    draw = torch.Generator().manual_seed(1_000_003 * step + index)
+    ids = torch.randint(0, vocab_size, (tokens,), generator=draw)
+    num_cuts = index % (MOST_SEGMENTS - 1) + 1
+    cuts = torch.randint(1, tokens, (num_cuts,), generator=draw).tolist()
+    bounds = sorted({0, tokens, *cuts})
+
+    # A token predicts the next one of its segment; the last one of a segment nothing.
+    labels = torch.full((tokens,), IGNORE)
+    positions = torch.zeros(tokens, dtype=torch.long)
+    for start, stop in pairwise(bounds):
+        labels[start : stop - 1] = ids[start + 1 : stop]
+        positions[start:stop] = torch.arange(stop - start)
+    padding = [tokens] * (MOST_SEGMENTS + 1 - len(bounds))
+    return ids, labels, positions, torch.tensor(bounds + padding, dtype=torch.int32)

@@ -1,0 +1,255 @@
+"""Two training steps of one rank, and what they computed: activations, gradients and weights by name.
+
+Hooks see what each module is given and returns, in both directions:
+
+    output            what a module returned                          forward
+    input gradient    gradient of what a module was given             backward
+    output gradient   gradient of what it returned                    backward
+
+The optimizer's gradients are seen after they have been summed over the ranks, and its
+weights after the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evomesh.config.schema import Config
+from evomesh.diagnose.parity.batches import make_batch
+from evomesh.layers.loss import LossOutput
+from evomesh.optim.gradient_profile import GradientFigures
+from evomesh.optim.scaler import LossScaler
+from evomesh.optim.slot import ParameterSlot
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES
+from evomesh.parallel.spec import ShardSpec, local_shard, spec_of
+from evomesh.train.stages import ModelStages, build_stages
+from evomesh.train.step import StepOutput, seed_step, train_step
+
+Kind = Literal[
+    "output",
+    "token losses",
+    "output gradient",
+    "input gradient",
+    "parameter gradient",
+    "weight",
+]
+STEPS = 2
+RATE, BETA2 = 0.1, 0.95
+
+
+class Key(NamedTuple):
+    """The name of one observed tensor.
+
+    Attributes:
+        name: global name of a module or a parameter.
+        pack: number of the pack within the step, -1 for parameters.
+    """
+
+    step: int
+    kind: Kind
+    name: str
+    pack: int = -1
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One tensor as a rank has it; ``spec`` is that of a parameter, None for activations."""
+
+    tensor: Tensor
+    spec: ShardSpec | None = None
+
+
+@dataclass
+class Observations:
+    """What the steps of one rank computed.
+
+    Attributes:
+        tokens: of a pack.
+        tensors: by name, in the order in which they were seen.
+        order: the first forward of this rank's modules: names as they were entered ("input") and left ("output").
+        losses, norms: of each step, over all ranks.
+    """
+
+    tokens: int
+    tensors: dict[Key, Observed] = field(default_factory=dict)
+    order: list[tuple[str, str]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, key: Key, tensor: Tensor, spec: ShardSpec | None = None) -> None:
+        """Keep a copy of a tensor, unless there is one of this name: a layer that recomputes shows it twice."""
+        if key not in self.tensors:
+            self.tensors[key] = Observed(tensor.detach().clone(), spec)
+
+
+def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
+    """Train two steps of ``config`` on this rank of ``grid``, and return what they computed.
+
+    Every rank of the grid calls it. The weights are the same in every layout.
+
+    Raises:
+        UserError: the model cannot be built in this layout.
+    """
+    torch.manual_seed(config.run.seed)
+    mode = MODES[config.parallel.tensor.mode]
+    stages = build_stages(config, grid, mode, device)
+    stages.initialize(config.run.seed, grid)
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(),
+        config.adam,
+        config.hybrid_zero_optimizer,
+        grid,
+        stages.module,
+    )
+    optimizer.refresh_masters()
+    scaler = LossScaler(config.grad_scaler, config.model.dtype)
+    seen = Observations(config.data.packed_length)
+    with _watched(stages, grid, seen) as clock:
+        for step in range(STEPS):
+            clock.begin(step)
+            output = _train(config, stages, optimizer, scaler, grid, seen, step)
+            seen.losses.append(output.loss)
+            seen.norms.append(output.update.grad_norm)
+            optimizer.wait_for_parameters()
+            for name, parameter in stages.parameters().items():
+                key = Key(step, "weight", name)
+                seen.add(key, local_shard(parameter), spec_of(parameter))
+    return seen
+
+
+def _train(
+    config: Config,
+    stages: ModelStages,
+    optimizer: ZeroOptimizer,
+    scaler: LossScaler,
+    grid: Grid,
+    seen: Observations,
+    step: int,
+) -> StepOutput:
+    seed_step(config.run.seed, step, grid.dp.rank)
+    output = train_step(
+        make_batch(config, step, grid.dp.rank, grid.dp.size),
+        schedule=stages.schedule,
+        optimizer=optimizer,
+        scaler=scaler,
+        grid=grid,
+        loss_config=config.loss,
+        data_types=["all"],
+        lr=RATE,
+        beta2=BETA2,
+        profile=_GradientCopies(optimizer.slots, seen, step),
+    )
+    assert output is not None  # nothing asks it to stop
+    return output
+
+
+@dataclass(frozen=True)
+class _GradientCopies:
+    """Takes the place of a gradient profile, to see the gradients once they are summed over the ranks."""
+
+    slots: list[ParameterSlot]
+    seen: Observations
+    step: int
+
+    def measure(self) -> Tensor:
+        for slot in self.slots:
+            gradient = slot.master.grad
+            if gradient is not None:
+                key = Key(self.step, "parameter gradient", slot.name)
+                self.seen.add(key, gradient, slot.spec)
+        return torch.zeros(0, dtype=torch.float64, device=self.slots[0].local.device)
+
+    def figures(self, sums: Tensor, inv_scale: float) -> GradientFigures:
+        del sums, inv_scale
+        return GradientFigures({}, None)
+
+
+class _PackClock:
+    """Which step it is, and which pack the next forward of each model is about."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._dp = grid.dp
+        self.step = 0
+        self._done: dict[nn.Module, int] = {}
+
+    def begin(self, step: int) -> None:
+        self.step = step
+        self._done.clear()
+
+    def next_forward(self, model: nn.Module, *_: Any) -> None:
+        """Count a forward of a whole model; every schedule runs the micro-batches in ascending order."""
+        self._done[model] = self._done.get(model, -1) + 1
+
+    def pack(self, model: nn.Module) -> int:
+        micro_batch = self._done[model]
+        return self._dp.rank + micro_batch * self._dp.size
+
+
+@contextmanager
+def _watched(
+    stages: ModelStages, grid: Grid, seen: Observations
+) -> Iterator[_PackClock]:
+    """Observe all modules of the stages in the ``with`` block."""
+    clock = _PackClock(grid)
+    handles: list[Any] = []
+    for model in stages.models:
+        handles.append(model.register_forward_pre_hook(partial(clock.next_forward)))
+        for name, module in model.named_modules():
+            # The whole model's output is that of its last module, and differs by stage.
+            if name:
+                watch = _ModuleWatch(name, model, clock, seen)
+                handles.append(module.register_forward_pre_hook(watch.entered))
+                handles.append(module.register_forward_hook(watch.left))
+    try:
+        yield clock
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _ModuleWatch:
+    """Observes one module of a model."""
+
+    name: str
+    model: nn.Module
+    clock: _PackClock
+    seen: Observations
+
+    def entered(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._note_order("input")
+        if arguments and isinstance(arguments[0], Tensor):
+            self._observe_gradient("input gradient", arguments[0])
+
+    def left(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._note_order("output")
+        if isinstance(output, LossOutput):
+            self.seen.add(self._key("token losses"), output.nll)
+        elif isinstance(output, Tensor) and output.is_floating_point():
+            self.seen.add(self._key("output"), output)
+            self._observe_gradient("output gradient", output)
+
+    def _note_order(self, end: str) -> None:
+        event = (self.name, end)
+        if event not in self.seen.order:
+            self.seen.order.append(event)
+
+    def _observe_gradient(self, kind: Kind, tensor: Tensor) -> None:
+        if tensor.requires_grad:
+            observe: Callable[[Tensor], None] = partial(self._add, self._key(kind))
+            tensor.register_hook(observe)  # type: ignore[no-untyped-call]
+
+    def _add(self, key: Key, gradient: Tensor) -> None:
+        self.seen.add(key, gradient)
+
+    def _key(self, kind: Kind) -> Key:
+        return Key(self.clock.step, kind, self.name, self.clock.pack(self.model))

@@ -1,0 +1,126 @@
+"""One layout against one process: every rank trains its part and the whole, and the ranks find the first difference."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from evomesh.config.schema import Config
+from evomesh.diagnose.parity.compare import BOUNDS, Comparison, Difference, compare
+from evomesh.diagnose.parity.observe import Observations, observe
+from evomesh.diagnose.parity.shrink import in_one_process, with_dtype
+from evomesh.parallel.exchange import Exchange
+from evomesh.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a layout is from one process, the same on every rank.
+
+    Attributes:
+        dtype: in which both computed.
+        bound: largest distance that passes.
+        compared: number of tensors, over all ranks.
+        largest: distance among these.
+        first: the first tensor beyond the bound, None if all are within it.
+        loss, expected_loss: of the last step, in the layout and in one process.
+    """
+
+    dtype: str
+    bound: float
+    compared: int
+    largest: float
+    first: Difference | None
+    loss: float
+    expected_loss: float
+
+    @property
+    def loss_distance(self) -> float:
+        """Return the distance of the losses, relative to that of one process."""
+        difference = abs(self.loss - self.expected_loss)
+        return difference / max(abs(self.expected_loss), 1e-300)
+
+    @property
+    def is_equal(self) -> bool:
+        return self.first is None and self.loss_distance <= self.bound
+
+    def describe(self) -> str:
+        """Return what was compared, and the first tensor that differs, as one sentence."""
+        if self.first is not None:
+            return f"{self.dtype}: first to differ is {self.first.describe()} (bound {self.bound:g})"
+        if not self.is_equal:
+            return (
+                f"{self.dtype}: all tensors agree, but the loss of step 2 is {self.loss:.12g} "
+                f"instead of {self.expected_loss:.12g}"
+            )
+        return f"{self.dtype}: {self.compared} tensors agree, at most {self.largest:.1e} apart (bound {self.bound:g})"
+
+
+def compare_layout(
+    small: Config,
+    grid: Grid,
+    device: torch.device,
+    exchange: Exchange,
+    dtype: str | None = None,
+) -> Parity:
+    """Train two steps in the layout of ``grid`` and in one process, and compare; every rank calls it.
+
+    Each rank computes the whole itself, so that it needs no tensor of another rank to
+    compare with. What one process computes involves no communication.
+
+    Args:
+        small: a config in small (``shrink``) with the layout of ``grid``.
+        dtype: in which to compute; None: that of the config.
+
+    Raises:
+        UserError: the model cannot be built in this layout.
+    """
+    config = small if dtype is None else with_dtype(small, dtype)
+    bound = BOUNDS[config.model.dtype]
+    single = in_one_process(config, grid.dp.size)
+    whole = observe(single, Grid(), device)
+    own = observe(config, grid, device)
+    found = compare(own, whole, grid, exchange.rank, bound)
+    return _of_all_ranks(exchange, config.model.dtype, found, own, whole)
+
+
+def compare_dtypes(config: Config) -> list[str]:
+    """Return the dtypes to compare in: float64, which leaves no doubt, then the config's own."""
+    return list(dict.fromkeys(["float64", config.model.dtype]))
+
+
+def _of_all_ranks(
+    exchange: Exchange,
+    dtype: str,
+    found: Comparison,
+    own: Observations,
+    whole: Observations,
+) -> Parity:
+    gathered = exchange.gather(asdict(found))
+    message: Any = None
+    if gathered is not None:
+        message = _joined(gathered)
+    joined = exchange.broadcast(message)
+    first = joined["first"]
+    return Parity(
+        dtype=dtype,
+        bound=BOUNDS[dtype],
+        compared=joined["compared"],
+        largest=joined["largest"],
+        first=None if first is None else Difference(**first),
+        loss=own.losses[-1],
+        expected_loss=whole.losses[-1],
+    )
+
+
+def _joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the findings of all ranks as one, with the first difference of any."""
+    differences = [Difference(**rank["first"]) for rank in ranks if rank["first"]]
+    first = min(differences, default=None)
+    return {
+        "compared": sum(rank["compared"] for rank in ranks),
+        "largest": max(rank["largest"] for rank in ranks),
+        "first": None if first is None else asdict(first),
+    }

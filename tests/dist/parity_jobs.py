@@ -1,0 +1,73 @@
+"""Jobs of ranks for tests of the comparison of layouts, and faults to put into one module of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from evomesh.diagnose.parity import observe
+from evomesh.diagnose.parity.run import compare_layout
+from evomesh.diagnose.parity.shrink import shrink
+from evomesh.optim.buckets import ParameterSync
+from evomesh.parallel.exchange import default_exchange
+from evomesh.parallel.grid import Axis
+from evomesh.parallel.spec import spec_of, with_spec
+from evomesh.train.stages import ModelStages, build_stages
+from tests.dist.layouts import Layout
+from tests.support.pool import grid_of
+
+
+def compare_small(rank: int, layout: Layout, dtype: str) -> dict[str, Any]:
+    """The findings of one rank, as a dict."""
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "weight": layout.weight,
+        "zero1": layout.zero1,
+    }
+    grid = grid_of(mode=layout.mode, **sizes)
+    small = shrink(layout.config, layout.ranks)
+    exchange = default_exchange()
+    parity = compare_layout(small, grid, torch.device("cpu"), exchange, dtype)
+    exchange.close()
+    return asdict(parity) | {"is_equal": parity.is_equal, "text": parity.describe()}
+
+
+def skip_reduction(module: nn.Module) -> None:
+    """Let one module take its rank for the only one of the tensor axis."""
+    module.placement = replace(module.placement, axis=Axis("tp"))
+
+
+def skip_gradient_sum(module: nn.Module) -> None:
+    """Let a weight's gradient count as complete, although each rank has a summand."""
+    spec = spec_of(module.weight)
+    with_spec(module.weight, replace(spec, partial=frozenset()))
+
+
+def compare_broken(
+    rank: int, layout: Layout, name: str, fault: Callable[[nn.Module], None]
+) -> dict[str, Any]:
+    """As ``compare_small``, with a fault in the module ``name`` of the layout; that of one process is whole."""
+
+    def build_broken(*args: Any) -> ModelStages:
+        stages = build_stages(*args)
+        grid = args[1]
+        for model in stages.models:
+            modules = dict(model.named_modules())
+            if grid.world_size > 1 and name in modules:
+                fault(modules[name])
+        return stages
+
+    with patch.object(observe, "build_stages", build_broken):
+        return compare_small(rank, layout, "float64")
+
+
+def compare_stale(rank: int, layout: Layout) -> dict[str, Any]:
+    """As ``compare_small``, with updated weights that no rank sends to the others."""
+    with patch.object(ParameterSync, "start", lambda sync: None):
+        return compare_small(rank, layout, "float64")
