@@ -43,7 +43,7 @@ class GradientFigures:
 
 
 class GradientObserver(Protocol):
-    """What a step shows its gradients to, once they are summed over the ranks."""
+    """Sees the gradients of a step once they are summed over the ranks."""
 
     def measure(self) -> Tensor:
         """Return numbers [R] float64, not yet unscaled; the step brings them to the host with its results."""

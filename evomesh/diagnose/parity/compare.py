@@ -76,7 +76,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one rank found.
+    """The findings of one rank.
 
     Attributes:
         compared: number of tensors.

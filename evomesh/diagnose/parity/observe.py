@@ -70,7 +70,7 @@ class Observed:
 
 @dataclass
 class Observations:
-    """What the steps of one rank computed.
+    """The tensors that the steps of one rank computed.
 
     Attributes:
         tokens: of a pack.
@@ -174,7 +174,7 @@ class _GradientCopies:
 
 
 class _PackClock:
-    """Which step it is, and which pack the next forward of each model is about."""
+    """The step, and the pack that the next forward of each model is about."""
 
     def __init__(self, grid: Grid) -> None:
         self._dp = grid.dp

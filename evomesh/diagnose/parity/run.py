@@ -17,7 +17,7 @@ from evomesh.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a layout is from one process, the same on every rank.
+    """Distance of a layout from one process, the same on every rank.
 
     Attributes:
         dtype: in which both computed.
