@@ -296,7 +296,7 @@ def require_optimizer(checkpoint: Checkpoint, content: frozenset[str]) -> None:
     """
     if "optimizer" not in content:
         return
-    if not any(name.startswith(OPTIMIZER) for name in checkpoint.records()):
+    if not any(name.startswith(OPTIMIZER) for name in checkpoint.index().names()):
         raise CheckpointError(
             f"step {checkpoint.step} has weights only (saved with save_optimizer=False): "
             "it cannot resume a run",

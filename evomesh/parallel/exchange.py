@@ -28,6 +28,9 @@ class Exchange(Protocol):
     def broadcast(self, message: Any) -> Any:
         """Return rank 0's message on every rank."""
 
+    def scatter(self, messages: list[Any] | None) -> Any:
+        """Return on each rank the message that rank 0 has for it; elsewhere ``messages`` is None."""
+
     def twin(self) -> Exchange:
         """Return a second exchange of the same ranks whose messages cannot mix with those of this one."""
 
@@ -60,6 +63,10 @@ class SingleProcessExchange:
     def broadcast(self, message: Any) -> Any:
         return message
 
+    def scatter(self, messages: list[Any] | None) -> Any:
+        assert messages is not None
+        return messages[0]
+
     def twin(self) -> SingleProcessExchange:
         return self
 
@@ -91,6 +98,12 @@ class GroupExchange:
     def broadcast(self, message: Any) -> Any:
         try:
             return self._broadcast(message)
+        except RuntimeError as error:
+            raise PeerLostError(error) from error
+
+    def scatter(self, messages: list[Any] | None) -> Any:
+        try:
+            return self._scatter(messages)
         except RuntimeError as error:
             raise PeerLostError(error) from error
 
@@ -128,6 +141,23 @@ class GroupExchange:
             data = _zero_bytes(int(size))
         dist.broadcast(data, src=0, group=self._group)
         return _decode(data)
+
+    def _scatter(self, messages: list[Any] | None) -> Any:
+        # gloo scatters tensors of equal size: all are padded to that of the longest, with
+        # blanks, which JSON may have at its end.
+        encoded = [] if messages is None else [_encode(row) for row in messages]
+        longest = torch.tensor([max(map(len, encoded), default=0)])
+        dist.broadcast(longest, src=0, group=self._group)
+        received = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
+        padded = None  # only rank 0 sends
+        if self.rank == 0:
+            padded = []
+            for data in encoded:
+                room = received.clone()
+                room[: len(data)] = data
+                padded.append(room)
+        dist.scatter(received, padded, src=0, group=self._group)
+        return _decode(received)
 
     def twin(self) -> GroupExchange:
         return GroupExchange(self._timeout_s)

@@ -6,8 +6,8 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomesh.checkpoint.native import format as fmt
@@ -17,6 +17,7 @@ from evomesh.checkpoint.native.format import (
     FileRecord,
     TensorRecord,
 )
+from evomesh.checkpoint.native.index import TensorIndex
 from evomesh.checkpoint.native.intact import read_until_intact, reading
 from evomesh.checkpoint.native.unfinished import is_marked
 from evomesh.config.folders import shared_role
@@ -44,11 +45,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose records verify."""
+    """A checkpoint whose records verify.
+
+    Attributes:
+        index_data: content of the index, if it is in memory.
+    """
 
     storage: Storage
     folder: str
     record: CommitRecord
+    index_data: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def step(self) -> int:
@@ -74,8 +80,24 @@ class Checkpoint:
         config: dict[str, Any] = decode_json(self.record.config)
         return config
 
-    def index(self) -> bytes:
-        """Read the index and check it against the commit record."""
+    def index(self) -> TensorIndex:
+        """Return the index, read from the folder unless it came with the record."""
+        data = self.index_data
+        if data is None:
+            data = self._read_index()
+        return TensorIndex(data, self.record, self.folder)
+
+    def with_index(self) -> Checkpoint:
+        """Return the checkpoint with its index in memory, checked against the commit record.
+
+        Raises:
+            CheckpointError: the index is absent, of another size, or damaged.
+        """
+        index = self.record.index
+        _check_size(self, index.file, index.size)
+        return replace(self, index_data=self._read_index())
+
+    def _read_index(self) -> bytes:
         index = self.record.index
 
         def read() -> bytes:
@@ -90,34 +112,32 @@ class Checkpoint:
 
         return read_until_intact(join(self.folder, index.file), read)
 
-    def records(self) -> dict[str, TensorRecord]:
-        """Read the index and return all tensors by name.
+    def records(self, wanted: Collection[str] | None = None) -> dict[str, TensorRecord]:
+        """Return the records of the tensors of these names, or of all.
 
         Raises:
             CheckpointError: a line that does not fit its data files, or a tensor that is listed twice.
         """
-        data = self.index()
-        records: dict[str, TensorRecord] = {}
-        try:
-            for record in fmt.parse_index(data, self.files):
-                if record.name in records:
-                    raise CheckpointError(f"the index lists {record.name!r} twice")
-                records[record.name] = record
-        except CheckpointError as error:
-            raise CheckpointError(error.found, where=self.folder) from None
-        if len(records) != self.record.tensors:
-            raise CheckpointError(
-                f"the index lists {len(records)} tensors, but {fmt.COMMIT} counts {self.record.tensors}",
-                where=self.folder,
-            )
-        return records
+        return self.index().records(wanted)
+
+    def check_sizes(self, share: int = 0, shares: int = 1) -> None:
+        """Check the sizes of this share of the data files.
+
+        Sizes cost one request each and find what goes wrong most often: a copy that was
+        interrupted. Bytes are read by ``verify`` only.
+
+        Raises:
+            CheckpointError: naming the file that is absent or has another size.
+        """
+        for file in self.files[share::shares]:
+            _check_size(self, file.name, file.size)
 
 
-def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
-    """Verify the commit record, that it is of the step in the folder's name, and the sizes of the files it names.
+def open_record(storage: Storage, folder: str) -> Checkpoint:
+    """Read the commit record, and check that it is of the step in the folder's name.
 
     Raises:
-        CheckpointError: naming the file and what is wrong with it.
+        CheckpointError: absent, damaged, or of another step.
     """
     record = _read_commit_record(storage, folder)
     _, _, name = folder.rpartition("/")
@@ -128,13 +148,20 @@ def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
             where=folder,
             fix=f"rename the folder to {fmt.folder_name(record.step)}",
         )
-    # Sizes cost one request each and find what goes wrong most often: a copy that was
-    # interrupted. Bytes are read by ``verify`` only.
-    for file in record.files:
-        _check_size(storage, folder, file.name, file.size, record)
-    index = record.index
-    _check_size(storage, folder, index.file, index.size, record)
     return Checkpoint(storage, folder, record)
+
+
+def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
+    """Read the commit record, and check the sizes of the files that it names.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    checkpoint = open_record(storage, folder)
+    checkpoint.check_sizes()
+    index = checkpoint.record.index
+    _check_size(checkpoint, index.file, index.size)
+    return checkpoint
 
 
 def _why_uncommitted(names: Sequence[str]) -> str:
@@ -169,11 +196,10 @@ def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
         ) from None
 
 
-def _check_size(
-    storage: Storage, folder: str, name: str, size: int, record: CommitRecord
-) -> None:
-    with reading(name, folder, _writer_of(name, record)):
-        actual = storage.size(join(folder, name))
+def _check_size(checkpoint: Checkpoint, name: str, size: int) -> None:
+    folder = checkpoint.folder
+    with reading(name, folder, _writer_of(name, checkpoint.record)):
+        actual = checkpoint.storage.size(join(folder, name))
     if actual != size:
         raise CheckpointError(
             f"{name} has {actual} bytes, but the commit record lists {size}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -395,6 +395,24 @@ class TensorRecord:
         return canonical(line) + b"\n"
 
     @staticmethod
+    def from_json(value: Any) -> TensorRecord:
+        """Parse the JSON of one line; its pieces are not compared with the tensor.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing or of the wrong kind.
+        """
+        fields = mapping(value, "the line")
+        pieces = []
+        for piece in array(fields["pieces"], "pieces"):
+            pieces.append(PieceRecord.from_json(piece))
+        return TensorRecord(
+            text(fields["name"], "name"),
+            text(fields["dtype"], "dtype"),
+            integers(fields["shape"], "shape"),
+            tuple(pieces),
+        )
+
+    @staticmethod
     def from_line(line: bytes, files: Sequence[FileRecord]) -> TensorRecord:
         """Parse one line and check that each piece is inside its tensor and its file.
 
@@ -402,18 +420,7 @@ class TensorRecord:
             CheckpointError: naming the tensor and the field.
         """
         try:
-            value = mapping(json.loads(line), "the line")
-            pieces = tuple(
-                PieceRecord.from_json(piece)
-                for piece in array(value["pieces"], "pieces")
-            )
-            shape = integers(value["shape"], "shape")
-            record = TensorRecord(
-                text(value["name"], "name"),
-                text(value["dtype"], "dtype"),
-                shape,
-                pieces,
-            )
+            record = TensorRecord.from_json(json.loads(line))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(
@@ -428,11 +435,12 @@ class TensorRecord:
         # The hash proves that this index was written, not that it makes sense. A piece
         # out of bounds would read bytes of another tensor, and a hole would leave what
         # the allocator had there in a weight: both are refused before any data is read.
-        for piece in pieces:
+        for piece in record.pieces:
             _check_piece(record, piece, files)
-        if not covers_once(record.shape, [piece.box for piece in pieces]):
+        boxes = [piece.box for piece in record.pieces]
+        if not covers_once(record.shape, boxes):
             raise CheckpointError(
-                f"{record.name}: its {len(pieces)} pieces do not cover {record.described} exactly once"
+                f"{record.name}: its {len(boxes)} pieces do not cover {record.described} exactly once"
             )
         return record
 
@@ -469,12 +477,6 @@ def _check_piece(
         raise CheckpointError(
             f"{record.name}: a piece at bytes {piece.start}..{end} of {file.name}, which has {file.size} bytes"
         )
-
-
-def parse_index(index: bytes, files: Sequence[FileRecord]) -> Iterator[TensorRecord]:
-    """Yield the tensor records of an index, line by line."""
-    for line in index.splitlines():
-        yield TensorRecord.from_line(line, files)
 
 
 def file_name(attempt: str, rank: int) -> str:

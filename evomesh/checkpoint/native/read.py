@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +49,22 @@ def match(
     local: Mapping[str, LocalTensor],
     cast: bool,
     where: str,
+    all_names: Callable[[], Iterable[str]] | None = None,
 ) -> None:
     """Check that every wanted tensor is in the checkpoint, with its shape and dtype.
 
     Args:
+        records: those of the checkpoint, at least of the wanted tensors that it has.
         cast: the dtype may differ.
+        all_names: of the checkpoint's tensors, if ``records`` are not all.
 
     Raises:
         CheckpointError: naming the missing tensors, or those that differ with both shapes.
     """
-    refuse_missing([name for name in local if name not in records], records, where)
+    missing = [name for name in local if name not in records]
+    if missing:
+        available = all_names() if all_names is not None else records
+        refuse_missing(missing, available, where)
     differing = []
     for name, wanted in local.items():
         record = records[name]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-from evomesh.checkpoint.native.find import Candidate, Checkpoint, open_checkpoint
+from evomesh.checkpoint.native.find import Candidate, Checkpoint, open_record
 from evomesh.checkpoint.native.format import (
     MAX_HEADER_BYTES,
     CheckpointError,
     FileRecord,
-    TensorRecord,
     piece_hash,
 )
 from evomesh.checkpoint.native.intact import read_until_intact, reading
@@ -21,39 +19,64 @@ from evomesh.storage.base import join
 Depth = Literal["record", "data"]
 
 
-def verify(
-    candidate: Candidate, depth: Depth = "record", share: int = 0, shares: int = 1
-) -> Checkpoint:
-    """Open a candidate and verify it.
-
-    Args:
-        share, shares: read the data files of this share only, since the ranks of a run
-            divide them.
+def verify(candidate: Candidate, depth: Depth = "record") -> Checkpoint:
+    """Open a candidate and verify it on this process alone.
 
     Raises:
         CheckpointError: naming the file, and the tensor if the damage is in one.
     """
-    with reading("the checkpoint", candidate.folder):
-        checkpoint = open_checkpoint(candidate.storage, candidate.folder)
-        records = checkpoint.records()
-        # Both are decoded once here, so that an odd one counts as damage and not as a
-        # fault of whoever uses it.
-        _ = checkpoint.state, checkpoint.config
-        if depth == "data":
-            _verify_data(checkpoint, records, share, shares)
+    checkpoint = open_records(candidate)
+    verify_records(checkpoint)
+    if depth == "data":
+        verify_data(checkpoint)
     return checkpoint
 
 
-def _verify_data(
-    checkpoint: Checkpoint, records: Mapping[str, TensorRecord], share: int, shares: int
-) -> None:
-    # Rank 1 of 8 reads files 1, 9, 17 ...: the job reads each byte once, not once a rank.
+def open_records(candidate: Candidate) -> Checkpoint:
+    """Read the commit record and the index of a candidate, and check both hashes.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    with reading("the checkpoint", candidate.folder):
+        return open_record(candidate.storage, candidate.folder).with_index()
+
+
+def verify_records(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None:
+    """Check what the records say of a share of the data files and of the tensors.
+
+    Args:
+        share, shares: rank 1 of 8 looks at files 1, 9, 17 and so on, so that the ranks of
+            a job ask a store for each file once.
+
+    Raises:
+        CheckpointError: naming the file or the tensor.
+    """
+    with reading("the checkpoint", checkpoint.folder):
+        checkpoint.check_sizes(share, shares)
+        checkpoint.index().check(share, shares)
+        # Both are decoded once here, so that an odd one counts as damage and not as a
+        # fault of whoever uses it.
+        _ = checkpoint.state, checkpoint.config
+
+
+def verify_data(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None:
+    """Compare every byte of a share of the data files with its hash.
+
+    ``verify_records`` of all shares comes first.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    with reading("the checkpoint", checkpoint.folder):
+        _verify_data(checkpoint, share, shares)
+
+
+def _verify_data(checkpoint: Checkpoint, share: int, shares: int) -> None:
     items = []
-    for record in records.values():
+    for record in checkpoint.index().records_of_files(share, shares):
         for piece in record.pieces:
-            is_own = piece.file % shares == share
-            if is_own:
-                items.append(ReadItem(record, piece))
+            items.append(ReadItem(record, piece))
     # The header of a file ends where its first piece begins. It has a hash in the commit
     # record, since no piece covers it: other programs find the tensors by it alone.
     header_bytes: dict[int, int] = {}

@@ -35,6 +35,11 @@ class ThreadExchange:
         self._barrier.wait()
         return result
 
+    def scatter(self, messages: list[Any] | None) -> Any:
+        messages = self.broadcast(messages)
+        assert messages is not None
+        return messages[self.rank]
+
     def twin(self) -> ThreadExchange:
         twin = self._board.setdefault(
             "twin", ({}, threading.Barrier(self.size, timeout=20))
