@@ -18,6 +18,7 @@ from pydantic import Field
 
 from evomesh.config.finding import ConfigFinding
 from evomesh.config.section import Section
+from evomesh.config.watchdog import WatchdogConfig
 
 ENVIRONMENT_PREFIX = "env:"
 CHANNELS = "monitor.alert.channels"
@@ -93,6 +94,9 @@ class AlertConfig(Section):
 
 class MonitorConfig(Section):
     alert: AlertConfig = Field(AlertConfig(), description="Alerts and heartbeats.")
+    watchdog: WatchdogConfig = Field(
+        WatchdogConfig(), description="What finds a rank that is stuck."
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ without gradient, pending until ``wait()``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from evomesh.parallel.grid import Axis
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 # torch 2.13 renamed these two: the old names warn there, the new ones do not exist in
 # earlier versions.
@@ -201,6 +204,31 @@ class _AllToAll(torch.autograd.Function):
         )
 
 
+def _group_name(axis: Axis) -> str:
+    """Return a name that all members of the axis have for it, and no other group has."""
+    return f"{axis.name}:{axis.group.group_name}" if axis.group is not None else ""
+
+
+def _recorded(
+    operation: Place, axis: Axis, data: Tensor | None
+) -> AbstractContextManager[object]:
+    """Return a context in which this rank is recorded to be in a collective; ``data`` has the same size on all."""
+    # A compiled graph calls the collective without this function.
+    if torch.compiler.is_compiling() or not this_process().is_open:
+        return nullcontext()
+    nbytes = data.nbytes if data is not None else 0
+    return this_process().collective(operation, _group_name(axis), nbytes)
+
+
+def _launched(operation: Place, axis: Axis, data: Tensor) -> str:
+    """Record that a collective was launched and return the name of its group."""
+    if torch.compiler.is_compiling() or not this_process().is_open:
+        return ""
+    group = _group_name(axis)
+    this_process().launched(operation, group, data.nbytes)
+    return group
+
+
 def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Return this rank's range of ``dim`` as a view, [L] -> [L / n]."""
     _check_divisible(x, axis, dim)
@@ -232,7 +260,8 @@ def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
         return x
     source = _dim_first(x, dim)
     whole = _empty_rows(len(source) * axis.size, source)
-    _gather_single(whole, source, group=axis.group)
+    with _recorded(Place.ALL_GATHER, axis, source):
+        _gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
 
 
@@ -245,7 +274,8 @@ def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     own_rows = len(source) // axis.size
     own = _empty_rows(own_rows, source)
     group = axis.group
-    _reduce_scatter_single(own, source, group=group)
+    with _recorded(Place.REDUCE_SCATTER, axis, source):
+        _reduce_scatter_single(own, source, group=group)
     return own.movedim(0, dim)
 
 
@@ -256,7 +286,8 @@ def all_reduce_no_grad(
     for axis in axes:
         if axis.size > 1:
             x = x.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(x, op=op, group=axis.group)
+            with _recorded(Place.ALL_REDUCE, axis, x):
+                dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
@@ -273,7 +304,8 @@ def all_to_all_no_grad(
     chunks = x.chunk(axis.size, split_dim)
     source = torch.stack(chunks)
     received = torch.empty_like(source)
-    dist.all_to_all_single(received, source, group=axis.group)
+    with _recorded(Place.ALL_TO_ALL, axis, source):
+        dist.all_to_all_single(received, source, group=axis.group)
     return torch.cat(received.unbind(), concat_dim)
 
 
@@ -284,10 +316,12 @@ class PendingCollective:
     tensor: Tensor
     work: dist.Work | None
     source: Tensor  # kept alive until the transfer has read it
+    group: str = field(default="", kw_only=True)  # for the record of what is waited for
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            with this_process().waiting(Place.PENDING, self.group):
+                self.work.wait()
         return self.tensor
 
 
@@ -327,13 +361,14 @@ def _launch_row_exchange(
 ) -> PendingCollective:
     """Launch the exchange of ``bucket`` [n, chunk]: each rank receives all summands of the row that it sums."""
     summands = torch.empty_like(bucket)
+    group = _launched(Place.ALL_TO_ALL, axis, bucket)
     work = dist.all_to_all_single(
         summands.view(-1),
         bucket.view(-1),
         group=axis.group,
         async_op=True,
     )
-    return _PendingRowSum(summands, work, bucket, axis, shape)
+    return _PendingRowSum(summands, work, bucket, axis, shape, group=group)
 
 
 def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
@@ -348,13 +383,14 @@ def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
         return _launch_row_exchange(bucket, axis)
     chunk_shape = bucket.shape[1:]
     own = bucket.new_empty(chunk_shape)
+    group = _launched(Place.REDUCE_SCATTER, axis, bucket)
     work = _reduce_scatter_single(
         own,
         bucket.view(-1),
         group=axis.group,
         async_op=True,
     )
-    return PendingCollective(own, work, bucket)
+    return PendingCollective(own, work, bucket, group=group)
 
 
 def launch_all_gather(
@@ -368,8 +404,9 @@ def launch_all_gather(
         shape = (axis.size, *chunk.shape)
         out = chunk.new_empty(shape)
     flat = out.view(-1)
+    group = _launched(Place.ALL_GATHER, axis, chunk)
     work = _gather_single(flat, chunk, group=axis.group, async_op=True)
-    return PendingCollective(out, work, chunk)
+    return PendingCollective(out, work, chunk, group=group)
 
 
 def _as_rows(bucket: Tensor, ranks: int) -> Tensor:
@@ -395,11 +432,12 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
             rows = _as_rows(bucket, axis.size)
             return _launch_row_exchange(rows, axis, bucket.shape)
         work = _launch_sum_(bucket, axis)
-    return PendingCollective(bucket, work, bucket)
+    return PendingCollective(bucket, work, bucket, group=_group_name(axis))
 
 
 def _launch_sum_(x: Tensor, axis: Axis) -> dist.Work | None:
     """Launch the all-reduce of ``x`` in place."""
+    _launched(Place.ALL_REDUCE, axis, x)
     work: dist.Work | None = dist.all_reduce(x, group=axis.group, async_op=True)
     return work
 
@@ -418,16 +456,18 @@ def launch_next_sum(
             return launch_next_sum(pending, axis, None)
     total = pending.wait()
     work = _launch_sum_(total, axis)
-    return _PendingNextSum(total, work, pending.source, pending)
+    group = _group_name(axis)
+    return _PendingNextSum(total, work, pending.source, pending, group=group)
 
 
 def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
     """Overwrite ``x`` with the tensor of axis rank ``source``; not differentiable, hence the write to its argument."""
     if axis.size > 1:
         assert axis.group is not None
-        dist.broadcast(
-            x, src=dist.get_global_rank(axis.group, source), group=axis.group
-        )
+        with _recorded(Place.BROADCAST, axis, x):
+            dist.broadcast(
+                x, src=dist.get_global_rank(axis.group, source), group=axis.group
+            )
 
 
 def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
@@ -439,7 +479,8 @@ def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
 def receive(x: Tensor, axis: Axis, source: int) -> Tensor:
     """Receive into ``x`` what axis rank ``source`` sends, and return it."""
     assert axis.group is not None
-    dist.recv(x, group=axis.group, group_src=source)
+    with this_process().waiting(Place.RECEIVE, f"{axis.name} stage"):
+        dist.recv(x, group=axis.group, group_src=source)
     return x
 
 
@@ -448,5 +489,6 @@ def all_gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with _recorded(Place.GATHER, axis, None):
+        dist.all_gather_object(values, value, group=axis.group)
     return values

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from evomesh.errors import EXIT_RESTART, UserError
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 
 class Exchange(Protocol):
@@ -88,16 +90,19 @@ class GroupExchange:
         )
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self._name = f"the exchange of all ranks:{self._group.group_name}"
 
     def gather(self, message: Any) -> list[Any] | None:
         try:
-            return self._gather(message)
+            with this_process().collective(Place.GATHER, self._name):
+                return self._gather(message)
         except RuntimeError as error:
             raise PeerLostError(error) from error
 
     def broadcast(self, message: Any) -> Any:
         try:
-            return self._broadcast(message)
+            with this_process().collective(Place.BROADCAST, self._name):
+                return self._broadcast(message)
         except RuntimeError as error:
             raise PeerLostError(error) from error
 

@@ -24,6 +24,9 @@ from torch.distributed.distributed_c10d import Store
 
 from evomesh.errors import EXIT_RESTART, UserError
 from evomesh.monitor.log import ALL_RANKS
+from evomesh.parallel.rank_process import RankProcess
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import COLLECTIVE_FAILED, HAS_VERDICT
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +148,7 @@ class PeerWatch:
         hosts: of all ranks.
         end: called in the thread with the verdict that ends this process.
         stop_requested: whether a signal has asked this rank to stop, which a frozen peer must not delay.
+        processes: of all ranks.
     """
 
     def __init__(
@@ -155,8 +159,10 @@ class PeerWatch:
         *,
         end: Callable[[Verdict], None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        processes: Mapping[int, RankProcess] | None = None,
     ) -> None:
         self.rank, self.hosts = rank, hosts
+        self.processes = dict(processes or {})
         self._store = store
         self._end = end or end_process
         self._stop_requested = stop_requested
@@ -198,6 +204,7 @@ class PeerWatch:
 
     def announce(self, message: str, exit_code: int) -> Verdict:
         """Tell the other ranks the error that this one ends with; return the verdict that stands."""
+        this_process().set_flag(HAS_VERDICT)
         return self._publish(
             failed(self.rank, self.hosts[self.rank], message, exit_code)
         )
@@ -209,6 +216,7 @@ class PeerWatch:
 
     def name_lost_rank(self, limit_s: float = NAMING_LIMIT_S) -> Verdict | None:
         """Wait until the rank is known that made a collective of this rank fail; None when none is found."""
+        this_process().set_flag(COLLECTIVE_FAILED)
         with contextlib.suppress(RuntimeError):
             self._store.set(_SUSPICION, str(self.rank))
         self._collective_failed.set()
@@ -280,13 +288,17 @@ class PeerWatch:
 
     def _lost(self, rank: int, seconds: float) -> Verdict:
         sentence = (
-            f"{self._describe(rank)} is lost: it has not answered for {seconds:.0f} s (killed, frozen, or its node "
-            "is down)"
+            f"{self._describe(rank)} is lost: it{self._pid(rank)} has not answered for {seconds:.0f} s (killed, "
+            "frozen, or its node is down)"
         )
         return Verdict(rank, sentence, EXIT_RESTART)
 
     def _describe(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
+
+    def _pid(self, rank: int) -> str:
+        process = self.processes.get(rank)
+        return f" (pid {process.pid})" if process is not None else ""
 
     def _publish(self, verdict: Verdict) -> Verdict:
         """Write a verdict unless there is one; return the one that stands."""
@@ -310,6 +322,7 @@ class PeerWatch:
         """End with a verdict: the main thread if it asks for it soon, else the process."""
         if self._has_verdict.is_set():
             return
+        this_process().set_flag(HAS_VERDICT)
         self._verdict = verdict
         self._has_verdict.set()
         is_a_watcher = threading.current_thread() in self._threads

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import PeerLostError
 from evomesh.parallel.peer_watch import PeerFailedError, PeerWatch
+from evomesh.parallel.rank_process import RankProcess
 from evomesh.parallel.rendezvous import (
     JobAddress,
     call_roll,
@@ -59,9 +60,12 @@ def join_world(
     _allow_many_ranks()
     store = open_store(address)
     store.set(f"gpu/{address.rank}", gpu_identity(device))
+    store.set(f"process/{address.rank}", RankProcess.of_this_one().encode())
     hosts = call_roll(store, address)
     # All are here, so all have written theirs; equal lists lead to equal backends.
-    gpus = store.multi_get([f"gpu/{rank}" for rank in range(address.world_size)])
+    ranks = range(address.world_size)
+    gpus = store.multi_get([f"gpu/{rank}" for rank in ranks])
+    processes = store.multi_get([f"process/{rank}" for rank in ranks])
     sharers = ranks_on_one_gpu([gpu.decode() for gpu in gpus])
     if sharers and address.rank == 0:
         logger.warning(
@@ -70,7 +74,11 @@ def join_world(
             ", ".join(map(str, sharers)),
         )
     watch = PeerWatch(
-        second_connection(address), address.rank, hosts, stop_requested=stop_requested
+        second_connection(address),
+        address.rank,
+        hosts,
+        stop_requested=stop_requested,
+        processes={r: RankProcess.decode(text) for r, text in enumerate(processes)},
     )
     watch.start()
     try:

@@ -9,6 +9,8 @@ import os
 import stat
 
 from evomesh.storage.base import LockTakenError, StorageError, join
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +86,19 @@ class LocalWriter:
 
     def write(self, data: memoryview | bytes) -> None:
         view = memoryview(data)
-        while view:  # one call may take less than all of it
-            count = self._calls.write(self._file, view)
-            view = view[count:]
+        with this_process().phase(Place.FILE, self._path):
+            while view:  # one call may take less than all of it
+                count = self._calls.write(self._file, view)
+                view = view[count:]
 
     def finish(self) -> None:
         # A network file system may report a full disk or a lost server only here or when
         # the file is closed: both must have succeeded before a record names the file.
-        self._calls.fsync(self._file)
-        file = self._file
-        self._file = -1
-        self._calls.close(file)
+        with this_process().phase(Place.FILE, self._path):
+            self._calls.fsync(self._file)
+            file = self._file
+            self._file = -1
+            self._calls.close(file)
 
     def abort(self) -> None:
         if self._file >= 0:
@@ -129,6 +133,10 @@ class LocalReader:
         return
 
     def read_into(self, start: int, buffer: memoryview) -> None:
+        with this_process().phase(Place.FILE, self._path):
+            self._read_all(start, buffer)
+
+    def _read_all(self, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file, [buffer[done:]], start + done)

@@ -136,6 +136,11 @@ class TrainingAlerts:
         self.crashed(sentence)
         self.close()
 
+    def ended_by_hang(self, sentence: str) -> None:
+        """Report a rank that is stuck before all of them end; on the one rank that logs it."""
+        self._center.raise_alert("hang", sentence)
+        self.close()
+
 
 class DiskCheck:
     """Looks at the free space of the folders of a run every minute, on a thread: a file system may hang.

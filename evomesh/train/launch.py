@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,15 +23,19 @@ from evomesh.parallel.build import build_grid
 from evomesh.parallel.device import device_of_rank
 from evomesh.parallel.exchange import default_exchange
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.hang_watch import HangWatch
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.peer_watch import PeerWatch
 from evomesh.parallel.process_group import first_ranks_number, join_world, leave_world
+from evomesh.parallel.rank_process import RankProcess
+from evomesh.parallel.rendezvous import second_connection
 from evomesh.train.agreement import config_facts, require_agreement
 from evomesh.train.allocator import use_expandable_segments
 from evomesh.train.determinism import enable_determinism
 from evomesh.train.job import explain_to_peers
 from evomesh.train.launchers import ProcessInfo, detect, idle_tasks
 from evomesh.train.signals import StopRequest
+from evomesh.watchdog.diagnosis import HangLimits
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +67,14 @@ def launch(
     port: int = 8888,
     seed: int | None = None,
     before_end: Callable[[str], None] | None = None,
+    before_hang_ends: Callable[[str], None] | None = None,
 ) -> Iterator[RunContext]:
     """Join the other ranks, if there are any, and leave them at the end of the context.
 
     Args:
         before_end: called with a sentence before this process is ended at once, because its main thread waits for a
             rank that is gone; on another thread.
+        before_hang_ends: called likewise because a rank is stuck, on the one rank that logs it.
 
     Raises:
         UserError: the launcher's variables are missing or wrong, or the layout does not fit the number of processes;
@@ -96,6 +103,8 @@ def launch(
         lambda: request is not None and request.signal is not None,
         config.parallel.collective_timeout,
     )
+    hang_watch = _watch_for_hangs(config, process, watch)
+    hang_watch.before_end = before_hang_ends
     try:
         if watch is not None:
             watch.before_end = before_end
@@ -105,6 +114,7 @@ def launch(
         yield _start_run(config, process, device, seed)
     except BaseException as error:
         if watch is None:
+            hang_watch.close()
             raise
         reported = explain_to_peers(error, watch)
         if reported is error:
@@ -112,6 +122,7 @@ def launch(
         raise reported from error
 
     # 3. All went well: nobody leaves while another still needs it.
+    hang_watch.close()
     leave_world()
     if watch is not None:
         watch.sign_off()
@@ -125,6 +136,27 @@ def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> No
         f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
         f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
     )
+
+
+def _watch_for_hangs(
+    config: Config, process: ProcessInfo, watch: PeerWatch | None
+) -> HangWatch:
+    """Start to record what this rank does, for the watcher of its host, unless the config has it off."""
+    ranks = {0: RankProcess.of_this_one()}
+    if watch is not None:
+        ranks = watch.processes
+    settings = config.monitor.watchdog
+    limits = HangLimits(settings.silence, settings.steps, settings.long_phase)
+    hang_watch = HangWatch(
+        process.rank,
+        ranks,
+        limits,
+        open_store=partial(second_connection, process.address),
+        host_of_leader=process.host,
+    )
+    if settings.enable:
+        hang_watch.start()
+    return hang_watch
 
 
 def _agree_before_the_start(

@@ -23,6 +23,8 @@ from evomesh.train.launchers import detect, spawn_ranks
 from evomesh.train.memory import float16_warning, product_ratio, refuse_too_large
 from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def run_training(
                 launcher=launcher,
                 port=port,
                 before_end=alerts.ended_by_peer,
+                before_hang_ends=alerts.ended_by_hang,
             ) as context:
                 exit_code = _train(loaded, context, profile, exports, alerts)
             # Only now: the other ranks have left, and none of them waits for rank 0.
@@ -99,7 +102,8 @@ def _train(
             logger.warning("%s", warning)
     if exports is not None:
         refuse_unexportable_run(loaded.config)
-    run = build_run(loaded, context, exports)
+    with this_process().phase(Place.START):
+        run = build_run(loaded, context, exports)
     alerts.attach(
         run.reporter.folder,
         run.reporter.main,

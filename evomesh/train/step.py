@@ -20,6 +20,8 @@ from evomesh.parallel.grid import Grid
 from evomesh.pipeline.schedule import Schedule
 from evomesh.train.stopwatch import Stopwatch
 from evomesh.train.tally import LossTally
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def train_step(
     sums = _LossSums(batch, data_types, scaler.scale)
     optimizer.expect_micro_batches(len(scales))
     terms = LossTerms.of(loss_config)
-    if not schedule.train(batch, scales, terms, sums.add, should_stop):
+    with this_process().phase(Place.FORWARD_BACKWARD):
+        is_done = schedule.train(batch, scales, terms, sums.add, should_stop)
+    if not is_done:
         optimizer.zero_grad()
         return None
     watch.stop()
@@ -101,7 +105,7 @@ def train_step(
     # 3. Update: clips, skips a gradient that is not finite, applies AdamW. The losses
     #    are summed over the ranks together with the norm.
     own_sums = sums.of_this_rank(grid)
-    with region("optimizer"):
+    with region("optimizer"), this_process().phase(Place.OPTIMIZER):
         update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile, own_sums)
     optimizer.zero_grad()
 
@@ -140,7 +144,8 @@ class _LossSums:
         self.tally = LossTally(data_types, device)
 
     def add(self, index: int, output: LossOutput) -> None:
-        """Add the losses of micro-batch ``index``."""
+        """Add the losses of micro-batch ``index``, which is then done."""
+        this_process().begin_micro_batch(index + 1)
         self.objectives[0].add_(output.scaled_sum.detach().double() / self.scale)
         if output.scaled_z_loss is not None:
             self.objectives[1].add_(output.scaled_z_loss.double() / self.scale)
@@ -183,7 +188,8 @@ def _read_results(update: StepResult, sums: _LossSums) -> tuple[StepOutput, Tens
 
 def copy_to_host(results: Tensor) -> Tensor:
     """Copy to the host: the one place where a step waits for the device."""
-    return results.cpu()
+    with this_process().phase(Place.RESULTS):
+        return results.cpu()
 
 
 def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> Tensor:

@@ -24,6 +24,8 @@ from evomesh.train.step import seed_step, train_step
 from evomesh.train.stop import StopPoll
 from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
 from evomesh.train.validate import validate
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +186,9 @@ class Trainer:
             run.stream.skip()
             logger.info("step %d skipped because data.skip_batches lists it", step)
             return
-        with region("data wait"):
+        activity = this_process()
+        activity.begin_step(step)
+        with region("data wait"), activity.phase(Place.DATA):
             batch = run.take_batch()
         record = self._update(step, batch, started, poll)
         # Half a step has no place in a checkpoint: it is as if it had not begun.
@@ -197,14 +201,18 @@ class Trainer:
             )
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            results = validate(run.stages, run.valid_sets, run.grid, run.device)
+            with activity.phase(Place.VALIDATION):
+                results = validate(run.stages, run.valid_sets, run.grid, run.device)
             record = run.reporter.validation(record, results)
-        run.reporter.write(record)
+        with activity.phase(Place.REPORT):
+            run.reporter.write(record)
         saves = run.checkpoints
         self.alerts.after_step(record, 0 if saves is None else saves.bytes_per_save)
         self._refuse_endless_skipping(step)
-        self.upkeep.after_step(record.fwd_bwd_time)
+        with activity.phase(Place.UPKEEP):
+            self.upkeep.after_step(record.fwd_bwd_time)
         self._save_if_due()
+        activity.end_step()
 
     def _update(
         self, step: int, batch: Batch, started: float, poll: StopPoll
@@ -296,18 +304,19 @@ class Trainer:
         run, state = self.run, self.state
         if run.checkpoints is None:
             return
-        if self.saved_step != state.step:
-            run.checkpoints.save(
-                state.step,
-                run.tensors(),
-                run.state_dict(),
-                config_to_dict(self.config),
-                blocking=final,
-                snapshot=snapshot,
-                final=final,
-            )
-            # A snapshot is overwritten by a later one, so it does not stand for the
-            # checkpoint of its step.
-            self.saved_step = None if snapshot else state.step
-        if final:
-            run.checkpoints.wait(final=True)
+        with this_process().phase(Place.SAVE):
+            if self.saved_step != state.step:
+                run.checkpoints.save(
+                    state.step,
+                    run.tensors(),
+                    run.state_dict(),
+                    config_to_dict(self.config),
+                    blocking=final,
+                    snapshot=snapshot,
+                    final=final,
+                )
+                # A snapshot is overwritten by a later one, so it does not stand for the
+                # checkpoint of its step.
+                self.saved_step = None if snapshot else state.step
+            if final:
+                run.checkpoints.wait(final=True)

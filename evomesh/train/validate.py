@@ -10,6 +10,8 @@ from evomesh.layers.loss import LossOutput
 from evomesh.parallel.grid import Grid
 from evomesh.train.stages import ModelStages
 from evomesh.train.tally import LossTally
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
 
 
 def validate(
@@ -41,4 +43,6 @@ def _tally_batch(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
     def add(index: int, output: LossOutput) -> None:
         tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
 
-    stages.schedule.evaluate(batch, add)
+    # Each batch counts as progress of this rank.
+    with this_process().phase(Place.FORWARD_BACKWARD):
+        stages.schedule.evaluate(batch, add)

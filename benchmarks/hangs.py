@@ -1,0 +1,124 @@
+"""Hangs named rightly by the watchdog, and false alarms in normal steps.
+
+Run: python benchmarks/hangs.py [--cases 14] [--silence 3] [--normal-steps 10000]
+
+Each case is a training run of 2 or 3 ranks in which one, chosen at random, hangs in one of the ways of
+tests/support/hang_faults.py. It counts as right if exactly one rank writes one sentence, which names the rank and what
+it does, and all ranks end with 75, or are killed if they cannot. The normal run validates and saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.support.hang_faults import WORDS
+from tests.support.interpreter import Interpreter
+from tests.support.runs import write_run
+
+ENDLESS = 'data["total_steps"] = 1000000\n'
+LAYOUTS = {
+    "data": "",
+    "tensor": "parallel = dict(tensor=2)\n",
+    "pipeline": "parallel = dict(pipeline=2)\n",
+    "weight": 'parallel = dict(tensor=dict(size=2, mode="isp"), weight=2)\n',
+}
+
+
+def settings(silence: float) -> str:
+    return f"monitor = dict(watchdog=dict(silence={silence}, long_phase={silence}))\n"
+
+
+def one_case(
+    interpreter: Interpreter, kind: str, draw: random.Random, silence: float
+) -> str:
+    """Let one rank hang and return "" if it was named rightly, else what was printed."""
+    layout = draw.choice(list(LAYOUTS))
+    ranks = draw.choice((2, 3)) if layout == "data" else 2
+    culprit = draw.randrange(ranks)
+    step = draw.randrange(5, 60)
+    plant = (
+        "from tests.support.hang_faults import plant\n"
+        f"plant({kind!r}, rank={culprit}, step={step})\n"
+    )
+    save = (
+        f"ckpt['checkpoint_every'] = {step + 1 if kind == 'file system' else 100000}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        text = ENDLESS + LAYOUTS[layout] + settings(silence) + save + plant
+        write_run(Path(folder), text)
+        command = ["evomesh", "train", "config.py"]
+        started = interpreter.start_ranks(command, ranks, cwd=folder)
+        try:
+            finished = [rank.wait(60) for rank in started]
+        except AssertionError as error:
+            for rank in started:
+                rank.kill()
+            return f"{kind}, {layout}, rank {culprit} of {ranks}, step {step}: {error}"
+    output = "".join(one.stdout + one.stderr for one in finished)
+    named = f"rank {culprit} on " in output and WORDS[kind] in output
+    once = output.count("ending with exit code 75") == 1
+    codes = [one.returncode for one in finished]
+    others = [code for rank, code in enumerate(codes) if rank != culprit]
+    ended = all(code == 75 for code in others) and codes[culprit] in (75, -9)
+    if named and once and ended:
+        return ""
+    return f"{kind}, {layout}, rank {culprit} of {ranks}, step {step}: {codes}\n{output[-2500:]}"
+
+
+def normal_steps(
+    interpreter: Interpreter, steps: int, silence: float
+) -> tuple[int, float]:
+    """Return the false alarms in a run with validation and saves, and its seconds."""
+    extra = (
+        f"data.update(total_steps={steps}, valid_every=50)\nckpt.update(checkpoint_every=100, keep_last=2)\n"
+        f"monitor = dict(watchdog=dict(silence={silence}))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(Path(folder), extra)
+        begun = time.monotonic()
+        ranks = interpreter.start_ranks(
+            ["evomesh", "train", "config.py"], 2, cwd=folder
+        )
+        codes = [rank.wait(570).returncode for rank in ranks]
+    return sum(code != 0 for code in codes), time.monotonic() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=14)
+    parser.add_argument("--silence", type=float, default=3.0)
+    parser.add_argument("--normal-steps", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=list(WORDS))
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    interpreter = Interpreter()
+    right: Counter[str] = Counter()
+    wrong = []
+    for case in range(args.cases):
+        kind = args.kinds[case % len(args.kinds)]
+        found = one_case(interpreter, kind, draw, args.silence)
+        right[kind] += not found
+        wrong += [found] if found else []
+    interpreter.close()
+    print("\n".join(wrong), file=sys.stderr)
+    for kind, count in right.items():
+        print(f"{kind:24s} {count} named rightly")
+    if args.cases:
+        share = right.total() / args.cases
+        print(f"{right.total()} of {args.cases} hangs named rightly ({share:.1%})")
+    if args.normal_steps:
+        alarms, seconds = normal_steps(Interpreter(), args.normal_steps, args.silence)
+        print(f"{alarms} false alarms in {args.normal_steps} steps ({seconds:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""This rank's part of the watchdog: its record, the watcher of its host, and the end with a verdict.
+
+The first rank of each host starts the watcher, a process that sees what no thread of a
+rank could: a stopped process, and one that holds Python's lock. See ``evomesh/watchdog``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.distributed.distributed_c10d import Store
+
+import evomesh
+from evomesh.monitor.log import ALL_RANKS
+from evomesh.parallel.rank_process import RankProcess, memory_folder
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.diagnosis import HangLimits
+from evomesh.watchdog.watcher import HangVerdict, WatcherOptions
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+START_S = 2.0  # the watcher starts then: a shorter run needs none
+_LEADER = "watchdog"  # key: port of the watcher of rank 0's host
+
+
+@dataclass
+class HangWatch:
+    """Records this rank and ends it with a verdict on a hang; a thread from ``start`` to ``close``.
+
+    Args:
+        ranks: the processes of all ranks.
+        open_store: returns a connection to the job's store, for several hosts; None for a single process.
+        host_of_leader: where the store is, which is rank 0's host.
+        end: called with the exit code.
+        before_end: called with the sentence on the rank that logs it.
+    """
+
+    rank: int
+    ranks: dict[int, RankProcess]
+    limits: HangLimits
+    open_store: Callable[[], Store] | None = None
+    host_of_leader: str = ""
+    end: Callable[[int], None] = os._exit
+    before_end: Callable[[str], None] | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _watcher: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Open this rank's record and start the thread; log one line where the system cannot do it."""
+        if not self._own.machine or not hasattr(os, "pidfd_open"):
+            return
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            this_process().open(self._folder, self.rank)
+        except OSError as error:
+            logger.warning(
+                "no watchdog: %s cannot be written (%s)", self._folder, error.strerror
+            )
+            return
+        thread = threading.Thread(
+            target=self._watch_until_closed, name="hang watch", daemon=True
+        )
+        thread.start()
+
+    def close(self) -> None:
+        """Stop, and let the watcher know that this rank has finished."""
+        self._stopped.set()
+        this_process().close()
+
+    @property
+    def _own(self) -> RankProcess:
+        return self.ranks[self.rank]
+
+    @property
+    def _folder(self) -> Path:
+        # The token keeps two jobs of one host apart, and strangers from guessing the name.
+        return memory_folder() / f"evomesh-{os.getuid()}-{self.ranks[0].token}"
+
+    @property
+    def _machines(self) -> list[str]:
+        """Return the machines of the job in order of their first rank."""
+        return list(dict.fromkeys(process.machine for process in self.ranks.values()))
+
+    @property
+    def _starts_watcher(self) -> bool:
+        """Return whether this is the first rank of its machine."""
+        machine = self._own.machine
+        first = min(r for r, p in self.ranks.items() if p.machine == machine)
+        return first == self.rank
+
+    def _watch_until_closed(self) -> None:
+        seconds = 0.0
+        while not self._stopped.wait(BEAT_S):
+            seconds += BEAT_S
+            this_process().beat()
+            if seconds == START_S and self._starts_watcher:
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._start_watcher()
+            verdict = HangVerdict.read(self._folder)
+            if verdict is not None:
+                self._end_with(verdict)
+
+    def _start_watcher(self) -> None:
+        is_leader = self._own.machine == self.ranks[0].machine
+        several = len(self._machines) > 1
+        leader = None
+        if not is_leader:
+            assert self.open_store is not None
+            port = int(self.open_store().get(_LEADER))  # waits for rank 0
+            leader = (self.host_of_leader, port)
+        options = WatcherOptions(
+            folder=str(self._folder),
+            host=self._own.host,
+            world_size=len(self.ranks),
+            token=self.ranks[0].token,
+            limits=self.limits,
+            leader=leader,
+            serves=is_leader and several,
+        )
+        self._watcher = start_watcher(options)
+        if options.serves:
+            assert self.open_store is not None
+            assert self._watcher.stdout is not None
+            port = int(self._watcher.stdout.readline() or 0)
+            self.open_store().set(_LEADER, str(port))
+
+    def _end_with(self, verdict: HangVerdict) -> None:
+        """Log the verdict if this rank is the one that does, and end the process."""
+        if verdict.speaker == self.rank:
+            lines = "\n".join([verdict.sentence, *verdict.stack])
+            logger.error(
+                "%s\nending with exit code %d",
+                lines,
+                verdict.exit_code,
+                extra=ALL_RANKS,
+            )
+        self.end(verdict.exit_code)
+
+
+def start_watcher(options: WatcherOptions) -> subprocess.Popen[bytes]:
+    """Start the watcher of this host; the first line of its output is its port."""
+    package = str(Path(evomesh.__file__).parents[1])
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "evomesh.watchdog.watcher", options.encode()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        start_new_session=True,  # Ctrl-C in a terminal is for the ranks
+    )

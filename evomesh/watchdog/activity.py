@@ -1,0 +1,279 @@
+"""Record what this process does, for the watcher of its host; about a microsecond an event.
+
+    with this_process().phase(Place.SAVE):
+        ...
+
+Like the log, the record belongs to the process, not to an object that every function
+would have to be given. It does nothing until ``open``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import mmap
+import os
+import signal
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from evomesh.watchdog import ring
+from evomesh.watchdog.process_state import start_time
+from evomesh.watchdog.ring import Place
+
+# What makes this process write its stacks. Real-time signals have no other use here;
+# SIGUSR1 and SIGUSR2 have.
+STACK_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 6
+
+
+@functools.cache
+def this_process() -> Activity:
+    """Return the record of this process."""
+    return Activity()
+
+
+class Activity:
+    """The writer of a ring file."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._path = Path()
+        self._stacks: IO[bytes] | None = None
+        self._pid = 0
+        self._main = 0
+        self._events = 0
+        self._depth = 0
+        self._step = self._micro_batch = -1
+        self._steps_done = 0
+        self._total_entries = 0
+        self._flags = 0
+        self._groups: dict[str, int] = {}
+        self._entered: list[int] = []
+        self._lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        return self._map is not None
+
+    def open(self, folder: Path, rank: int) -> None:
+        """Start to record, in ``folder/RANK.ring``; the stacks go to ``RANK.stack`` beside it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.__init__()  # type: ignore[misc]  # a process may run several worlds in turn
+        self._path = folder / f"{rank}.ring"
+        with self._path.open("w+b") as file:
+            # Reserved: writing to a full memory file system kills a process.
+            os.posix_fallocate(file.fileno(), 0, ring.SIZE)
+            opened = mmap.mmap(file.fileno(), ring.SIZE)
+        self._pid = os.getpid()
+        self._main = threading.get_ident()
+        started = start_time(self._pid)
+        ring.IDENTITY.pack_into(
+            opened, 0, b"\0" * 8, rank, self._pid, started, self._main
+        )
+        self._map = opened
+        self._progress()
+        self.beat()
+        opened[: len(ring.MAGIC)] = ring.MAGIC  # last: the file is whole from here on
+        self._stacks = self._path.with_suffix(".stack").open("wb", buffering=0)
+        with contextlib.suppress(ValueError, RuntimeError):
+            faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
+
+    def close(self) -> None:
+        """Stop to record and remove the file."""
+        if self._map is None:
+            return
+        self.set_flag(ring.HAS_LEFT)
+        opened = self._map
+        self._map = None
+        opened.close()
+        if self._stacks is not None:
+            faulthandler.unregister(STACK_SIGNAL)
+            self._stacks.close()
+        for path in (self._path, self._path.with_suffix(".stack")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.parent.rmdir()  # the last rank of the host
+
+    def phase(self, place: Place, detail: str = "") -> AbstractContextManager[object]:
+        """Return a context: this process is in ``place``."""
+        if self._map is None:
+            return nullcontext()
+        return _Stay(self, place, detail=detail)
+
+    def collective(
+        self, operation: Place, group: str, nbytes: int = 0
+    ) -> AbstractContextManager[object]:
+        """Return a context: this process is in a collective, the next one of its group."""
+        if self._map is None:
+            return nullcontext()
+        return _Stay(self, operation, group, self.launched(operation, group, nbytes))
+
+    def waiting(self, operation: Place, group: str) -> AbstractContextManager[object]:
+        """Return a context: this process waits for a collective that it has launched."""
+        if self._map is None:
+            return nullcontext()
+        index = self._group_index(group)
+        number = self._entered[index - 1] if index else 0
+        return _Stay(self, operation, group, number)
+
+    def launched(self, operation: Place, group: str, nbytes: int = 0) -> int:
+        """Record that a collective was launched and return its number in the group."""
+        opened = self._map
+        if opened is None:
+            return 0
+        with self._lock:
+            index = self._group_index(group)
+            if not index:
+                return 0
+            number = self._entered[index - 1] + 1
+            self._entered[index - 1] = number
+            place = self._total_entries % ring.ENTRIES
+            self._total_entries += 1
+            ring.ENTRY.pack_into(
+                opened,
+                ring.RING_AT + place * ring.ENTRY.size,
+                self._total_entries,
+                time.monotonic(),
+                operation,
+                index,
+                0,
+                number,
+                nbytes,
+                self._step,
+            )
+            offset = ring.GROUPS_AT + (index - 1) * ring.GROUP.size
+            ring.GROUP.pack_into(opened, offset, number, group.encode()[:55])
+        self._progress()
+        return number
+
+    def begin_step(self, step: int) -> None:
+        """Record that a step begins."""
+        self._step = step
+        self._micro_batch = 0
+        self._progress()
+
+    def end_step(self) -> None:
+        """Record that a step is finished."""
+        self._steps_done += 1
+        self._progress()
+
+    def begin_micro_batch(self, index: int) -> None:
+        """Record that a micro-batch of the step begins."""
+        self._micro_batch = index
+        self._progress()
+
+    def beat(self) -> None:
+        """Record that Python's lock is free; called by a background thread."""
+        if self._map is not None:
+            ring.BEAT.pack_into(self._map, ring.BEAT_AT, time.monotonic())
+
+    def set_flag(self, flag: int) -> None:
+        """Record that this rank is about to end, or that a collective of it has failed."""
+        if self._map is not None:
+            self._flags |= flag
+            ring.FLAGS.pack_into(self._map, ring.FLAGS_AT, self._flags)
+
+    def _progress(self) -> None:
+        opened = self._map
+        if opened is None:
+            return
+        self._events += 1
+        ring.PROGRESS.pack_into(
+            opened,
+            ring.PROGRESS_AT,
+            self._events,
+            time.monotonic(),
+            self._step,
+            self._micro_batch,
+            self._steps_done,
+            self._depth,
+            self._total_entries,
+        )
+
+    def _group_index(self, group: str) -> int:
+        """Return the place of a group in the table, from 1; 0 without one or where the table is full."""
+        index = self._groups.get(group, 0)
+        if index or not group or len(self._groups) == ring.MAX_GROUPS:
+            return index
+        index = len(self._groups) + 1
+        self._groups[group] = index
+        self._entered.append(0)
+        if self._map is not None:
+            offset = ring.GROUPS_AT + (index - 1) * ring.GROUP.size
+            ring.GROUP.pack_into(self._map, offset, 0, group.encode()[:55])
+        return index
+
+    def _is_in_front(self) -> bool:
+        """Return whether the calling thread is the main thread, or one of autograd's, for which that waits."""
+        if threading.get_ident() == self._main:
+            return True
+        return threading.current_thread().name.startswith("Dummy")
+
+    def enter(self, place: Place, group: str, number: int, detail: str) -> bool:
+        """Write a frame; return whether it is one of the main thread."""
+        opened = self._map
+        in_front = self._is_in_front()
+        if opened is None:
+            return in_front
+        offset = ring.BACKGROUND_AT
+        if in_front:
+            level = min(self._depth, ring.MAX_DEPTH - 1)
+            offset = ring.FRAMES_AT + level * ring.FRAME_SIZE
+            self._depth += 1
+        index = self._groups.get(group, 0)
+        end = detail.encode(errors="replace")[-128:]  # the end of a path tells most
+        ring.FRAME.pack_into(
+            opened, offset, place, index, 0, number, time.monotonic(), end
+        )
+        if in_front:
+            self._progress()
+        return in_front
+
+    def leave(self, in_front: bool) -> None:
+        """Take back the newest frame."""
+        if in_front:
+            self._depth = max(self._depth - 1, 0)
+            self._progress()
+        elif self._map is not None:
+            ring.FRAME.pack_into(self._map, ring.BACKGROUND_AT, 0, 0, 0, 0, 0.0, b"")
+
+
+class _Stay:
+    """One stay in a place, from ``with`` to its end."""
+
+    __slots__ = ("_activity", "_detail", "_group", "_in_front", "_number", "_place")
+
+    def __init__(
+        self,
+        activity: Activity,
+        place: Place,
+        group: str = "",
+        number: int = 0,
+        detail: str = "",
+    ) -> None:
+        self._activity = activity
+        self._place = place
+        self._group = group
+        self._number = number
+        self._detail = detail
+
+    def __enter__(self) -> None:
+        self._in_front = self._activity.enter(
+            self._place, self._group, self._number, self._detail
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._activity.leave(self._in_front)

@@ -1,0 +1,316 @@
+"""Decide from the records of all ranks whether a run hangs, and which rank the others wait for.
+
+A rank that waits in a collective is a victim. The culprit is the rank that they wait
+for: one that is stopped, has ended, or is not in a collective and makes no progress. If
+every rank waits in a collective, it is the one whose order of collectives differs from
+that of its previous step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from evomesh.watchdog.process_state import DISK_WAIT
+from evomesh.watchdog.ring import CollectiveEntry, Frame, Place, RingState
+from evomesh.watchdog.stacks import Stacks
+
+GONE_S = 3.0  # how long the last words of a rank may take
+# Shares of a processor: a rank above the first computes, below the second it waits, and
+# between them it may only get too little of a busy machine.
+BUSY, IDLE = 0.5, 0.05
+STARVED_FACTOR = 6.0
+LONG_PHASES = {Place.START, Place.VALIDATION, Place.SAVE, Place.UPKEEP, Place.END}
+FILE_PHASES = {Place.FILE, Place.SAVE, Place.REPORT, Place.END}
+
+
+class HangKind(StrEnum):
+    """What keeps a rank from making progress."""
+
+    GONE = "gone"
+    STOPPED = "stopped"
+    COLLECTIVE = "collective"
+    BUSY = "busy"
+    FILE = "file"
+    DATA = "data"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True)
+class HangLimits:
+    """How long a rank may make no progress.
+
+    Attributes:
+        silence_s: in a step; at least this, and ``steps`` median steps.
+        long_phase_s: in phases that take long: start, first step, validation, save, compilation.
+    """
+
+    silence_s: float = 10.0
+    steps: float = 3.0
+    long_phase_s: float = 1800.0
+
+    def of_a_step(self, median_step_s: float) -> float:
+        return max(self.silence_s, self.steps * median_step_s)
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What is known of a rank; all times are seconds until now.
+
+    Attributes:
+        ring: what it has recorded.
+        process: Linux's letter for its state.
+        stalled_s: since it last entered or left anything.
+        stopped_s, gone_s: since its process was seen stopped, or had ended; 0 while it runs.
+        cpu_share: processors that it has used since then.
+        lock_age_s: since a background thread last had Python's lock.
+        median_step_s: of its newest steps; 0 before there are some.
+        background_s: since its background thread began what it does, such as the write of a piece of a file.
+        stacks: asked for once it makes no progress.
+    """
+
+    host: str
+    ring: RingState
+    process: str = "S"
+    stalled_s: float = 0.0
+    stopped_s: float = 0.0
+    gone_s: float = 0.0
+    cpu_share: float = 0.0
+    lock_age_s: float = 0.0
+    median_step_s: float = 0.0
+    background_s: float = 0.0
+    stacks: Stacks | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.ring.rank
+
+    @property
+    def place(self) -> Frame:
+        """Return what the rank is in, innermost."""
+        nothing = Frame(Place.NOTHING, 0.0)
+        return self.ring.frames[-1] if self.ring.frames else nothing
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Return whether it is in a collective, or waits for a device that may be in one."""
+        return self.place.place.is_collective or self.place.place == Place.RESULTS
+
+    def is_in(self, places: Iterable[Place]) -> bool:
+        inside = {frame.place for frame in self.ring.frames}
+        return not inside.isdisjoint(places)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """The rank that the others wait for.
+
+    Attributes:
+        detail: about its collectives.
+    """
+
+    report: RankReport
+    kind: HangKind
+    detail: str = ""
+
+
+def find_suspect(
+    reports: Sequence[RankReport], limits: HangLimits, is_complete: bool = True
+) -> Suspect | None:
+    """Return the rank that keeps the run from making progress; None while it makes some.
+
+    Args:
+        is_complete: whether every rank has a report; if not, an unknown rank may be the one that all wait for.
+    """
+    running = [report for report in reports if not report.ring.is_ending]
+    # A rank with an error or a lost peer has its sentence, and ends the others with it.
+    if not running or any(report.ring.has_verdict for report in reports):
+        return None
+    medians = [report.median_step_s for report in running]
+    limit = limits.of_a_step(max(medians))
+    return (
+        _gone_or_stopped(running, limit)
+        or _failed_collective(running)
+        or (_out_of_order(running, limit) if is_complete else None)
+        or _without_progress(running, limits, limit)
+    )
+
+
+def _gone_or_stopped(running: list[RankReport], limit: float) -> Suspect | None:
+    """Find what no phase excuses."""
+    for report in running:
+        if report.gone_s >= GONE_S:
+            return Suspect(report, HangKind.GONE)
+    for report in running:
+        # Progress can be younger than the stop by what other threads still did.
+        if report.stopped_s >= limit:
+            return Suspect(report, HangKind.STOPPED)
+    return None
+
+
+def _failed_collective(running: list[RankReport]) -> Suspect | None:
+    """Find the order of collectives that made one of them fail."""
+    if not any(report.ring.has_failed_collective for report in running):
+        return None
+    return _odd_order(running, must_differ=True)
+
+
+def _out_of_order(running: list[RankReport], limit: float) -> Suspect | None:
+    """Find the reason why all ranks wait for each other."""
+    all_wait = all(report.waits_for_others for report in running)
+    stalled = min(report.stalled_s for report in running)
+    has_started = all(report.ring.steps_done > 0 for report in running)
+    if len(running) == 1 or not all_wait or stalled < limit:
+        return None
+    return _odd_order(running, must_differ=not has_started)
+
+
+def _odd_order(running: list[RankReport], must_differ: bool) -> Suspect | None:
+    """Return the rank whose collectives differ from those of the others, or from its previous step.
+
+    Args:
+        must_differ: only if two ranks are in different collectives with one number.
+    """
+    mismatch = _first_mismatch(running)
+    if mismatch is None and must_differ:
+        return None
+    deviations = []
+    for report in running:
+        found = _deviation(report.ring.entries)
+        if found is not None:
+            deviations.append((report, found))
+    if len(deviations) == 1:
+        report, (expected, called) = deviations[0]
+        return Suspect(report, HangKind.COLLECTIVE, _order(called, expected))
+    if mismatch is not None:
+        report, called, expected = mismatch
+        return Suspect(report, HangKind.COLLECTIVE, _order(called, expected))
+    return _late(running)
+
+
+def _deviation(
+    entries: Sequence[CollectiveEntry],
+) -> tuple[CollectiveEntry, CollectiveEntry] | None:
+    """Return (what the previous step did, what this one does instead) where they first differ."""
+    if not entries:
+        return None
+    step = entries[-1].step
+    current = [entry for entry in entries if entry.step == step]
+    before = [entry for entry in entries if entry.step == step - 1]
+    for expected, called in zip(before, current, strict=False):
+        if expected.kind != called.kind:
+            return expected, called
+    return None
+
+
+def _first_mismatch(
+    running: list[RankReport],
+) -> tuple[RankReport, CollectiveEntry, CollectiveEntry] | None:
+    """Return a rank, its collective and that of most others under one number of one group."""
+    calls: dict[tuple[str, int], list[tuple[RankReport, CollectiveEntry]]] = {}
+    for report in running:
+        for entry in report.ring.entries:
+            calls.setdefault((entry.group, entry.number), []).append((report, entry))
+    for _, same in sorted(calls.items(), key=lambda item: item[0][1]):
+        kinds = Counter(entry.kind for _, entry in same)
+        if len(kinds) == 1:
+            continue
+        usual, _ = kinds.most_common(1)[0]
+        expected = next(entry for _, entry in same if entry.kind == usual)
+        for report, entry in same:
+            if entry.kind != usual:
+                return report, entry, expected
+    return None
+
+
+def _late(running: list[RankReport]) -> Suspect | None:
+    """Return the rank that has not entered a collective in which others wait."""
+    for waiter in running:
+        wanted = waiter.place
+        for report in running:
+            entered = report.ring.entered.get(wanted.group)
+            if wanted.group and entered is not None and entered < wanted.number:
+                detail = f"has not entered {describe_call(wanted)}"
+                return Suspect(report, HangKind.COLLECTIVE, detail)
+    return None
+
+
+def _order(called: CollectiveEntry, expected: CollectiveEntry) -> str:
+    return (
+        f"has called {_entry(called)} instead of {_entry(expected)}: it skips a collective, or calls them in "
+        "another order"
+    )
+
+
+def _entry(entry: CollectiveEntry) -> str:
+    name = entry.operation.words
+    return (
+        f"{name} of {_axis(entry.group)} (number {entry.number}, {entry.nbytes} bytes)"
+    )
+
+
+def describe_call(frame: Frame) -> str:
+    """Return a collective as a sentence has it: ``all_reduce of dp (number 31)``."""
+    name = frame.place.words
+    if not frame.group:
+        return name
+    return f"{name} of {_axis(frame.group)} (number {frame.number})"
+
+
+def _axis(group: str) -> str:
+    """Return the part of a group's name that a user knows."""
+    return group.partition(":")[0]
+
+
+def _without_progress(
+    running: list[RankReport], limits: HangLimits, limit: float
+) -> Suspect | None:
+    """Return the rank, not in a collective, that has made no progress for longer than it may."""
+    candidates = []
+    for report in running:
+        if report.waits_for_others and len(running) > 1:
+            continue
+        if report.stalled_s >= _allowance(report, limits, limit):
+            candidates.append(Suspect(report, _kind(report)))
+    # A rank that computes, or waits for a file, does not wait for another rank.
+    order = (HangKind.BUSY, HangKind.DATA, HangKind.FILE, HangKind.IDLE)
+    candidates.sort(
+        key=lambda suspect: (order.index(suspect.kind), suspect.report.ring.events)
+    )
+    return candidates[0] if candidates else None
+
+
+def _allowance(report: RankReport, limits: HangLimits, limit: float) -> float:
+    """Return how long this rank may make no progress where it is."""
+    stacks = report.stacks or Stacks()
+    if stacks.is_in_debugger:
+        return float("inf")
+    is_first = report.ring.steps_done == 0
+    computes = report.cpu_share > IDLE
+    # A worker that computes is no dead one: reading and tokenizing may be slow.
+    reads = report.is_in({Place.DATA}) and computes
+    # A save may take long, but a call that reads or writes a piece of a file does not.
+    in_background = report.ring.background is not None
+    waits_for_piece = in_background and report.background_s >= report.stalled_s
+    if report.place.place == Place.FILE or waits_for_piece:
+        return STARVED_FACTOR * limit
+    is_long = is_first or reads or stacks.is_compiling or report.is_in(LONG_PHASES)
+    if is_long:
+        return max(limit, limits.long_phase_s)
+    if IDLE < report.cpu_share < BUSY:
+        return STARVED_FACTOR * limit
+    return limit
+
+
+def _kind(report: RankReport) -> HangKind:
+    if report.cpu_share > IDLE:
+        return HangKind.BUSY
+    stacks = report.stacks or Stacks()
+    if report.is_in({Place.DATA}):
+        reads_itself = any("/evomesh/data/token_files" in c.path for c in stacks.main)
+        return HangKind.FILE if reads_itself else HangKind.DATA
+    if report.process == DISK_WAIT or report.is_in(FILE_PHASES):
+        return HangKind.FILE
+    return HangKind.IDLE

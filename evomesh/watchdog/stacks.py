@@ -1,0 +1,90 @@
+"""Python stacks of another process, as ``faulthandler`` writes them when it receives a signal."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
+_CALL = re.compile(r'File "(.+)", line (\d+) in (.+)')
+# torch compiles in the middle of a step, for as long as it takes.
+_COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/")
+_DEBUGGERS = ("/pdb.py", "/bdb.py", "/debugpy/", "/pydevd")
+_DATA = "/evomesh/data/"
+_POOL = "/concurrent/futures/thread.py"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One line of a stack."""
+
+    path: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        parts = self.path.split("/")
+        short = "/".join(parts[-3:])
+        return f"{short}:{self.line} in {self.function}"
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The stacks of all threads of a process, innermost call first.
+
+    Attributes:
+        main: of the main thread; empty where it is not known.
+        others: of the other threads.
+    """
+
+    main: tuple[Call, ...] = ()
+    others: tuple[tuple[Call, ...], ...] = ()
+
+    @property
+    def is_compiling(self) -> bool:
+        return self._main_is_in(_COMPILERS)
+
+    @property
+    def is_in_debugger(self) -> bool:
+        return self._main_is_in(_DEBUGGERS)
+
+    @property
+    def has_data_worker(self) -> bool:
+        """Return whether a background thread reads data, or could."""
+        return any(
+            _DATA in call.path or _POOL in call.path
+            for stack in self.others
+            for call in stack
+        )
+
+    @property
+    def data_worker(self) -> Call | None:
+        """Return where a background thread that reads data is."""
+        for stack in self.others:
+            if any(_DATA in call.path for call in stack):
+                return stack[0]
+        return None
+
+    def _main_is_in(self, parts: tuple[str, ...]) -> bool:
+        return any(part in call.path for call in self.main for part in parts)
+
+
+def parse_stacks(text: str, main_thread: int) -> Stacks:
+    """Return the newest stacks in what ``faulthandler`` has written.
+
+    Args:
+        main_thread: identity of the main thread.
+    """
+    threads: dict[int, list[Call]] = {}
+    current: list[Call] = []
+    for line in text.splitlines():
+        thread = _THREAD.search(line)
+        if thread is not None:
+            current = []
+            threads[int(thread[1], 16)] = current
+            continue
+        call = _CALL.search(line)
+        if call is not None:
+            current.append(Call(call[1], int(call[2]), call[3]))
+    main = tuple(threads.pop(main_thread, []))
+    return Stacks(main, tuple(tuple(stack) for stack in threads.values()))

@@ -1,0 +1,331 @@
+"""The watcher of one host: a small process without torch that outlives any rank and no run.
+
+It looks at the ranks of its host twice a second. The watcher of rank 0's host has the
+reports of all hosts and decides; when it has found a hang, every watcher leaves the
+verdict in a file for its ranks, which end with it, and ends those that cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evomesh.errors import EXIT_RESTART
+from evomesh.watchdog import ring
+from evomesh.watchdog.channel import Link, LinkServer, Message, connect
+from evomesh.watchdog.diagnosis import HangLimits, RankReport, Suspect, find_suspect
+from evomesh.watchdog.explanation import explain, stack_lines
+from evomesh.watchdog.stacks import Call, Stacks
+from evomesh.watchdog.tracker import RankTracker
+
+POLL_S = 0.5
+FROZEN_S = 3.0  # a poll that took this long: the host was frozen
+STACKS_S = 1.5  # how long a process may take to write its stacks
+REMOTE_AGE_S = 5.0  # a host that is silent for longer is unknown
+OTHER_HOSTS_S = 1.0  # for the other hosts to receive a verdict before rank 0 may end
+KILL_S = 4.0  # what a rank has to end by itself
+LOCK_AGE_S = 3.0  # a rank that had Python's lock since then can still write a line
+VERDICT = "verdict.json"
+
+
+@dataclass(frozen=True)
+class WatcherOptions:
+    """What a rank passes to the watcher that it starts, as JSON.
+
+    Attributes:
+        folder: of the ring files.
+        world_size: ranks of the job.
+        leader: host and port of the watcher of rank 0's host; None for that watcher.
+        serves: whether it listens for other hosts.
+        token: of the job.
+    """
+
+    folder: str
+    host: str
+    world_size: int
+    token: str
+    limits: HangLimits
+    leader: tuple[str, int] | None = None
+    serves: bool = False
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> WatcherOptions:
+        value = json.loads(text)
+        value["limits"] = HangLimits(**value["limits"])
+        leader = value["leader"]
+        value["leader"] = (leader[0], int(leader[1])) if leader else None
+        return WatcherOptions(**value)
+
+
+@dataclass(frozen=True)
+class HangVerdict:
+    """What a watcher tells the ranks of its host.
+
+    Attributes:
+        sentence: the explanation.
+        stack: of the rank that is stuck, one line a call.
+        speaker: the rank that logs it; -1: no rank can.
+    """
+
+    rank: int
+    kind: str
+    sentence: str
+    stack: list[str]
+    speaker: int
+    exit_code: int = EXIT_RESTART
+
+    def write(self, folder: Path) -> None:
+        part = folder / f".{VERDICT}"
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(folder / VERDICT)
+
+    @staticmethod
+    def read(folder: Path) -> HangVerdict | None:
+        """Return the verdict for the ranks of this host, None while there is none."""
+        try:
+            return HangVerdict(**json.loads((folder / VERDICT).read_text()))
+        except OSError:
+            return None
+
+
+class HostWatcher:
+    """The ranks of this host.
+
+    Args:
+        folder: of their ring files.
+    """
+
+    def __init__(self, folder: Path, host: str) -> None:
+        self._folder, self._host = folder, host
+        self._trackers: dict[Path, RankTracker] = {}
+        self._looked_at = time.monotonic()
+
+    @property
+    def has_ranks(self) -> bool:
+        """Return whether a rank of this host still runs."""
+        return any(not tracker.has_left for tracker in self._trackers.values())
+
+    def look(self) -> list[RankReport]:
+        """Take a sample of every rank."""
+        now = time.monotonic()
+        gap = now - self._looked_at
+        self._looked_at = now
+        for path in self._folder.glob("*.ring"):
+            # A file that is being created or removed counts at the next look.
+            if path not in self._trackers:
+                with contextlib.suppress(OSError):
+                    self._trackers[path] = RankTracker(path, self._host, now)
+        reports = []
+        for tracker in self._trackers.values():
+            if gap > FROZEN_S:
+                tracker.forgive(gap)
+            tracker.sample(now)
+            reports.append(tracker.report(now))
+        return reports
+
+    def ask_for_stacks(self) -> None:
+        for tracker in self._trackers.values():
+            tracker.ask_for_stacks()
+
+    def sleep(self) -> None:
+        """Wait until the next look, or until a rank ends."""
+        poll = select.poll()
+        for tracker in self._trackers.values():
+            if tracker.descriptor >= 0 and not tracker.has_left:
+                poll.register(tracker.descriptor, select.POLLIN)
+        poll.poll(POLL_S * 1000)
+
+    def end_with(self, verdict: HangVerdict) -> None:
+        """Let the ranks end with a verdict, and end those that cannot."""
+        verdict.write(self._folder)
+        deadline = time.monotonic() + KILL_S
+        while time.monotonic() < deadline and self._any_runs():
+            self.sleep()
+        for tracker in self._trackers.values():
+            tracker.kill()
+
+    def _any_runs(self) -> bool:
+        now = time.monotonic()
+        for tracker in self._trackers.values():
+            tracker.sample(now)
+        return any(t.report(now).gone_s == 0 for t in self._trackers.values())
+
+    def remove_files(self) -> None:
+        for path in self._folder.glob("*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+class Watcher:
+    """The loop of the process; see the module."""
+
+    def __init__(self, options: WatcherOptions) -> None:
+        self.options = options
+        self.ranks = HostWatcher(Path(options.folder), options.host)
+        self.server = LinkServer(options.token) if options.serves else None
+        self._leader: Link | None = None
+        self._remote: dict[str, tuple[float, list[RankReport]]] = {}
+        self._suspected_at: float | None = None
+        self._suspected: tuple[int, int] | None = None
+
+    def run(self) -> None:
+        """Watch until the ranks of this host have ended."""
+        seen = False
+        while True:
+            reports = self.ranks.look()
+            verdict = self._report(reports) if self.options.leader else None
+            if not self.options.leader:
+                verdict = self._judge([*reports, *self._receive()])
+            if verdict is not None:
+                self.ranks.end_with(verdict)
+                return
+            seen = seen or bool(reports)
+            if seen and not self.ranks.has_ranks:
+                return
+            self.ranks.sleep()
+
+    # As one of several hosts.
+
+    def _report(self, reports: list[RankReport]) -> HangVerdict | None:
+        """Send the reports of this host; return the verdict if there is one."""
+        link = self._link()
+        if link is None:
+            return None
+        link.send({"reports": [report_to_json(report) for report in reports]})
+        while not link.is_closed and select.select([link], [], [], 0)[0]:
+            for message in link.receive():
+                if "verdict" in message:
+                    return HangVerdict(**message["verdict"])
+                if "stacks" in message:
+                    self.ranks.ask_for_stacks()
+        return None
+
+    def _link(self) -> Link | None:
+        """Return the connection to rank 0's host; None where it cannot be reached, which `PeerWatch` judges."""
+        if self._leader is None or self._leader.is_closed:
+            self._leader = None
+            assert self.options.leader is not None
+            with contextlib.suppress(OSError):
+                self._leader = connect(
+                    self.options.leader, self.options.token, self.options.host
+                )
+        return self._leader
+
+    # As the one that decides.
+
+    def _receive(self) -> list[RankReport]:
+        """Return the newest reports of the other hosts."""
+        if self.server is None:
+            return []
+        now = time.monotonic()
+        for host, message in self.server.receive():
+            reports = [report_from_json(value) for value in message.get("reports", [])]
+            self._remote[host] = now, reports
+        found = []
+        for received_at, reports in self._remote.values():
+            if now - received_at < REMOTE_AGE_S:
+                found += reports
+        return found
+
+    def _judge(self, reports: list[RankReport]) -> HangVerdict | None:
+        """Return the verdict once a rank is suspected, its stack is known and it still makes no progress."""
+        is_complete = len({r.rank for r in reports}) >= self.options.world_size
+        suspect = find_suspect(reports, self.options.limits, is_complete)
+        now = time.monotonic()
+        if suspect is None:
+            self._suspected = None
+            return None
+        # Who is suspected may change with the stacks: that another process makes no
+        # progress either is what counts.
+        if self._suspected is None:
+            self._suspected = suspect.report.rank, suspect.report.ring.events
+            self._suspected_at = now
+            self.ranks.ask_for_stacks()
+            self._tell({"stacks": True})
+            return None
+        assert self._suspected_at is not None
+        if now - self._suspected_at < STACKS_S:
+            return None
+        verdict = self._verdict(suspect, reports)
+        self._tell({"verdict": asdict(verdict)})
+        if self.server is not None and self.server.links:
+            time.sleep(OTHER_HOSTS_S)
+        if verdict.speaker < 0:
+            print("\n".join([verdict.sentence, *verdict.stack]), file=sys.stderr)
+        return verdict
+
+    def _tell(self, message: Message) -> None:
+        if self.server is not None:
+            self.server.send(message)
+
+    def _verdict(self, suspect: Suspect, reports: list[RankReport]) -> HangVerdict:
+        sentence = explain(suspect, reports, time.time())
+        speaker = choose_speaker(suspect, reports)
+        return HangVerdict(
+            suspect.report.rank, suspect.kind, sentence, stack_lines(suspect), speaker
+        )
+
+
+def choose_speaker(suspect: Suspect, reports: list[RankReport]) -> int:
+    """Return the lowest rank that can still write a line, the suspect only if no other can; -1: none can."""
+    able = []
+    for report in reports:
+        runs = not report.stopped_s and not report.gone_s and not report.ring.is_ending
+        if runs and report.lock_age_s < LOCK_AGE_S:
+            able.append(report.rank)
+    others = [rank for rank in able if rank != suspect.report.rank]
+    return min(others or able, default=-1)
+
+
+def report_to_json(report: RankReport) -> dict[str, Any]:
+    """Return a report as it is sent to another host; the order of collectives only once it may matter."""
+    state = report.ring
+    if report.stalled_s < FROZEN_S and not state.has_failed_collective:
+        state = replace(state, entries=())
+    value = {**vars(report), "ring": ring.as_json(state)}
+    if report.stacks is not None:
+        value["stacks"] = asdict(report.stacks)
+    return value
+
+
+def report_from_json(value: dict[str, Any]) -> RankReport:
+    """Take back what ``report_to_json`` made."""
+    stacks = value["stacks"]
+    value = {**value, "ring": ring.from_json(value["ring"])}
+    if stacks is not None:
+        main = tuple(Call(**call) for call in stacks["main"])
+        others = [tuple(Call(**call) for call in stack) for stack in stacks["others"]]
+        value["stacks"] = Stacks(main, tuple(others))
+    return RankReport(**value)
+
+
+def main(text: str) -> None:
+    """Run the watcher of a host; the first line of its output is the port at which it listens."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with its ranks
+    os.nice(10)
+    watcher = Watcher(WatcherOptions.decode(text))
+    port = watcher.server.port if watcher.server is not None else 0
+    with contextlib.suppress(OSError):
+        print(port, flush=True)
+    sys.stdout.close()
+    try:
+        watcher.run()
+    finally:
+        watcher.ranks.remove_files()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
