@@ -1,6 +1,6 @@
 """This rank's part of the watchdog: its record, the watcher of its host, and the end with a verdict.
 
-The first rank of each host starts the watcher, a process that sees what no thread of a
+A rank of each host starts the watcher, a process that sees what no thread of a
 rank could: a stopped process, and one that holds Python's lock. See ``evomesh/watchdog``.
 """
 
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 START_S = 2.0  # the watcher starts then: a shorter run needs none
+NEXT_START_S = (
+    2.0  # the next rank of the host starts it then, if the one before could not
+)
 _LEADER = "watchdog"  # key: port of the watcher of rank 0's host
 
 
@@ -91,20 +95,30 @@ class HangWatch:
         return list(dict.fromkeys(process.machine for process in self.ranks.values()))
 
     @property
-    def _starts_watcher(self) -> bool:
-        """Return whether this is the first rank of its machine."""
+    def _start_s(self) -> float:
+        """Return when this rank starts the watcher: the first rank of its machine, else the next ..."""
         machine = self._own.machine
-        first = min(r for r, p in self.ranks.items() if p.machine == machine)
-        return first == self.rank
+        here = [r for r, p in self.ranks.items() if p.machine == machine]
+        return START_S + here.index(self.rank) * NEXT_START_S
+
+    def _takes_start(self) -> bool:
+        """Return whether no other rank of the machine has started the watcher."""
+        try:
+            (self._folder / "watcher").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def _watch_until_closed(self) -> None:
-        seconds = 0.0
+        begun = time.monotonic()
+        is_tried = False
         while not self._stopped.wait(BEAT_S):
-            seconds += BEAT_S
             this_process().beat()
-            if seconds == START_S and self._starts_watcher:
+            if not is_tried and time.monotonic() - begun >= self._start_s:
+                is_tried = True
                 with contextlib.suppress(OSError, RuntimeError):
-                    self._start_watcher()
+                    if self._takes_start():
+                        self._start_watcher()
             verdict = HangVerdict.read(self._folder)
             if verdict is not None:
                 self._end_with(verdict)
@@ -143,6 +157,8 @@ class HangWatch:
                 verdict.exit_code,
                 extra=ALL_RANKS,
             )
+            if self.before_end is not None:
+                self.before_end(verdict.sentence)
         self.end(verdict.exit_code)
 
 

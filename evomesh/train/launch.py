@@ -145,18 +145,22 @@ def _watch_for_hangs(
     ranks = {0: RankProcess.of_this_one()}
     if watch is not None:
         ranks = watch.processes
-    settings = config.monitor.watchdog
-    limits = HangLimits(settings.silence, settings.steps, settings.long_phase)
     hang_watch = HangWatch(
         process.rank,
         ranks,
-        limits,
+        hang_limits(config),
         open_store=partial(second_connection, process.address),
         host_of_leader=process.host,
     )
-    if settings.enable:
+    if config.monitor.watchdog.enable:
         hang_watch.start()
     return hang_watch
+
+
+def hang_limits(config: Config) -> HangLimits:
+    """Return when a rank of this run counts as stuck."""
+    settings = config.monitor.watchdog
+    return HangLimits(settings.silence, settings.steps, settings.long_phase)
 
 
 def _agree_before_the_start(

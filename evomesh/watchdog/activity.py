@@ -99,8 +99,12 @@ class Activity:
             self._stacks.close()
         for path in (self._path, self._path.with_suffix(".stack")):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._path.parent.rmdir()  # the last rank of the host
+        # The last rank of the host removes the folder, if no watcher does.
+        folder = self._path.parent
+        if not list(folder.glob("*.ring")):
+            with contextlib.suppress(OSError):
+                (folder / "watcher").unlink(missing_ok=True)
+                folder.rmdir()
 
     def phase(self, place: Place, detail: str = "") -> AbstractContextManager[object]:
         """Return a context: this process is in ``place``."""

@@ -63,8 +63,8 @@ class RankReport:
         ring: what it has recorded.
         process: Linux's letter for its state.
         stalled_s: since it last entered or left anything.
+        cpu_share: processors that it has used since then, but for what it still did in the first second.
         stopped_s, gone_s: since its process was seen stopped, or had ended; 0 while it runs.
-        cpu_share: processors that it has used since then.
         lock_age_s: since a background thread last had Python's lock.
         median_step_s: of its newest steps; 0 before there are some.
         background_s: since its background thread began what it does, such as the write of a piece of a file.
@@ -238,16 +238,12 @@ def _late(running: list[RankReport]) -> Suspect | None:
 
 
 def _order(called: CollectiveEntry, expected: CollectiveEntry) -> str:
+    # The expected one may be of the previous step, so only the other has a number.
+    wanted = f"{expected.operation.words} of {_axis(expected.group)}"
+    name = f"{called.operation.words} of {_axis(called.group)}"
     return (
-        f"has called {_entry(called)} instead of {_entry(expected)}: it skips a collective, or calls them in "
-        "another order"
-    )
-
-
-def _entry(entry: CollectiveEntry) -> str:
-    name = entry.operation.words
-    return (
-        f"{name} of {_axis(entry.group)} (number {entry.number}, {entry.nbytes} bytes)"
+        f"has called {name} (number {called.number}, {called.nbytes} bytes) instead of {wanted} "
+        f"({expected.nbytes} bytes): it skips a collective, or calls them in another order"
     )
 
 
@@ -305,12 +301,12 @@ def _allowance(report: RankReport, limits: HangLimits, limit: float) -> float:
 
 
 def _kind(report: RankReport) -> HangKind:
-    if report.cpu_share > IDLE:
-        return HangKind.BUSY
     stacks = report.stacks or Stacks()
     if report.is_in({Place.DATA}):
         reads_itself = any("/evomesh/data/token_files" in c.path for c in stacks.main)
         return HangKind.FILE if reads_itself else HangKind.DATA
+    if report.cpu_share > IDLE:
+        return HangKind.BUSY
     if report.process == DISK_WAIT or report.is_in(FILE_PHASES):
         return HangKind.FILE
     return HangKind.IDLE

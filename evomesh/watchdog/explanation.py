@@ -72,7 +72,7 @@ def _data(stacks: Stacks) -> str:
     worker = stacks.data_worker
     if worker is not None:
         return f"waits for data, whose worker is stuck at {worker} (a file system that does not answer?)"
-    if stacks.main and not stacks.has_data_worker:
+    if stacks.main:
         return "waits for data, and its data worker is dead"
     return "waits for data that never comes"
 

@@ -11,7 +11,6 @@ _CALL = re.compile(r'File "(.+)", line (\d+) in (.+)')
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/")
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/debugpy/", "/pydevd")
 _DATA = "/evomesh/data/"
-_POOL = "/concurrent/futures/thread.py"
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,8 @@ class Stacks:
         return self._main_is_in(_DEBUGGERS)
 
     @property
-    def has_data_worker(self) -> bool:
-        """Return whether a background thread reads data, or could."""
-        return any(
-            _DATA in call.path or _POOL in call.path
-            for stack in self.others
-            for call in stack
-        )
-
-    @property
     def data_worker(self) -> Call | None:
-        """Return where a background thread that reads data is."""
+        """Return where a background thread that reads data is; None: there is none, or it has nothing to do."""
         for stack in self.others:
             if any(_DATA in call.path for call in stack):
                 return stack[0]

@@ -17,6 +17,7 @@ from evomesh.watchdog.ring import RingState
 from evomesh.watchdog.stacks import parse_stacks
 
 STEPS = 32  # of which the median is taken
+SETTLE_S = 1.0  # for background threads to finish what they were doing
 
 
 class RankTracker:
@@ -37,7 +38,8 @@ class RankTracker:
         self.state = self._read()
         self.descriptor = self._open_process()
         self._changed_at = self._stopped_at = self._gone_at = now
-        self._cpu_at_change = 0.0
+        self._settled_at = now
+        self._cpu_when_settled = 0.0
         self._process = ProcessState("S")
         self._step_at = now
         self._step_seconds: deque[float] = deque(maxlen=STEPS)
@@ -61,8 +63,10 @@ class RankTracker:
         self._process = read_state(self.state.pid, self.state.started)
         if self.state.events != earlier.events:
             self._changed_at = now
-            self._cpu_at_change = self._process.cpu_s
             self._stacks_asked = False
+        if now - self._changed_at <= SETTLE_S:
+            self._settled_at = now
+            self._cpu_when_settled = self._process.cpu_s
         steps = self.state.steps_done - earlier.steps_done
         if steps > 0:
             self._step_seconds.append((now - self._step_at) / steps)
@@ -75,6 +79,7 @@ class RankTracker:
     def forgive(self, seconds: float) -> None:
         """Leave out a time in which this watcher itself was frozen, and with it probably the host."""
         self._changed_at += seconds
+        self._settled_at += seconds
         self._stopped_at += seconds
         self._gone_at += seconds
         self._step_at += seconds
@@ -96,7 +101,8 @@ class RankTracker:
     def report(self, now: float) -> RankReport:
         """Return what is known of the rank."""
         stalled = now - self._changed_at
-        used = self._process.cpu_s - self._cpu_at_change
+        used = self._process.cpu_s - self._cpu_when_settled
+        settled = now - self._settled_at
         typical = median(self._step_seconds) if self._step_seconds else 0.0
         background = self.state.background
         stacks = None
@@ -113,7 +119,7 @@ class RankTracker:
             stalled_s=stalled,
             stopped_s=now - self._stopped_at,
             gone_s=now - self._gone_at,
-            cpu_share=used / stalled if stalled > 0 else 1.0,
+            cpu_share=used / settled if settled > 0 else 1.0,
             lock_age_s=now - self.state.beat_at,
             median_step_s=typical,
             background_s=now - background.since if background else 0.0,

@@ -31,7 +31,7 @@ FROZEN_S = 3.0  # a poll that took this long: the host was frozen
 STACKS_S = 1.5  # how long a process may take to write its stacks
 REMOTE_AGE_S = 5.0  # a host that is silent for longer is unknown
 OTHER_HOSTS_S = 1.0  # for the other hosts to receive a verdict before rank 0 may end
-KILL_S = 4.0  # what a rank has to end by itself
+KILL_S = 8.0  # what a rank has to end by itself, its alerts sent
 LOCK_AGE_S = 3.0  # a rank that had Python's lock since then can still write a line
 VERDICT = "verdict.json"
 

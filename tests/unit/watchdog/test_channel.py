@@ -1,0 +1,118 @@
+"""The watchers of several hosts over real sockets, each with records of ranks in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from evomesh.watchdog import watcher
+from evomesh.watchdog.activity import Activity
+from evomesh.watchdog.channel import LinkServer, connect
+from evomesh.watchdog.diagnosis import HangLimits
+from evomesh.watchdog.ring import Place
+from evomesh.watchdog.watcher import HangVerdict, Watcher, WatcherOptions
+
+TOKEN = "secret"
+SHORT = HangLimits(silence_s=0.02, long_phase_s=0.02)
+
+
+def until(find: Callable[[], object]) -> None:
+    """Call ``find`` until it returns something."""
+    deadline = time.monotonic() + 30
+    while not find():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_only_who_knows_the_token_is_heard() -> None:
+    server = LinkServer(TOKEN)
+    address = ("127.0.0.1", server.port)
+    stranger = connect(address, "guess", "n2")
+    stranger.send({"verdict": "end"})
+    friend = connect(address, TOKEN, "n3")
+    friend.send({"reports": [1]})
+    received: list[object] = []
+    until(lambda: received.extend(server.receive()) or received)
+    assert received == [("n3", {"reports": [1]})]
+    assert [link.host for link in server.links] == ["n3"]
+    server.send({"stacks": True})
+    assert friend.receive() == [{"stacks": True}]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[list[Activity]]:
+    """Two ranks, each on a host: both are this process, which is all that the watchers look at."""
+    with ExitStack() as stack:
+        opened = []
+        for rank in range(2):
+            (tmp_path / f"n{rank}").mkdir()
+            activity = Activity()
+            activity.open(tmp_path / f"n{rank}", rank)
+            stack.callback(activity.close)
+            opened.append(activity)
+        yield opened
+
+
+def host(tmp_path: Path, number: int, port: int | None = None) -> Watcher:
+    options = WatcherOptions(
+        folder=str(tmp_path / f"n{number}"),
+        host=f"n{number}",
+        world_size=2,
+        token=TOKEN,
+        limits=SHORT,
+        leader=("127.0.0.1", port) if port is not None else None,
+        serves=port is None,
+    )
+    return Watcher(WatcherOptions.decode(options.encode()))
+
+
+def test_a_hang_on_one_host_is_explained_to_the_ranks_of_both(
+    tmp_path: Path, ranks: list[Activity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "STACKS_S", 0.2)
+    monkeypatch.setattr(watcher, "OTHER_HOSTS_S", 0.0)
+    first = host(tmp_path, 0)
+    assert first.server is not None
+    second = host(tmp_path, 1, first.server.port)
+    verdicts: dict[int, HangVerdict] = {}
+
+    def look() -> bool:
+        for number, one in ((1, second), (0, first)):
+            reports = one.ranks.look()
+            verdict = (
+                one._report(reports)
+                if number
+                else one._judge([*reports, *one._receive()])
+            )
+            if verdict is not None:
+                verdicts[number] = verdict
+        return len(verdicts) == 2
+
+    with (
+        ranks[0].collective(Place.ALL_REDUCE, "dp:a"),
+        ranks[1].phase(Place.FORWARD_BACKWARD),
+    ):
+        until(look)
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0].rank == 1
+    assert verdicts[0].speaker == 0
+    assert verdicts[0].sentence.startswith("rank 1 on n1 (pid ")
+    assert "waiting for it: rank 0 in all_reduce of dp" in verdicts[0].sentence
+    # The stack of the other host's process, which this test runs in.
+    assert any("test_channel.py" in line for line in verdicts[0].stack)
+
+
+def test_a_frozen_watcher_does_not_blame_its_ranks(
+    tmp_path: Path, ranks: list[Activity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = host(tmp_path, 0)
+    alone.ranks.look()
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000.0)
+    (report,) = alone.ranks.look()
+    assert report.stalled_s < 10.0
+    assert report.gone_s == 0.0
