@@ -88,12 +88,7 @@ def launch(
         *check_world(config, process.world_size),
         *idle_tasks(os.environ, process),
     ]
-    use_expandable_segments()
-    device = device_of_rank(process.local_rank)
-    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
-    torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
-    if config.run.deterministic:
-        enable_determinism()
+    device = _prepare_device(config, process)
 
     # 2. Meet the others. From here on an error of one rank ends all of them.
     request = StopRequest.installed()
@@ -103,8 +98,7 @@ def launch(
         lambda: request is not None and request.signal is not None,
         config.parallel.collective_timeout,
     )
-    hang_watch = _watch_for_hangs(config, process, watch)
-    hang_watch.before_end = before_hang_ends
+    hang_watch = _watch_for_hangs(config, process, watch, before_hang_ends)
     try:
         if watch is not None:
             watch.before_end = before_end
@@ -128,6 +122,17 @@ def launch(
         watch.sign_off()
 
 
+def _prepare_device(config: Config, process: ProcessInfo) -> torch.device:
+    """Return this rank's device, with torch set up as the config asks."""
+    use_expandable_segments()
+    device = device_of_rank(process.local_rank)
+    torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
+    torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
+    if config.run.deterministic:
+        enable_determinism()
+    return device
+
+
 def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> None:
     for warning in warnings:
         logger.warning(warning)
@@ -139,7 +144,10 @@ def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> No
 
 
 def _watch_for_hangs(
-    config: Config, process: ProcessInfo, watch: PeerWatch | None
+    config: Config,
+    process: ProcessInfo,
+    watch: PeerWatch | None,
+    before_end: Callable[[str], None] | None,
 ) -> HangWatch:
     """Start to record what this rank does, for the watcher of its host, unless the config has it off."""
     ranks = {0: RankProcess.of_this_one()}
@@ -151,6 +159,7 @@ def _watch_for_hangs(
         hang_limits(config),
         open_store=partial(second_connection, process.address),
         host_of_leader=process.host,
+        before_end=before_end,
     )
     if config.monitor.watchdog.enable:
         hang_watch.start()

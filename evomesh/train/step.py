@@ -96,14 +96,13 @@ def train_step(
     optimizer.expect_micro_batches(len(scales))
     terms = LossTerms.of(loss_config)
     with this_process().phase(Place.FORWARD_BACKWARD):
-        is_done = schedule.train(batch, scales, terms, sums.add, should_stop)
-    if not is_done:
+        done = schedule.train(batch, scales, terms, sums.add, should_stop)
+    if not done:
         optimizer.zero_grad()
         return None
     watch.stop()
 
-    # 3. Update: clips, skips a gradient that is not finite, applies AdamW. The losses
-    #    are summed over the ranks together with the norm.
+    # 3. Update: clips, skips what is not finite, applies AdamW; sums norm and losses.
     own_sums = sums.of_this_rank(grid)
     with region("optimizer"), this_process().phase(Place.OPTIMIZER):
         update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile, own_sums)

@@ -27,7 +27,7 @@ FILE_PHASES = {Place.FILE, Place.SAVE, Place.REPORT, Place.END}
 
 
 class HangKind(StrEnum):
-    """What keeps a rank from making progress."""
+    """Kinds of hangs, by what keeps a rank from making progress."""
 
     GONE = "gone"
     STOPPED = "stopped"
@@ -40,7 +40,7 @@ class HangKind(StrEnum):
 
 @dataclass(frozen=True)
 class HangLimits:
-    """How long a rank may make no progress.
+    """Limits of the time that a rank may make no progress.
 
     Attributes:
         silence_s: in a step; at least this, and ``steps`` median steps.
@@ -57,7 +57,7 @@ class HangLimits:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What is known of a rank; all times are seconds until now.
+    """Knowledge of a rank at one moment; all times are seconds until now.
 
     Attributes:
         ring: what it has recorded.

@@ -1,4 +1,4 @@
-"""What Linux says about another process: whether it runs, waits or is stopped."""
+"""State of another process as Linux has it: whether it runs, waits or is stopped."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ HAS_LEFT = 4  # it has finished
 
 
 class Place(IntEnum):
-    """What a rank may be in: a phase of the run, or a collective."""
+    """Place that a rank may be in: a phase of the run, or a collective."""
 
     NOTHING = 0
     START = 1
@@ -138,7 +138,7 @@ class CollectiveEntry:
 
 @dataclass(frozen=True)
 class RingState:
-    """What a ring file says at one moment.
+    """Content of a ring file at one moment.
 
     Attributes:
         started: start time of the process, in ticks since the boot.

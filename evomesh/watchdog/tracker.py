@@ -21,7 +21,7 @@ SETTLE_S = 1.0  # for background threads to finish what they were doing
 
 
 class RankTracker:
-    """What is known of a rank of this host.
+    """Samples of a rank of this host.
 
     Args:
         path: of its ring file, which is kept open: its last state can be read after its end.

@@ -38,7 +38,7 @@ VERDICT = "verdict.json"
 
 @dataclass(frozen=True)
 class WatcherOptions:
-    """What a rank passes to the watcher that it starts, as JSON.
+    """Options that a rank passes to the watcher that it starts, as JSON.
 
     Attributes:
         folder: of the ring files.
@@ -70,7 +70,7 @@ class WatcherOptions:
 
 @dataclass(frozen=True)
 class HangVerdict:
-    """What a watcher tells the ranks of its host.
+    """Message of a watcher to the ranks of its host.
 
     Attributes:
         sentence: the explanation.
