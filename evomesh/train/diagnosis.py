@@ -28,8 +28,10 @@ from statistics import median
 import torch
 
 from evomesh.config.user import expand_home
-from evomesh.parallel.collectives import all_gather_objects, all_reduce_no_grad
+from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.probes import all_reduce_seconds
+from evomesh.train.probes import product_seconds
 
 REPEATS = 3  # of a probe, the fastest of which counts: a busy moment is not a slow rank
 # A difference below this is noise, whatever the ratio. Seconds.
@@ -37,6 +39,12 @@ PRODUCT_NOISE = 2e-3
 REDUCE_NOISE = 3e-3
 DISK_NOISE = 50e-3
 READ_BYTES = 1 << 20
+# Rows of the matrices, of float32: about three milliseconds and 128 MiB on a GPU.
+GPU_PRODUCT = 4096
+CPU_PRODUCT = 384
+# Bytes of an all-reduce.
+GPU_MESSAGE = 4 << 20
+CPU_MESSAGE = 64 << 10
 RANKS_NAMED = 8  # in one sentence
 
 # Axes whose ranks are all over the grid; ``zero`` and ``replica`` are parts of dp.
@@ -273,48 +281,18 @@ def _ms(seconds: float) -> str:
 
 
 def time_product(device: torch.device) -> float | None:
-    """Return the seconds of some matrix products, the fastest of a few runs; None where there is no memory for them."""
-    on_gpu = device.type != "cpu"
-    # About ten milliseconds on each, and 96 MiB on a GPU.
-    size = 4096 if on_gpu else 256
-    count = 64 if on_gpu else 8
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    """Return the seconds of a matrix product of some milliseconds; None where there is no memory for it."""
+    size = GPU_PRODUCT if device.type == "cuda" else CPU_PRODUCT
     try:
-        ramp = torch.linspace(-1, 1, size, device=device, dtype=dtype)
-        factor = torch.outer(ramp, ramp)
-        product = torch.empty_like(factor)
+        return product_seconds(device, size, REPEATS)
     except torch.OutOfMemoryError:
         return None
 
-    def multiply() -> None:
-        for _ in range(count):
-            torch.mm(factor, factor, out=product)
-
-    return _fastest(multiply, device)
-
 
 def time_all_reduce(axis: Axis, device: torch.device) -> float:
-    """Return the seconds of an all-reduce over an axis once all its ranks have arrived, the fastest of a few."""
-    elements = 1 << 20 if device.type != "cpu" else 1 << 14
-    numbers = torch.zeros(elements, device=device)
-    all_reduce_no_grad(numbers, axis)  # waits for the last rank
-    return _fastest(lambda: all_reduce_no_grad(numbers, axis), device)
-
-
-def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS):
-        _wait_for(device)
-        started = time.perf_counter()
-        work()
-        _wait_for(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Return the seconds of an all-reduce over an axis once all its ranks have arrived."""
+    nbytes = GPU_MESSAGE if device.type == "cuda" else CPU_MESSAGE
+    return all_reduce_seconds(axis, device, nbytes, REPEATS)
 
 
 class DiskProbe:

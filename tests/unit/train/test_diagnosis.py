@@ -172,7 +172,7 @@ def test_a_device_without_memory_has_no_figure(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*sizes: object, **options: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch, "linspace", refuse)
+    monkeypatch.setattr(torch, "ones", refuse)
     assert time_product(torch.device("cpu")) is None
 
 
