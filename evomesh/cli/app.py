@@ -21,6 +21,7 @@ from evomesh.cli import (
     slurm,
     tokenize,
     tokenizer,
+    top,
     train,
     xtuner,
 )
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("top")(top.top)
 app.command("plan")(plan.plan)
 app.command("slurm")(slurm.slurm)
 app.command("batch")(batch.batch)

@@ -76,6 +76,15 @@ class TrainingRun:
     _batch_was_returned: bool = field(default=False, repr=False)
 
     @property
+    def saved_step(self) -> int | None:
+        """The last step that this process has committed or resumed from; None so far."""
+        if self.checkpoints is None:
+            return None
+        # A copy: the thread that saves adds to it.
+        steps = [step for step, _ in list(self.checkpoints.committed)]
+        return max(steps, default=self.resumed_step)
+
+    @property
     def local_save_folder(self) -> str | None:
         """The save folder, None if nothing is saved or it is remote."""
         saves = self.checkpoints

@@ -49,6 +49,7 @@ class RunContext:
         device: the device this rank computes on.
         mode: how activations and weights are sharded over the tensor axis.
         started: when the run started; the same on every rank.
+        local_rank: number of this rank on its host.
     """
 
     grid: Grid
@@ -57,6 +58,7 @@ class RunContext:
     rank: int
     world_size: int
     started: datetime
+    local_rank: int = 0
 
 
 @contextmanager
@@ -195,9 +197,8 @@ def _start_run(
         f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
         extra=ALL_RANKS,
     )
-    return RunContext(
-        grid, device, MODES[config.parallel.tensor.mode], rank, world_size, started
-    )
+    mode = MODES[config.parallel.tensor.mode]
+    return RunContext(grid, device, mode, rank, world_size, started, process.local_rank)
 
 
 def set_seed(seed: int, rank: int) -> None:

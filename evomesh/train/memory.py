@@ -13,6 +13,7 @@ from evomesh.config.layout import axis_sizes
 from evomesh.config.schema import Config
 from evomesh.config.size import parameter_count
 from evomesh.errors import UserError
+from evomesh.monitor.status import host_memory
 
 GIB = 1024**3
 HALF = ("float16", "bfloat16")
@@ -58,6 +59,17 @@ def _kibibytes(row: str) -> int:
     """Return the number of a row such as ``  19845120 kB``."""
     number, _, _ = row.strip().partition(" ")
     return int(number)
+
+
+def memory_in_use(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process uses at most on its device, and the bytes there are.
+
+    On a CPU it is what the process uses now.
+    """
+    if device.type != "cuda":
+        return host_memory()
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device), total
 
 
 def refuse_too_large(

@@ -6,6 +6,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -28,9 +29,11 @@ from evomesh.monitor.run_folder import (
     run_folder,
     tensorboard_folder,
 )
+from evomesh.monitor.status import StatusWriter
 from evomesh.monitor.tensorboard import TensorBoardWriter
 from evomesh.storage.atomic_file import write_atomically
 from evomesh.train.launch import RunContext
+from evomesh.train.memory import memory_in_use
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
 
@@ -75,6 +78,13 @@ class RunReporter:
         self.folder = Path(state.run_folder)
         self._check_folders()
 
+        self.status = StatusWriter(
+            self.folder,
+            context.rank,
+            context.local_rank,
+            config.data.total_steps,
+            partial(memory_in_use, context.device),
+        )
         # A full disk must not end a run: training continues without these files.
         self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
@@ -97,6 +107,8 @@ class RunReporter:
 
     def __enter__(self) -> RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
+        self.status.begin(self.state.step)
+        self._open_files.enter_context(self.status)
         if not self.main:
             return self
         step = self.state.step
@@ -119,7 +131,8 @@ class RunReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open_files.close()
+        self.status.status.step = self.state.step
+        self._open_files.__exit__(kind, error, trace)
 
     def _open_board(self, step: int) -> TensorBoardWriter:
         """Open TensorBoard, which a new run starts with its command and its config."""

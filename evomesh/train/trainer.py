@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
@@ -188,8 +189,11 @@ class Trainer:
             return
         activity = this_process()
         activity.begin_step(step)
-        with region("data wait"), activity.phase(Place.DATA):
+        with region("data wait"), self._phase(Place.DATA):
             batch = run.take_batch()
+        data_wait = time.perf_counter() - started
+        status = run.reporter.status
+        status.enter("train")
         record = self._update(step, batch, started, poll)
         # Half a step has no place in a checkpoint: it is as if it had not begun.
         if record is None:
@@ -201,18 +205,27 @@ class Trainer:
             )
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            with activity.phase(Place.VALIDATION):
+            with self._phase(Place.VALIDATION):
                 results = validate(run.stages, run.valid_sets, run.grid, run.device)
             record = run.reporter.validation(record, results)
-        with activity.phase(Place.REPORT):
+        with self._phase(Place.REPORT):
             run.reporter.write(record)
+        status.step_done(record, state.step, data_wait)
         saves = run.checkpoints
         self.alerts.after_step(record, 0 if saves is None else saves.bytes_per_save)
         self._refuse_endless_skipping(step)
-        with activity.phase(Place.UPKEEP):
+        with self._phase(Place.UPKEEP):
             self.upkeep.after_step(record.fwd_bwd_time)
         self._save_if_due()
+        status.note_saves(run.saved_step, saves is not None and saves.saving)
         activity.end_step()
+
+    @contextmanager
+    def _phase(self, place: Place) -> Iterator[None]:
+        """Tell the watcher of this host, and who reads the status files, what this rank is doing."""
+        self.run.reporter.status.enter(place.words)
+        with this_process().phase(place):
+            yield
 
     def _update(
         self, step: int, batch: Batch, started: float, poll: StopPoll
@@ -304,7 +317,7 @@ class Trainer:
         run, state = self.run, self.state
         if run.checkpoints is None:
             return
-        with this_process().phase(Place.SAVE):
+        with self._phase(Place.SAVE):
             if self.saved_step != state.step:
                 run.checkpoints.save(
                     state.step,
@@ -320,3 +333,4 @@ class Trainer:
                 self.saved_step = None if snapshot else state.step
             if final:
                 run.checkpoints.wait(final=True)
+                run.reporter.status.note_saves(run.saved_step, saving=False)

@@ -140,7 +140,7 @@ class CheckpointWriter:
         self.on_refusal: Callable[[str], object] | None = None  # gets a sentence
         self.bytes_per_save = 0  # of the tensors, over all ranks
         # (step, snapshot) -> folder; of this process only.
-        self._committed: dict[tuple[int, bool], str] = {}
+        self.committed: dict[tuple[int, bool], str] = {}
 
     @property
     def folder(self) -> SaveFolder:
@@ -241,7 +241,7 @@ class CheckpointWriter:
         # 1. One save at a time, and one checkpoint of a step.
         self.claim()
         self.wait()
-        earlier = self._committed.get((step, snapshot))
+        earlier = self.committed.get((step, snapshot))
         if earlier is not None:
             self._report_earlier(step, earlier)
             return earlier
@@ -369,7 +369,7 @@ class CheckpointWriter:
             before_publishing=self._claim.check,
         )
         self._parent = ParentRecord(record.step, record.attempt)
-        self._committed[record.step, record.snapshot] = folder
+        self.committed[record.step, record.snapshot] = folder
         kind = "snapshot" if record.snapshot else "checkpoint"
         self._report(
             f"{kind} of step {record.step} committed: {folder}", is_known_to_all=True
@@ -460,7 +460,7 @@ class CheckpointWriter:
         for snapshot in (False, True):
             _, root = self._target(snapshot)
             if parent == root:
-                self._committed[checkpoint.step, snapshot] = checkpoint.folder
+                self.committed[checkpoint.step, snapshot] = checkpoint.folder
         if self.exchange.rank == 0 and parent == self.root:
             self._listener.committed(checkpoint.folder, checkpoint.record)
 

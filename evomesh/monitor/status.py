@@ -1,0 +1,226 @@
+"""Records of what each rank is doing, rewritten once a second, for ``evomesh top``.
+
+The ranks of a host share one file, ``status/HOST.jsonl`` in the run folder, in which each
+has a place of ``RECORD_BYTES`` bytes: a JSON object, padded with spaces. So a thousand
+ranks on 125 hosts are 125 files, no two hosts write to one file, and nothing grows.
+
+A thread writes the record. The training loop only sets attributes, and a rank that is
+stuck is still seen, with the phase that it is stuck in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from evomesh.monitor.metrics import StepRecord
+from evomesh.monitor.optional_output import OptionalOutput
+
+FOLDER = "status"
+RECORD_BYTES = 512
+EVERY_S = 1.0
+# Phases that a rank does not leave.
+ENDED = ("done", "stopped", "failed")
+
+
+@dataclass
+class RankStatus:
+    """The record of one rank.
+
+    Attributes:
+        time: when the record was written; ``since`` when ``phase`` began. Unix seconds.
+        phase: "data wait", "train", "validation", "save", "report", "diagnosis"; see ``ENDED``.
+        step: the number of steps that are done; ``total`` of the whole run.
+        started: when this start of the run began to train; ``first_step`` steps were done by then.
+        tgs: tokens per device and second in the last step.
+        fwd_bwd, data_wait: seconds of the last step.
+        memory, memory_limit: bytes that this rank uses at most, and has.
+        saved: step of the last checkpoint; ``saving``: one is being written.
+    """
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    time: float = 0.0
+    since: float = 0.0
+    phase: str = "start"
+    step: int = 0
+    total: int = 0
+    started: float = 0.0
+    first_step: int = 0
+    tgs: float = 0.0
+    fwd_bwd: float = 0.0
+    data_wait: float = 0.0
+    memory: int = 0
+    memory_limit: int = 0
+    saved: int | None = None
+    saving: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self.phase in ENDED
+
+
+class StatusWriter:
+    """Context manager: the record of this rank, written by a thread until the run ends.
+
+    Args:
+        folder: of the run.
+        place: of this rank among those of its host, from 0.
+        memory: returns the bytes in use and the bytes there are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        place: int,
+        total: int,
+        memory: Callable[[], tuple[int, int]],
+    ) -> None:
+        self.every_s = EVERY_S
+        host = socket.gethostname()
+        now = time.time()
+        self.status = RankStatus(
+            rank, host=host, pid=os.getpid(), since=now, total=total
+        )
+        self._path = folder / FOLDER / f"{file_name(host)}.jsonl"
+        self._place = place
+        self._memory = memory
+        self._output = OptionalOutput("status files", tries_again=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._write_until_end, name="status", daemon=True
+        )
+
+    def begin(self, steps: int) -> None:
+        """Note that training begins now, after the steps of earlier starts of the run."""
+        self.status.step = self.status.first_step = steps
+        self.status.started = time.time()
+
+    def enter(self, phase: str) -> None:
+        """Note that this rank is in a phase from now on."""
+        self.status.phase = phase
+        self.status.since = time.time()
+
+    def step_done(self, record: StepRecord, steps: int, data_wait: float) -> None:
+        """Note the figures of a step; ``steps`` are done now."""
+        status = self.status
+        status.step = steps
+        status.tgs = record.tgs
+        status.fwd_bwd = record.fwd_bwd_time
+        status.data_wait = data_wait
+
+    def note_saves(self, saved: int | None, saving: bool) -> None:
+        """Note the last checkpoint, and whether one is being written."""
+        self.status.saved = saved
+        self.status.saving = saving
+
+    def __enter__(self) -> StatusWriter:
+        self._write_once()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        is_complete = self.status.step >= self.status.total
+        if isinstance(error, Exception):
+            self.enter("failed")
+        else:
+            self.enter("done" if is_complete else "stopped")
+        self._ended.set()
+        # A file system that hangs must not keep the run.
+        self._thread.join(EVERY_S)
+
+    def _write_until_end(self) -> None:
+        while not self._ended.wait(self.every_s):
+            self._write_once()
+        self._write_once()
+
+    def _write_once(self) -> None:
+        self._output.attempt(self._write)
+
+    def _write(self) -> None:
+        self.status.time = time.time()
+        self.status.memory, self.status.memory_limit = self._memory()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(descriptor, encode(self.status), self._place * RECORD_BYTES)
+        finally:
+            os.close(descriptor)
+
+
+def file_name(host: str) -> str:
+    """Return a host's name as part of a file's."""
+    return re.sub(r"[^\w.-]", "_", host)[:100] or "host"
+
+
+def encode(status: RankStatus) -> bytes:
+    """Return a record of ``RECORD_BYTES`` bytes: JSON, spaces and a line break."""
+    figures = asdict(status)
+    for name, value in figures.items():
+        if isinstance(value, float):
+            figures[name] = round(value, 3)
+    figures["host"] = status.host[:100]
+    text = json.dumps(figures, separators=(",", ":"))
+    return text.encode().ljust(RECORD_BYTES - 1) + b"\n"
+
+
+def decode(record: bytes) -> RankStatus | None:
+    """Return what ``encode`` wrote; None for a place that is empty or half-written."""
+    try:
+        figures: Any = json.loads(record.strip(b" \n\0"))
+        known = {item.name for item in fields(RankStatus)}
+        return RankStatus(**{name: figures[name] for name in known & set(figures)})
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def read_statuses(folder: Path) -> list[RankStatus]:
+    """Return the records of all ranks of a run, in the order of ranks.
+
+    A rank that has moved to another host is taken from where it wrote last.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    newest: dict[int, RankStatus] = {}
+    for status in _all_records(folder / FOLDER):
+        earlier = newest.get(status.rank)
+        if earlier is None or status.time > earlier.time:
+            newest[status.rank] = status
+    return [newest[rank] for rank in sorted(newest)]
+
+
+def _all_records(folder: Path) -> Iterator[RankStatus]:
+    for path in sorted(folder.glob("*.jsonl")):
+        content = path.read_bytes()
+        for start in range(0, len(content), RECORD_BYTES):
+            status = decode(content[start : start + RECORD_BYTES])
+            if status is not None:
+                yield status
+
+
+def host_memory() -> tuple[int, int]:
+    """Return the resident bytes of this process and the bytes of the machine; 0 where it does not report them."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+        page = os.sysconf("SC_PAGE_SIZE")
+        return pages * page, os.sysconf("SC_PHYS_PAGES") * page
+    except (OSError, ValueError, IndexError):
+        return 0, 0
