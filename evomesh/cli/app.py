@@ -13,6 +13,7 @@ from evomesh.cli import (
     config,
     convert,
     data,
+    doctor,
     eval,
     generate,
     ledger,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("top")(top.top)
 app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("slurm")(slurm.slurm)
 app.command("batch")(batch.batch)
 app.command("ledger")(ledger.ledger)

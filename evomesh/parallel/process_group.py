@@ -178,6 +178,13 @@ def device_backend() -> str | None:
     return "nccl" if "cuda:nccl" in dist.get_backend_config() else None
 
 
+def current_backend(device: torch.device) -> str:
+    """Return the backend of the default group, such as ``gloo``; for one process, the one that it would choose."""
+    if not dist.is_initialized():
+        return backend(device)
+    return "nccl and gloo" if device_backend() else "gloo"
+
+
 def first_ranks_number(number: float) -> float:
     """Return rank 0's ``number`` on every rank of the world."""
     if not dist.is_initialized():

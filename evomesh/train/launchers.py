@@ -358,10 +358,13 @@ def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]
     ]
 
 
-def spawn_ranks(launcher: str = "auto") -> None:
+def spawn_ranks(launcher: str = "auto", *, announces: bool = True) -> None:
     """Replace this process by torchrun where the environment requires it (``torchrun_command``); else return.
 
     torchrun answers signals from then on.
+
+    Args:
+        announces: log the command to standard output.
     """
     command = torchrun_command(os.environ, sys.argv, launcher)
     if command is None:
@@ -370,8 +373,9 @@ def spawn_ranks(launcher: str = "auto") -> None:
     env = dict(os.environ)
     env.pop("RANK", None)
     env.pop("WORLD_SIZE", None)
-    setup_logging()
-    arguments = " ".join(command[1:])
-    logger.info("starting %s", arguments)
+    if announces:
+        setup_logging()
+        arguments = " ".join(command[1:])
+        logger.info("starting %s", arguments)
     sys.stdout.flush()
     os.execve(command[0], command, env)

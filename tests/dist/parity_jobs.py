@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from evomesh.diagnose.parity import observe
-from evomesh.diagnose.parity.run import compare_layout
-from evomesh.diagnose.parity.shrink import shrink
+from evomesh.diagnose.parity.run import compare_with, train_alone
+from evomesh.diagnose.parity.shrink import shrink, with_dtype
 from evomesh.optim.buckets import ParameterSync
 from evomesh.parallel.exchange import default_exchange
 from evomesh.parallel.grid import Axis
@@ -31,9 +31,11 @@ def compare_small(rank: int, layout: Layout, dtype: str) -> dict[str, Any]:
         "zero1": layout.zero1,
     }
     grid = grid_of(mode=layout.mode, **sizes)
-    small = shrink(layout.config, layout.ranks)
+    small = with_dtype(shrink(layout.config, layout.ranks), dtype)
+    device = torch.device("cpu")
     exchange = default_exchange()
-    parity = compare_layout(small, grid, torch.device("cpu"), exchange, dtype)
+    whole = train_alone(small, grid, device)
+    parity = compare_with(whole, small, grid, device, exchange)
     exchange.close()
     return asdict(parity) | {"is_equal": parity.is_equal, "text": parity.describe()}
 
@@ -49,12 +51,12 @@ def skip_gradient_sum(module: nn.Module) -> None:
     with_spec(module.weight, replace(spec, partial=frozenset()))
 
 
-def compare_broken(
-    rank: int, layout: Layout, name: str, fault: Callable[[nn.Module], None]
-) -> dict[str, Any]:
-    """As ``compare_small``, with a fault in the module ``name`` of the layout; that of one process is whole."""
+def broken_builder(
+    name: str, fault: Callable[[nn.Module], None]
+) -> Callable[..., ModelStages]:
+    """``build_stages`` with a fault in the module ``name`` of a layout; what one process builds is whole."""
 
-    def build_broken(*args: Any) -> ModelStages:
+    def build(*args: Any) -> ModelStages:
         stages = build_stages(*args)
         grid = args[1]
         for model in stages.models:
@@ -63,7 +65,14 @@ def compare_broken(
                 fault(modules[name])
         return stages
 
-    with patch.object(observe, "build_stages", build_broken):
+    return build
+
+
+def compare_broken(
+    rank: int, layout: Layout, name: str, fault: Callable[[nn.Module], None]
+) -> dict[str, Any]:
+    """As ``compare_small``, with a fault in the module ``name``."""
+    with patch.object(observe, "build_stages", broken_builder(name, fault)):
         return compare_small(rank, layout, "float64")
 
 

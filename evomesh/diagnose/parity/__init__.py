@@ -4,5 +4,5 @@
     both     --observe.py-->  what modules and the optimizer computed, by name
     these    --compare.py-->  the first tensor that differs, by module and direction
 
-``compare_layout`` in ``run.py`` does all of it.
+``run.py`` does all of it: ``train_alone``, then ``compare_with``.
 """

@@ -10,7 +10,7 @@ import torch
 from evomesh.config.schema import Config
 from evomesh.diagnose.parity.compare import BOUNDS, Comparison, Difference, compare
 from evomesh.diagnose.parity.observe import Observations, observe
-from evomesh.diagnose.parity.shrink import in_one_process, with_dtype
+from evomesh.diagnose.parity.shrink import in_one_process
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.grid import Grid
 
@@ -58,32 +58,37 @@ class Parity:
         return f"{self.dtype}: {self.compared} tensors agree, at most {self.largest:.1e} apart (bound {self.bound:g})"
 
 
-def compare_layout(
+def train_alone(small: Config, grid: Grid, device: torch.device) -> Observations:
+    """Train two steps in this process alone, with the packs of all ranks of ``grid``; without any communication.
+
+    Raises:
+        UserError: the model cannot be built.
+    """
+    return observe(in_one_process(small, grid.dp.size), Grid(), device)
+
+
+def compare_with(
+    whole: Observations,
     small: Config,
     grid: Grid,
     device: torch.device,
     exchange: Exchange,
-    dtype: str | None = None,
 ) -> Parity:
-    """Train two steps in the layout of ``grid`` and in one process, and compare; every rank calls it.
+    """Train two steps in the layout of ``grid`` and compare with ``whole``; every rank calls it.
 
-    Each rank computes the whole itself, so that it needs no tensor of another rank to
-    compare with. What one process computes involves no communication.
+    Each rank has the whole itself (``train_alone``), so that it needs no tensor of
+    another rank to compare with.
 
     Args:
         small: a config in small (``shrink``) with the layout of ``grid``.
-        dtype: in which to compute; None: that of the config.
 
     Raises:
         UserError: the model cannot be built in this layout.
     """
-    config = small if dtype is None else with_dtype(small, dtype)
-    bound = BOUNDS[config.model.dtype]
-    single = in_one_process(config, grid.dp.size)
-    whole = observe(single, Grid(), device)
-    own = observe(config, grid, device)
+    bound = BOUNDS[small.model.dtype]
+    own = observe(small, grid, device)
     found = compare(own, whole, grid, exchange.rank, bound)
-    return _of_all_ranks(exchange, config.model.dtype, found, own, whole)
+    return _of_all_ranks(exchange, small.model.dtype, found, own, whole)
 
 
 def compare_dtypes(config: Config) -> list[str]:

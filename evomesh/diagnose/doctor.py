@@ -1,0 +1,190 @@
+"""All checks in order: of the machines, of the network, of the folders, and of the config's layout.
+
+Every rank takes part in each check, and all have the same verdicts afterwards: what one
+of them finds is gathered first. Rank 0 shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evomesh.config.schema import Config
+from evomesh.diagnose.facts import Limits, MachineFacts, read_facts, read_limits
+from evomesh.diagnose.folders import (
+    SaveFolderCheck,
+    checkpoint_bytes,
+    read_only_verdicts,
+)
+from evomesh.diagnose.machine import (
+    clock_offsets,
+    judge_clocks,
+    judge_devices,
+    judge_limits,
+    judge_versions,
+)
+from evomesh.diagnose.network import judge_ports, problem_of_address, time_groups
+from evomesh.diagnose.parity.run import (
+    Parity,
+    compare_dtypes,
+    compare_with,
+    train_alone,
+)
+from evomesh.diagnose.parity.shrink import shrink, with_dtype
+from evomesh.diagnose.session import Session, session
+from evomesh.diagnose.verdicts import Place, Report, Verdict
+from evomesh.errors import UserError
+from evomesh.parallel.process_group import current_backend
+from evomesh.train.agreement import config_facts, require_agreement
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The outcome on this rank: the report, the same on all ranks, and which rank this is."""
+
+    report: Report
+    rank: int
+    world_size: int
+
+
+def examine(
+    config: Config | None,
+    *,
+    launcher: str = "auto",
+    port: int = 8888,
+    show: Callable[[Verdict], None] = lambda verdict: None,
+) -> Examination:
+    """Make all checks; those of a config only where there is one.
+
+    Args:
+        show: called on rank 0 with each verdict as soon as it is known.
+
+    Raises:
+        UserError: the layout does not fit the number of processes, the ranks cannot
+            meet, or one of them was lost.
+    """
+    limits = read_limits()
+    one_checkpoint = None if config is None else checkpoint_bytes(config)
+    with session(config or Config(), launcher, port) as joined:
+        rank = joined.process.rank
+        report = Report(show if rank == 0 else _show_nothing)
+        facts = _check_machines(joined, limits, report)
+        places = [machine.place for machine in facts]
+        _check_network(joined, places, report)
+        if config is not None:
+            _check_config(config, joined, report)
+            _check_folders(config, joined, places, one_checkpoint, report)
+            report.add(*parity_verdicts(config, joined))
+    return Examination(report, rank, joined.process.world_size)
+
+
+def _show_nothing(_: Verdict) -> None:
+    return
+
+
+def _check_machines(
+    joined: Session, limits: Limits, report: Report
+) -> list[MachineFacts]:
+    """Add verdicts on versions, devices, clocks and limits; return the facts of all ranks."""
+    exchange = joined.exchange
+    own = read_facts(joined.process.rank, joined.device, limits)
+    messages = exchange.broadcast(exchange.gather(own.as_message()))
+    facts = [MachineFacts.of_message(message) for message in messages]
+    report.add(judge_versions(facts))
+    report.add(judge_devices(facts, current_backend(joined.device)))
+    report.add(judge_clocks(facts, clock_offsets(exchange)))
+    report.add(*judge_limits(facts))
+    return facts
+
+
+def _check_network(joined: Session, places: list[Place], report: Report) -> None:
+    exchange = joined.exchange
+    problems = exchange.broadcast(exchange.gather(problem_of_address()))
+    report.add(judge_ports(problems, places, joined.met_at))
+    for verdict in time_groups(joined.grid, joined.device, exchange, places):
+        report.add(verdict)
+
+
+def _check_config(config: Config, joined: Session, report: Report) -> None:
+    """Add the verdict on whether all ranks read the same config and code."""
+    try:
+        require_agreement(joined.exchange, config_facts(config))
+    except UserError as error:
+        report.add(Verdict("config", "fail", error.found, error.fix))
+        return
+    for warning in joined.warnings:
+        report.add(Verdict("config", "warn", warning))
+    if not joined.warnings:
+        report.add(Verdict("config", "ok", "the same on all ranks; the layout fits"))
+
+
+def _check_folders(
+    config: Config,
+    joined: Session,
+    places: list[Place],
+    one_checkpoint: int | None,
+    report: Report,
+) -> None:
+    saves = SaveFolderCheck(config, joined.exchange, places)
+    report.add(*saves.verdicts(one_checkpoint))
+    report.add(*read_only_verdicts(config, joined.exchange, places))
+
+
+def parity_verdicts(config: Config, joined: Session) -> list[Verdict]:
+    """Train the config in small, in its layout and in one process; return a verdict for each dtype."""
+    try:
+        small = shrink(config, joined.process.world_size)
+    except ValueError as error:  # sizes of a custom model that are not free
+        reason = str(error).partition("\n")[0]
+        return [_not_compared(reason)]
+    verdicts = []
+    for dtype in compare_dtypes(config):
+        verdict = _parity_verdict(with_dtype(small, dtype), joined)
+        verdicts.append(verdict)
+        if verdict.status != "ok":  # another dtype would only show it again
+            break
+    return verdicts
+
+
+def _parity_verdict(small: Config, joined: Session) -> Verdict:
+    # In one process first, where no other rank waits: a custom model may not take sizes
+    # that it was not written for.
+    exchange = joined.exchange
+    reason = ""
+    whole = None
+    try:
+        whole = train_alone(small, joined.grid, joined.device)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    reasons = exchange.broadcast(exchange.gather(reason))
+    for text in reasons:
+        if text:
+            return _not_compared(text)
+    assert whole is not None
+    try:
+        parity = compare_with(whole, small, joined.grid, joined.device, exchange)
+    except UserError as error:
+        return Verdict("parity", "fail", error.found, error.fix)
+    return judge_parity(parity)
+
+
+def judge_parity(parity: Parity) -> Verdict:
+    """Refuse a layout that does not compute what one process does."""
+    if parity.is_equal:
+        return Verdict("parity", "ok", f"two steps in small, {parity.describe()}")
+    return Verdict(
+        "parity",
+        "fail",
+        f"two steps in small, {parity.describe()}",
+        "look at that module's communication (a custom model's builder, a patched layer); a wrong sum on one host only "
+        "points to its device, driver or network: NCCL_DEBUG=INFO, and the same without that host",
+    )
+
+
+def _not_compared(reason: str) -> Verdict:
+    return Verdict(
+        "parity",
+        "warn",
+        f"the model could not be trained in small: {reason}",
+        "let the model's builder take every size from its config",
+    )

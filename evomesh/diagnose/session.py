@@ -1,0 +1,70 @@
+"""The ranks of a job together, for checks: as for a run, but nobody is refused for being different."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from evomesh.config.layout import check_world
+from evomesh.config.schema import Config
+from evomesh.parallel.build import build_grid
+from evomesh.parallel.device import device_of_rank
+from evomesh.parallel.exchange import Exchange, default_exchange
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.process_group import join_world, leave_world
+from evomesh.train.job import explain_to_peers
+from evomesh.train.launchers import ProcessInfo, detect
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank among those that are checked together.
+
+    Attributes:
+        warnings: of the layout, such as a size that has no effect.
+    """
+
+    process: ProcessInfo
+    device: torch.device
+    grid: Grid
+    exchange: Exchange
+    warnings: list[str]
+
+    @property
+    def met_at(self) -> str:
+        """Return the address where the ranks met, "" for one process."""
+        return str(self.process.address) if self.process.world_size > 1 else ""
+
+
+@contextmanager
+def session(config: Config, launcher: str, port: int) -> Iterator[Session]:
+    """Join the other ranks, and leave them at the end of the ``with`` block.
+
+    Raises:
+        UserError: the layout does not fit the number of processes, or the ranks cannot
+            meet. An error inside the block ends all ranks, as in a run.
+    """
+    process = detect(os.environ, launcher, port)
+    warnings = check_world(config, process.world_size)
+    device = device_of_rank(process.local_rank)
+    timeout = config.parallel.collective_timeout
+    watch = join_world(device, process.address, timeout=timeout)
+    try:
+        grid = build_grid(config.parallel, process.world_size, process.rank)
+        exchange = default_exchange()
+        yield Session(process, device, grid, exchange, warnings)
+        exchange.close()
+    except BaseException as error:
+        if watch is None:
+            raise
+        reported = explain_to_peers(error, watch)
+        if reported is error:
+            raise
+        raise reported from error
+    leave_world()
+    if watch is not None:
+        watch.sign_off()

@@ -1,0 +1,105 @@
+"""Verdicts: what a check found, whether it is well, and what to do if it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from evomesh.config.redact import redact_text
+from evomesh.errors import printable
+
+Status = Literal["ok", "warn", "fail"]
+RANKS_NAMED = 4
+EXIT_PROBLEMS = 1  # as of `evomesh data verify`: the command worked, and found problems
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one check.
+
+    Attributes:
+        check: what was looked at, in a word or two.
+        found: one sentence.
+        fix: what to do; "" where all is well.
+    """
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+
+    def line(self) -> str:
+        """Return the verdict as it is printed; a fix has its own line."""
+        text = f"{self.status:<4}  {self.check:<13}  {self.found}"
+        if self.fix:
+            text += f"\n{'':21}fix: {self.fix}"
+        return printable(redact_text(text))
+
+
+@dataclass
+class Report:
+    """The verdicts of all checks so far.
+
+    Attributes:
+        show: called with each verdict as soon as it is known, so that a check that hangs is seen to be the next one.
+    """
+
+    show: Callable[[Verdict], None]
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def add(self, *verdicts: Verdict) -> None:
+        """Keep and show verdicts."""
+        for verdict in verdicts:
+            self.verdicts.append(verdict)
+            self.show(verdict)
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0 where no check failed; a warning is no failure."""
+        failed = any(verdict.status == "fail" for verdict in self.verdicts)
+        return EXIT_PROBLEMS if failed else 0
+
+    def summary(self) -> str:
+        """Return how many checks there were, and how many of them are not well."""
+        statuses = [verdict.status for verdict in self.verdicts]
+        warned = statuses.count("warn")
+        failed = statuses.count("fail")
+        return f"{len(statuses)} checks: {failed} failed, {warned} warned"
+
+    def as_json(self, **more: Any) -> str:
+        """Return the report as one line of JSON, with what the caller adds to it."""
+        document = {
+            "exit_code": self.exit_code,
+            **more,
+            "checks": [asdict(verdict) for verdict in self.verdicts],
+        }
+        return redact_text(json.dumps(document))
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rank that found something, and its host."""
+
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def listed(places: Sequence[Place]) -> str:
+    """Return the first of some ranks by name, and how many more there are."""
+    named = ", ".join(str(place) for place in places[:RANKS_NAMED])
+    more = len(places) - RANKS_NAMED
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def by_value(values: Sequence[str], places: Sequence[Place]) -> str:
+    """Return each value with the ranks that have it: ``2.13 (rank 0 on a), 2.11 (rank 1 on b)``."""
+    ranks: dict[str, list[Place]] = {}
+    for value, place in zip(values, places, strict=True):
+        ranks.setdefault(value, []).append(place)
+    parts = [f"{value} ({listed(where)})" for value, where in ranks.items()]
+    return ", ".join(parts)

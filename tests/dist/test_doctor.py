@@ -1,0 +1,143 @@
+"""Checks that all ranks make together: clocks, and a save folder that all must see."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from evomesh.config.schema import Config
+from evomesh.diagnose.folders import SaveFolderCheck, read_only_verdicts
+from evomesh.diagnose.machine import clock_offsets
+from evomesh.diagnose.network import groups_to_time, time_groups
+from evomesh.diagnose.verdicts import Place, Verdict
+from evomesh.parallel.exchange import SingleProcessExchange, default_exchange
+from evomesh.storage.local import LocalStorage
+from tests.support.pool import Pool, grid_of
+
+PLACES = [Place(rank, f"n{rank}") for rank in range(4)]
+MIB = 1 << 20
+
+
+def config_for(folder: str) -> Config:
+    data = {"total_steps": 100}
+    ckpt = {
+        "enable_save_ckpt": True,
+        "save_ckpt_folder": folder,
+        "checkpoint_every": 10,
+        "keep_last": 3,
+    }
+    return Config.model_validate({"data": data, "ckpt": ckpt})
+
+
+def measure_clocks(rank: int, skews: list[float]) -> list[float]:
+    exchange = default_exchange()
+    offsets = clock_offsets(exchange, lambda: time.time() + skews[rank])
+    exchange.close()
+    return offsets
+
+
+def test_skew_is_measured_from_rank_0(pool: Pool) -> None:
+    skews = [100.0, 100.0, 105.0, 60.0]
+    for offsets in pool.run(measure_clocks, skews):
+        assert offsets[0] == 0.0
+        # Proven is what lies outside the time of a message, so never more than the skew.
+        assert abs(offsets[1]) < 0.5
+        assert 4.0 < offsets[2] < 5.5 and -40.5 < offsets[3] < -39.0
+
+
+def check_save_folder(rank: int, folders: list[str]) -> list[Verdict]:
+    exchange = default_exchange()
+    check = SaveFolderCheck(config_for(folders[rank]), exchange, PLACES)
+    with patch("evomesh.diagnose.folders.LOOKS", 1):
+        verdicts = check.verdicts(one_checkpoint=MIB)
+    exchange.close()
+    return verdicts
+
+
+def test_a_shared_folder_is_checked_and_left_as_it_was(
+    pool: Pool, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "runs" / "ckpts")
+    for verdicts in pool.run(check_save_folder, [folder] * 4):
+        names = [verdict.check for verdict in verdicts]
+        assert names == ["save folder", "disk space", "disk rates"]
+        assert [verdict.status for verdict in verdicts][:2] == ["ok", "ok"]
+        assert "4 of them 4.0 MiB" in verdicts[1].found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_one_rank_does_not_see_is_named(
+    pool: Pool, tmp_path: Path
+) -> None:
+    folders = [str(tmp_path / "shared")] * 3 + [str(tmp_path / "own")]
+    for verdicts in pool.run(check_save_folder, folders):
+        (verdict,) = verdicts
+        assert verdict.status == "fail" and "shared file system" in verdict.fix
+        assert verdict.found.endswith("is not seen by rank 3 on n3")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "status", "words"),
+    [
+        (MIB, "fail", "cannot hold two checkpoints"),
+        (3 * MIB, "warn", "NOT ENOUGH"),
+        (5 * MIB, "ok", "5.0 MiB are free"),
+    ],
+)
+def test_a_disk_that_is_too_full_for_the_forecast(
+    tmp_path: Path, monkeypatch: Any, free: int, status: str, words: str
+) -> None:
+    monkeypatch.setattr(LocalStorage, "free_bytes", lambda *_: free)
+    config = config_for(str(tmp_path / "ckpts"))
+    check = SaveFolderCheck(config, SingleProcessExchange(), PLACES[:1])
+    verdict = check.verdicts(one_checkpoint=MIB)[1]
+    assert verdict.status == status and words in verdict.found
+    assert bool(verdict.fix) == (status != "ok")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_for(str(tmp_path / "file" / "ckpts"))
+    check = SaveFolderCheck(config, SingleProcessExchange(), PLACES[:1])
+    (verdict,) = check.verdicts(one_checkpoint=MIB)
+    assert verdict.status == "fail" and "rank 0 on n0 cannot write" in verdict.found
+
+
+def check_data(rank: int, folders: list[str]) -> list[Verdict]:
+    exchange = default_exchange()
+    data = {"train_folder": folders[rank]}
+    config = Config.model_validate({"data": data})
+    verdicts = read_only_verdicts(config, exchange, PLACES)
+    exchange.close()
+    return verdicts
+
+
+def test_data_that_differs_on_one_rank_is_named(pool: Pool, tmp_path: Path) -> None:
+    for name, size in (("same", 3), ("other", 4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.bin").write_bytes(b"x" * size)
+    folders = [str(tmp_path / "same")] * 2 + [str(tmp_path / "other")] * 2
+    (verdict,) = pool.run(check_data, folders)[0]
+    assert verdict.check == "train data" and verdict.status == "fail"
+    assert "(rank 2 on n2, rank 3 on n3)" in verdict.found
+
+
+def time_axes(rank: int) -> tuple[list[str], list[Verdict]]:
+    grid = grid_of(tensor=2)
+    exchange = default_exchange()
+    verdicts = time_groups(grid, torch.device("cpu"), exchange, PLACES)
+    exchange.close()
+    return [axis.name for axis in groups_to_time(grid)], verdicts
+
+
+def test_each_group_of_the_layout_is_timed_once(pool: Pool) -> None:
+    for axes, verdicts in pool.run(time_axes):
+        assert axes == ["dp", "tp"]  # zero has the ranks of dp
+        assert [verdict.check for verdict in verdicts] == ["axis dp", "axis tp"]
+        assert all("latency" in verdict.found for verdict in verdicts)
