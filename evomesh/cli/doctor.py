@@ -11,7 +11,7 @@ import typer
 from evomesh.cli.options import LauncherOption, OverrideOption, RendezvousPortOption
 
 if TYPE_CHECKING:
-    from evomesh.diagnose.verdicts import Verdict
+    from evomesh.diagnose.results import CheckResult
 
 JsonOption = Annotated[
     bool,
@@ -73,10 +73,10 @@ def _log_to_stderr() -> None:
     setup_logging(shows=False, console=Console(file=sys.stderr))
 
 
-def _show(verdict: Verdict) -> None:
-    typer.echo(verdict.line())
+def _show(result: CheckResult) -> None:
+    typer.echo(result.line())
     sys.stdout.flush()
 
 
-def _show_nothing(_: Verdict) -> None:
+def _show_nothing(_: CheckResult) -> None:
     return

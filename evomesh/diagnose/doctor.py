@@ -1,6 +1,6 @@
 """All checks in order: of the machines, of the network, of the folders, and of the config's layout.
 
-Every rank takes part in each check, and all have the same verdicts afterwards: what one
+Every rank takes part in each check, and all have the same results afterwards: what one
 of them finds is gathered first. Rank 0 shows them.
 """
 
@@ -14,7 +14,7 @@ from evomesh.diagnose.facts import Limits, MachineFacts, read_facts, read_limits
 from evomesh.diagnose.folders import (
     SaveFolderCheck,
     checkpoint_bytes,
-    read_only_verdicts,
+    read_only_results,
 )
 from evomesh.diagnose.machine import (
     clock_offsets,
@@ -31,8 +31,8 @@ from evomesh.diagnose.parity.run import (
     train_alone,
 )
 from evomesh.diagnose.parity.shrink import shrink, with_dtype
+from evomesh.diagnose.results import CheckResult, RankPlace, Report
 from evomesh.diagnose.session import Session, session
-from evomesh.diagnose.verdicts import Place, Report, Verdict
 from evomesh.errors import UserError
 from evomesh.parallel.process_group import current_backend
 from evomesh.train.agreement import config_facts, require_agreement
@@ -52,12 +52,12 @@ def examine(
     *,
     launcher: str = "auto",
     port: int = 8888,
-    show: Callable[[Verdict], None] = lambda verdict: None,
+    show: Callable[[CheckResult], None] = lambda result: None,
 ) -> Examination:
     """Make all checks; those of a config only where there is one.
 
     Args:
-        show: called on rank 0 with each verdict as soon as it is known.
+        show: called on rank 0 with each result as soon as it is known.
 
     Raises:
         UserError: the layout does not fit the number of processes, the ranks cannot
@@ -74,18 +74,18 @@ def examine(
         if config is not None:
             _check_config(config, joined, report)
             _check_folders(config, joined, places, one_checkpoint, report)
-            report.add(*parity_verdicts(config, joined))
+            report.add(*parity_results(config, joined))
     return Examination(report, rank, joined.process.world_size)
 
 
-def _show_nothing(_: Verdict) -> None:
+def _show_nothing(_: CheckResult) -> None:
     return
 
 
 def _check_machines(
     joined: Session, limits: Limits, report: Report
 ) -> list[MachineFacts]:
-    """Add verdicts on versions, devices, clocks and limits; return the facts of all ranks."""
+    """Add results on versions, devices, clocks and limits; return the facts of all ranks."""
     exchange = joined.exchange
     own = read_facts(joined.process.rank, joined.device, limits)
     messages = exchange.broadcast(exchange.gather(own.as_message()))
@@ -97,56 +97,58 @@ def _check_machines(
     return facts
 
 
-def _check_network(joined: Session, places: list[Place], report: Report) -> None:
+def _check_network(joined: Session, places: list[RankPlace], report: Report) -> None:
     exchange = joined.exchange
     problems = exchange.broadcast(exchange.gather(problem_of_address()))
     report.add(judge_ports(problems, places, joined.met_at))
-    for verdict in time_groups(joined.grid, joined.device, exchange, places):
-        report.add(verdict)
+    for result in time_groups(joined.grid, joined.device, exchange, places):
+        report.add(result)
 
 
 def _check_config(config: Config, joined: Session, report: Report) -> None:
-    """Add the verdict on whether all ranks read the same config and code."""
+    """Add the result on whether all ranks read the same config and code."""
     try:
         require_agreement(joined.exchange, config_facts(config))
     except UserError as error:
-        report.add(Verdict("config", "fail", error.found, error.fix))
+        report.add(CheckResult("config", "fail", error.found, error.fix))
         return
     for warning in joined.warnings:
-        report.add(Verdict("config", "warn", warning))
+        report.add(CheckResult("config", "warn", warning))
     if not joined.warnings:
-        report.add(Verdict("config", "ok", "the same on all ranks; the layout fits"))
+        report.add(
+            CheckResult("config", "ok", "the same on all ranks; the layout fits")
+        )
 
 
 def _check_folders(
     config: Config,
     joined: Session,
-    places: list[Place],
+    places: list[RankPlace],
     one_checkpoint: int | None,
     report: Report,
 ) -> None:
     saves = SaveFolderCheck(config, joined.exchange, places)
-    report.add(*saves.verdicts(one_checkpoint))
-    report.add(*read_only_verdicts(config, joined.exchange, places))
+    report.add(*saves.results(one_checkpoint))
+    report.add(*read_only_results(config, joined.exchange, places))
 
 
-def parity_verdicts(config: Config, joined: Session) -> list[Verdict]:
-    """Train the config in small, in its layout and in one process; return a verdict for each dtype."""
+def parity_results(config: Config, joined: Session) -> list[CheckResult]:
+    """Train the config in small, in its layout and in one process; return a result for each dtype."""
     try:
         small = shrink(config, joined.process.world_size)
     except ValueError as error:  # sizes of a custom model that are not free
         reason = str(error).partition("\n")[0]
         return [_not_compared(reason)]
-    verdicts = []
+    results = []
     for dtype in compare_dtypes(config):
-        verdict = _parity_verdict(with_dtype(small, dtype), joined)
-        verdicts.append(verdict)
-        if verdict.status != "ok":  # another dtype would only show it again
+        result = _parity_result(with_dtype(small, dtype), joined)
+        results.append(result)
+        if result.status != "ok":  # another dtype would only show it again
             break
-    return verdicts
+    return results
 
 
-def _parity_verdict(small: Config, joined: Session) -> Verdict:
+def _parity_result(small: Config, joined: Session) -> CheckResult:
     # In one process first, where no other rank waits: a custom model may not take sizes
     # that it was not written for.
     exchange = joined.exchange
@@ -164,15 +166,15 @@ def _parity_verdict(small: Config, joined: Session) -> Verdict:
     try:
         parity = compare_with(whole, small, joined.grid, joined.device, exchange)
     except UserError as error:
-        return Verdict("parity", "fail", error.found, error.fix)
+        return CheckResult("parity", "fail", error.found, error.fix)
     return judge_parity(parity)
 
 
-def judge_parity(parity: Parity) -> Verdict:
+def judge_parity(parity: Parity) -> CheckResult:
     """Refuse a layout that does not compute what one process does."""
     if parity.is_equal:
-        return Verdict("parity", "ok", f"two steps in small, {parity.describe()}")
-    return Verdict(
+        return CheckResult("parity", "ok", f"two steps in small, {parity.describe()}")
+    return CheckResult(
         "parity",
         "fail",
         f"two steps in small, {parity.describe()}",
@@ -181,8 +183,8 @@ def judge_parity(parity: Parity) -> Verdict:
     )
 
 
-def _not_compared(reason: str) -> Verdict:
-    return Verdict(
+def _not_compared(reason: str) -> CheckResult:
+    return CheckResult(
         "parity",
         "warn",
         f"the model could not be trained in small: {reason}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import evomesh
-from evomesh.diagnose.verdicts import Place
+from evomesh.diagnose.results import RankPlace
 from evomesh.parallel.process_group import gpu_identity
 from evomesh.train.agreement import source_digest
 
@@ -38,7 +38,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What one rank states about itself.
+    """Statements of one rank about itself.
 
     Attributes:
         versions: by name of the program.
@@ -55,8 +55,8 @@ class MachineFacts:
     limits: Limits
 
     @property
-    def place(self) -> Place:
-        return Place(self.rank, self.host)
+    def place(self) -> RankPlace:
+        return RankPlace(self.rank, self.host)
 
     @property
     def on_gpu(self) -> bool:

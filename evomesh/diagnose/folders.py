@@ -15,7 +15,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.config.schema import Config, ParallelConfig
 from evomesh.config.user import expand_home
 from evomesh.data.build import build_train_data
-from evomesh.diagnose.verdicts import Place, Verdict, by_value, listed
+from evomesh.diagnose.results import CheckResult, RankPlace, by_value, listed
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange
 from evomesh.plan.trace import hold
@@ -58,11 +58,11 @@ class SaveFolderCheck:
 
     config: Config
     exchange: Exchange
-    places: Sequence[Place]
+    places: Sequence[RankPlace]
     made: list[str] = field(default_factory=list)
 
-    def verdicts(self, one_checkpoint: int | None) -> list[Verdict]:
-        """Return the verdicts, on every rank the same; none where nothing is saved."""
+    def results(self, one_checkpoint: int | None) -> list[CheckResult]:
+        """Return the results, on every rank the same; none where nothing is saved."""
         if self.config.ckpt.save_ckpt_folder is None:
             return []
         folder = save_folder(self.config.ckpt)
@@ -93,7 +93,7 @@ class SaveFolderCheck:
             for made in self.made:
                 folder.storage.delete_folder(made)
 
-    def _is_shared(self, folder: SaveFolder) -> Verdict:
+    def _is_shared(self, folder: SaveFolder) -> CheckResult:
         """Let rank 0 write a file for which all others look."""
         name = self.exchange.broadcast(f"{PROBE_FILE}-{secrets.token_hex(4)}")
         probe = join(folder.root, name)
@@ -102,7 +102,7 @@ class SaveFolderCheck:
             problem = _problem_of_writing(folder.storage, probe)
         problem = self.exchange.broadcast(problem)
         if problem:
-            return Verdict(
+            return CheckResult(
                 "save folder",
                 "fail",
                 f"{self.places[0]} cannot write to {folder.root}: {problem}",
@@ -115,26 +115,26 @@ class SaveFolderCheck:
                 folder.storage.delete(probe)
         blind = _places_where(self.places, answers, False)
         if blind:
-            return Verdict(
+            return CheckResult(
                 "save folder",
                 "fail",
                 f"what rank 0 writes to {folder.root} is not seen by {listed(blind)}",
                 "use a shared file system or an object store as ckpt.save_ckpt_folder, mounted on every node",
             )
-        return Verdict(
+        return CheckResult(
             "save folder", "ok", f"{folder.root} is the same folder for all ranks"
         )
 
-    def _space(self, folder: SaveFolder, one: int | None) -> Verdict:
+    def _space(self, folder: SaveFolder, one: int | None) -> CheckResult:
         """Compare the free space with what the run will keep."""
         message = None
         if self.exchange.rank == 0:
-            verdict = judge_space(self.config, folder, one)
-            message = [verdict.status, verdict.found, verdict.fix]
+            result = judge_space(self.config, folder, one)
+            message = [result.status, result.found, result.fix]
         status, found, fix = self.exchange.broadcast(message)
-        return Verdict("disk space", status, found, fix)
+        return CheckResult("disk space", status, found, fix)
 
-    def _rates(self, folder: SaveFolder) -> Verdict:
+    def _rates(self, folder: SaveFolder) -> CheckResult:
         """Let all ranks write and read at once, as they do in a save."""
         problem = ""
         times = None
@@ -167,14 +167,14 @@ def _appears(storage: Storage, path: str) -> bool:
 
 
 def _places_where(
-    places: Sequence[Place], answers: Sequence[object], wanted: object
-) -> list[Place]:
+    places: Sequence[RankPlace], answers: Sequence[object], wanted: object
+) -> list[RankPlace]:
     return [
         place for place, answer in zip(places, answers, strict=True) if answer == wanted
     ]
 
 
-def judge_space(config: Config, folder: SaveFolder, one: int | None) -> Verdict:
+def judge_space(config: Config, folder: SaveFolder, one: int | None) -> CheckResult:
     """Compare the free space of the save folder with what the run will keep in it.
 
     Args:
@@ -183,7 +183,7 @@ def judge_space(config: Config, folder: SaveFolder, one: int | None) -> Verdict:
     if one is None:
         free = folder.storage.free_bytes(folder.root)
         shown = "unknown" if free is None else readable(free)
-        return Verdict(
+        return CheckResult(
             "disk space",
             "warn",
             f"free: {shown}; the size of a checkpoint of this custom model is not known",
@@ -196,23 +196,25 @@ def judge_space(config: Config, folder: SaveFolder, one: int | None) -> Verdict:
             folder.storage, folder.root, one, held, saves, config.ckpt.keep_last
         )
     except UserError as error:
-        return Verdict("disk space", "fail", error.found, error.fix)
+        return CheckResult("disk space", "fail", error.found, error.fix)
     if "NOT ENOUGH" in forecast:
         found, _, fix = forecast.partition(": ")
-        return Verdict("disk space", "warn", found, fix)
-    return Verdict("disk space", "ok", forecast)
+        return CheckResult("disk space", "warn", found, fix)
+    return CheckResult("disk space", "ok", forecast)
 
 
-def judge_rates(places: Sequence[Place], answers: Sequence[list[object]]) -> Verdict:
+def judge_rates(
+    places: Sequence[RankPlace], answers: Sequence[list[object]]
+) -> CheckResult:
     """Judge how fast the save folder takes and gives bytes.
 
     Args:
         answers: of each rank why it failed ("" if not), seconds of writing and of reading ``PROBE_BYTES``.
     """
-    timed: list[tuple[FileTimes, Place]] = []
+    timed: list[tuple[FileTimes, RankPlace]] = []
     for place, (problem, write, read) in zip(places, answers, strict=True):
         if problem:
-            return Verdict(
+            return CheckResult(
                 "disk rates",
                 "fail",
                 f"{place} cannot write and read {readable(PROBE_BYTES)}: {problem}",
@@ -228,29 +230,29 @@ def judge_rates(places: Sequence[Place], answers: Sequence[list[object]]) -> Ver
     )
     if min(writing.write_rate, reading.read_rate) < SLOW_RATE:
         fix = "choose a faster folder, or save less often: ckpt.checkpoint_every"
-        return Verdict("disk rates", "warn", found, fix)
-    return Verdict("disk rates", "ok", found)
+        return CheckResult("disk rates", "warn", found, fix)
+    return CheckResult("disk rates", "ok", found)
 
 
-def read_only_verdicts(
-    config: Config, exchange: Exchange, places: Sequence[Place]
-) -> list[Verdict]:
-    """Return verdicts on the folders that a run only reads, and on the data in them; every rank calls it."""
+def read_only_results(
+    config: Config, exchange: Exchange, places: Sequence[RankPlace]
+) -> list[CheckResult]:
+    """Return results on the folders that a run only reads, and on the data in them; every rank calls it."""
     folders = {
         "train data": config.data.train_folder,
         "valid data": config.data.valid_folder,
         "tokenizer": config.data.tokenizer_path,
     }
-    verdicts = []
+    results = []
     for name, folder in folders.items():
         if folder is not None and config.data.type != "streaming":
             listing = digest_of_listing(folder)
             answers = exchange.broadcast(exchange.gather(listing))
-            verdicts.append(judge_listing(name, folder, answers, places))
-    if any(verdict.status == "fail" for verdict in verdicts):
-        return verdicts
+            results.append(judge_listing(name, folder, answers, places))
+    if any(result.status == "fail" for result in results):
+        return results
     facts = exchange.broadcast(exchange.gather(_data_facts(config)))
-    return [*verdicts, judge_data(facts, places)]
+    return [*results, judge_data(facts, places)]
 
 
 def digest_of_listing(path: str) -> str:
@@ -273,25 +275,25 @@ def digest_of_listing(path: str) -> str:
 
 
 def judge_listing(
-    name: str, folder: str, answers: Sequence[str], places: Sequence[Place]
-) -> Verdict:
+    name: str, folder: str, answers: Sequence[str], places: Sequence[RankPlace]
+) -> CheckResult:
     """Refuse a folder that a rank does not see, or sees other files in."""
     blind = _places_where(places, answers, "")
     if blind:
-        return Verdict(
+        return CheckResult(
             name,
             "fail",
             f"{folder} is absent, empty or not readable: {listed(blind)}",
             "mount or copy it on every node, under the same path",
         )
     if len(set(answers)) > 1:
-        return Verdict(
+        return CheckResult(
             name,
             "fail",
             f"{folder} has other files or sizes: listing {by_value(answers, places)}",
             "copy the same files to every node",
         )
-    return Verdict(name, "ok", f"{folder} has the same files on all ranks")
+    return CheckResult(name, "ok", f"{folder} has the same files on all ranks")
 
 
 def _data_facts(config: Config) -> list[str]:
@@ -303,7 +305,7 @@ def _data_facts(config: Config) -> list[str]:
     return [str(data.manifest["hash"]), f"{data.num_packs:,} packs"]
 
 
-def judge_data(facts: Sequence[list[str]], places: Sequence[Place]) -> Verdict:
+def judge_data(facts: Sequence[list[str]], places: Sequence[RankPlace]) -> CheckResult:
     """Refuse data that cannot be trained on, or that is not the same on all ranks.
 
     Args:
@@ -311,7 +313,7 @@ def judge_data(facts: Sequence[list[str]], places: Sequence[Place]) -> Verdict:
     """
     for place, (fingerprint, text) in zip(places, facts, strict=True):
         if not fingerprint:
-            return Verdict(
+            return CheckResult(
                 "data",
                 "fail",
                 f"{place}: {text}",
@@ -319,12 +321,12 @@ def judge_data(facts: Sequence[list[str]], places: Sequence[Place]) -> Verdict:
             )
     fingerprints = [fingerprint for fingerprint, _ in facts]
     if len(set(fingerprints)) > 1:
-        return Verdict(
+        return CheckResult(
             "data",
             "fail",
             f"the fingerprint differs: {by_value(fingerprints, places)}",
             "copy the same token files to every node",
         )
-    return Verdict(
+    return CheckResult(
         "data", "ok", f"readable; fingerprint {fingerprints[0][:16]}, {facts[0][1]}"
     )

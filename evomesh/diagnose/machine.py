@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.diagnose.facts import MachineFacts
-from evomesh.diagnose.verdicts import Status, Verdict, by_value, listed
+from evomesh.diagnose.results import CheckResult, Status, by_value, listed
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.process_group import ranks_on_one_gpu
 
@@ -21,30 +21,30 @@ MIN_SHARED_MEMORY = 64 << 20  # bytes for each rank of a host, with NCCL
 MIB = 1 << 20
 
 
-def judge_versions(ranks: Sequence[MachineFacts]) -> Verdict:
+def judge_versions(ranks: Sequence[MachineFacts]) -> CheckResult:
     """Refuse ranks with different programs."""
     names = ranks[0].versions
     places = [rank.place for rank in ranks]
     for name in names:
         values = [rank.versions.get(name, "none") for rank in ranks]
         if len(set(values)) > 1:
-            return Verdict(
+            return CheckResult(
                 "versions",
                 "fail",
                 f"{name} differs: {by_value(values, places)}",
                 "install the same on every node, or start all ranks in one container image",
             )
     known = [f"{name} {version}" for name, version in names.items()]
-    return Verdict("versions", "ok", f"{', '.join(known)} on {_count(ranks)}")
+    return CheckResult("versions", "ok", f"{', '.join(known)} on {_count(ranks)}")
 
 
-def judge_devices(ranks: Sequence[MachineFacts], backend: str) -> Verdict:
+def judge_devices(ranks: Sequence[MachineFacts], backend: str) -> CheckResult:
     """Judge the devices of all ranks, and the backend that they lead to."""
     places = [rank.place for rank in ranks]
     kinds = [_kind(rank) for rank in ranks]
     sharers = ranks_on_one_gpu([rank.gpu for rank in ranks])
     if len(set(kinds)) > 1:
-        return Verdict(
+        return CheckResult(
             "devices",
             "fail",
             f"devices differ: {by_value(kinds, places)}",
@@ -52,7 +52,7 @@ def judge_devices(ranks: Sequence[MachineFacts], backend: str) -> Verdict:
         )
     if sharers:
         where = listed([places[rank] for rank in sharers])
-        return Verdict(
+        return CheckResult(
             "devices",
             "warn",
             f"{where} share one GPU; backend {backend}, slowly, because NCCL refuses this",
@@ -61,10 +61,10 @@ def judge_devices(ranks: Sequence[MachineFacts], backend: str) -> Verdict:
     found = f"{kinds[0]} on {_count(ranks)}; backend {backend}"
     crowd = _crowded_host(ranks)
     if crowd and not ranks[0].on_gpu:
-        return Verdict(
+        return CheckResult(
             "devices", "warn", f"{found}; {crowd}", "start fewer ranks on a host"
         )
-    return Verdict("devices", "ok", found)
+    return CheckResult("devices", "ok", found)
 
 
 def _kind(rank: MachineFacts) -> str:
@@ -96,7 +96,7 @@ def _count(ranks: Sequence[MachineFacts]) -> str:
     return f"all {len(ranks)} ranks on {hosts} host{'s' if hosts > 1 else ''}"
 
 
-def judge_limits(ranks: Sequence[MachineFacts]) -> list[Verdict]:
+def judge_limits(ranks: Sequence[MachineFacts]) -> list[CheckResult]:
     """Judge the limits of all ranks, each with its own line."""
     crowds = {host: len(members) for host, members in _by_host(ranks).items()}
     most = max(crowds.values())
@@ -147,8 +147,8 @@ def _judge_limit(
     fix: str,
     unit: Callable[[float], str] = lambda value: f"{value:g}",
     status: Status = "fail",
-) -> Verdict:
-    """Return the verdict on one limit of all ranks; None is no limit."""
+) -> CheckResult:
+    """Return the result on one limit of all ranks; None is no limit."""
     low = []
     for rank, value in zip(ranks, values, strict=True):
         if value is not None and value < needed:
@@ -157,10 +157,10 @@ def _judge_limit(
     if low:
         least = min(finite)
         found = f"at most {unit(least)}, and {unit(needed)} are needed: {listed(low)}"
-        return Verdict(name, status, found, fix)
+        return CheckResult(name, status, found, fix)
     if not finite:
-        return Verdict(name, "ok", "no limit")
-    return Verdict(name, "ok", f"at most {unit(min(finite))}")
+        return CheckResult(name, "ok", "no limit")
+    return CheckResult(name, "ok", f"at most {unit(min(finite))}")
 
 
 def clock_offsets(
@@ -188,7 +188,9 @@ def clock_offsets(
     return offsets
 
 
-def judge_clocks(ranks: Sequence[MachineFacts], offsets: Sequence[float]) -> Verdict:
+def judge_clocks(
+    ranks: Sequence[MachineFacts], offsets: Sequence[float]
+) -> CheckResult:
     """Refuse clocks that are more than a second apart."""
     wrong = []
     for rank, offset in zip(ranks, offsets, strict=True):
@@ -196,11 +198,13 @@ def judge_clocks(ranks: Sequence[MachineFacts], offsets: Sequence[float]) -> Ver
             way = "ahead of" if offset > 0 else "behind"
             wrong.append(f"{rank.place} is {abs(offset):.1f} s {way} {ranks[0].place}")
     if wrong:
-        return Verdict(
+        return CheckResult(
             "clocks",
             "fail",
             "; ".join(wrong[:4]),
-            "start chronyd or ntpd on every node; stores refuse signatures, and logs lie in the wrong order",
+            "start chronyd or ntpd on every node; stores refuse signatures, and lines of logs are in the wrong order",
         )
     largest = max(map(abs, offsets))
-    return Verdict("clocks", "ok", f"at most {largest:.3f} s apart, as far as is known")
+    return CheckResult(
+        "clocks", "ok", f"at most {largest:.3f} s apart, as far as is known"
+    )

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from evomesh.checkpoint.native.disk_space import readable
-from evomesh.diagnose.verdicts import Place, Verdict, listed
+from evomesh.diagnose.results import CheckResult, RankPlace, listed
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.probes import MessageTime, time_messages
@@ -41,8 +41,8 @@ def problem_of_address() -> str:
 
 
 def judge_ports(
-    problems: Sequence[str], places: Sequence[Place], met_at: str
-) -> Verdict:
+    problems: Sequence[str], places: Sequence[RankPlace], met_at: str
+) -> CheckResult:
     """Judge whether each rank can be reached.
 
     Args:
@@ -51,15 +51,17 @@ def judge_ports(
     """
     for problem, place in zip(problems, places, strict=True):
         if problem:
-            return Verdict(
+            return CheckResult(
                 "ports",
                 "warn",
                 f"{place}: {problem}",
                 "add the name to /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
             )
     if not met_at:
-        return Verdict("ports", "ok", "one process meets nobody; a port can be opened")
-    return Verdict(
+        return CheckResult(
+            "ports", "ok", "one process meets nobody; a port can be opened"
+        )
+    return CheckResult(
         "ports", "ok", f"all ranks met at {met_at}; each can open a port on its address"
     )
 
@@ -75,21 +77,21 @@ def groups_to_time(grid: Grid) -> Iterator[Axis]:
 
 
 def time_groups(
-    grid: Grid, device: torch.device, exchange: Exchange, places: Sequence[Place]
-) -> list[Verdict]:
+    grid: Grid, device: torch.device, exchange: Exchange, places: Sequence[RankPlace]
+) -> list[CheckResult]:
     """Time messages on each axis and judge them; every rank calls it."""
-    verdicts = []
+    results = []
     for axis in groups_to_time(grid):
         times = time_messages(axis, device, MESSAGES)
         seconds = [time.seconds for time in times]
         answers = exchange.broadcast(exchange.gather(seconds))
-        verdicts.append(judge_axis(axis.name, axis.size, answers, places))
-    return verdicts
+        results.append(judge_axis(axis.name, axis.size, answers, places))
+    return results
 
 
 def judge_axis(
-    name: str, size: int, answers: Sequence[list[float]], places: Sequence[Place]
-) -> Verdict:
+    name: str, size: int, answers: Sequence[list[float]], places: Sequence[RankPlace]
+) -> CheckResult:
     """Judge the times of one axis, and name the ranks of a slow group.
 
     Args:
@@ -97,7 +99,7 @@ def judge_axis(
         answers: of each rank the seconds of each of ``MESSAGES``.
     """
     parts = []
-    slow: list[Place] = []
+    slow: list[RankPlace] = []
     for index, nbytes in enumerate(MESSAGES):
         of_ranks = [seconds[index] for seconds in answers]
         slowest = MessageTime(nbytes, max(of_ranks), size)
@@ -108,13 +110,13 @@ def judge_axis(
                 slow.append(place)
     found = f"groups of {size}, the slowest: {'; '.join(parts)}"
     if slow:
-        return Verdict(
+        return CheckResult(
             f"axis {name}",
             "warn",
             f"{found}; far slower than the other groups: {listed(slow)}",
             "check links and switch ports of these hosts: ethtool, ibstat, NCCL_DEBUG=INFO",
         )
-    return Verdict(f"axis {name}", "ok", found)
+    return CheckResult(f"axis {name}", "ok", found)
 
 
 def _describe(time: MessageTime) -> str:

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from evomesh.config.schema import Config
-from evomesh.diagnose.folders import SaveFolderCheck, read_only_verdicts
+from evomesh.diagnose.folders import SaveFolderCheck, read_only_results
 from evomesh.diagnose.machine import clock_offsets
 from evomesh.diagnose.network import groups_to_time, time_groups
-from evomesh.diagnose.verdicts import Place, Verdict
+from evomesh.diagnose.results import CheckResult, RankPlace
 from evomesh.parallel.exchange import SingleProcessExchange, default_exchange
 from evomesh.storage.local import LocalStorage
 from tests.support.pool import Pool, grid_of
 
-PLACES = [Place(rank, f"n{rank}") for rank in range(4)]
+PLACES = [RankPlace(rank, f"n{rank}") for rank in range(4)]
 MIB = 1 << 20
 
 
@@ -45,29 +45,29 @@ def test_skew_is_measured_from_rank_0(pool: Pool) -> None:
     skews = [100.0, 100.0, 105.0, 60.0]
     for offsets in pool.run(measure_clocks, skews):
         assert offsets[0] == 0.0
-        # Proven is what lies outside the time of a message, so never more than the skew.
+        # Proven is what is outside the time of a message, so never more than the skew.
         assert abs(offsets[1]) < 0.5
         assert 4.0 < offsets[2] < 5.5 and -40.5 < offsets[3] < -39.0
 
 
-def check_save_folder(rank: int, folders: list[str]) -> list[Verdict]:
+def check_save_folder(rank: int, folders: list[str]) -> list[CheckResult]:
     exchange = default_exchange()
     check = SaveFolderCheck(config_for(folders[rank]), exchange, PLACES)
     with patch("evomesh.diagnose.folders.LOOKS", 1):
-        verdicts = check.verdicts(one_checkpoint=MIB)
+        results = check.results(one_checkpoint=MIB)
     exchange.close()
-    return verdicts
+    return results
 
 
 def test_a_shared_folder_is_checked_and_left_as_it_was(
     pool: Pool, tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "runs" / "ckpts")
-    for verdicts in pool.run(check_save_folder, [folder] * 4):
-        names = [verdict.check for verdict in verdicts]
+    for results in pool.run(check_save_folder, [folder] * 4):
+        names = [result.check for result in results]
         assert names == ["save folder", "disk space", "disk rates"]
-        assert [verdict.status for verdict in verdicts][:2] == ["ok", "ok"]
-        assert "4 of them 4.0 MiB" in verdicts[1].found
+        assert [result.status for result in results][:2] == ["ok", "ok"]
+        assert "4 of them 4.0 MiB" in results[1].found
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,10 +75,10 @@ def test_a_folder_that_one_rank_does_not_see_is_named(
     pool: Pool, tmp_path: Path
 ) -> None:
     folders = [str(tmp_path / "shared")] * 3 + [str(tmp_path / "own")]
-    for verdicts in pool.run(check_save_folder, folders):
-        (verdict,) = verdicts
-        assert verdict.status == "fail" and "shared file system" in verdict.fix
-        assert verdict.found.endswith("is not seen by rank 3 on n3")
+    for results in pool.run(check_save_folder, folders):
+        (result,) = results
+        assert result.status == "fail" and "shared file system" in result.fix
+        assert result.found.endswith("is not seen by rank 3 on n3")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,26 +96,26 @@ def test_a_disk_that_is_too_full_for_the_forecast(
     monkeypatch.setattr(LocalStorage, "free_bytes", lambda *_: free)
     config = config_for(str(tmp_path / "ckpts"))
     check = SaveFolderCheck(config, SingleProcessExchange(), PLACES[:1])
-    verdict = check.verdicts(one_checkpoint=MIB)[1]
-    assert verdict.status == status and words in verdict.found
-    assert bool(verdict.fix) == (status != "ok")
+    result = check.results(one_checkpoint=MIB)[1]
+    assert result.status == status and words in result.found
+    assert bool(result.fix) == (status != "ok")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = config_for(str(tmp_path / "file" / "ckpts"))
     check = SaveFolderCheck(config, SingleProcessExchange(), PLACES[:1])
-    (verdict,) = check.verdicts(one_checkpoint=MIB)
-    assert verdict.status == "fail" and "rank 0 on n0 cannot write" in verdict.found
+    (result,) = check.results(one_checkpoint=MIB)
+    assert result.status == "fail" and "rank 0 on n0 cannot write" in result.found
 
 
-def check_data(rank: int, folders: list[str]) -> list[Verdict]:
+def check_data(rank: int, folders: list[str]) -> list[CheckResult]:
     exchange = default_exchange()
     data = {"train_folder": folders[rank]}
     config = Config.model_validate({"data": data})
-    verdicts = read_only_verdicts(config, exchange, PLACES)
+    results = read_only_results(config, exchange, PLACES)
     exchange.close()
-    return verdicts
+    return results
 
 
 def test_data_that_differs_on_one_rank_is_named(pool: Pool, tmp_path: Path) -> None:
@@ -123,21 +123,21 @@ def test_data_that_differs_on_one_rank_is_named(pool: Pool, tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.bin").write_bytes(b"x" * size)
     folders = [str(tmp_path / "same")] * 2 + [str(tmp_path / "other")] * 2
-    (verdict,) = pool.run(check_data, folders)[0]
-    assert verdict.check == "train data" and verdict.status == "fail"
-    assert "(rank 2 on n2, rank 3 on n3)" in verdict.found
+    (result,) = pool.run(check_data, folders)[0]
+    assert result.check == "train data" and result.status == "fail"
+    assert "(rank 2 on n2, rank 3 on n3)" in result.found
 
 
-def time_axes(rank: int) -> tuple[list[str], list[Verdict]]:
+def time_axes(rank: int) -> tuple[list[str], list[CheckResult]]:
     grid = grid_of(tensor=2)
     exchange = default_exchange()
-    verdicts = time_groups(grid, torch.device("cpu"), exchange, PLACES)
+    results = time_groups(grid, torch.device("cpu"), exchange, PLACES)
     exchange.close()
-    return [axis.name for axis in groups_to_time(grid)], verdicts
+    return [axis.name for axis in groups_to_time(grid)], results
 
 
 def test_each_group_of_the_layout_is_timed_once(pool: Pool) -> None:
-    for axes, verdicts in pool.run(time_axes):
+    for axes, results in pool.run(time_axes):
         assert axes == ["dp", "tp"]  # zero has the ranks of dp
-        assert [verdict.check for verdict in verdicts] == ["axis dp", "axis tp"]
-        assert all("latency" in verdict.found for verdict in verdicts)
+        assert [result.check for result in results] == ["axis dp", "axis tp"]
+        assert all("latency" in result.found for result in results)

@@ -20,7 +20,7 @@ from evomesh.diagnose.machine import (
     judge_versions,
 )
 from evomesh.diagnose.network import MESSAGES, judge_axis, judge_ports
-from evomesh.diagnose.verdicts import Place, Report, Verdict
+from evomesh.diagnose.results import CheckResult, RankPlace, Report
 from evomesh.parallel.exchange import SingleProcessExchange
 
 MIB = 1 << 20
@@ -56,43 +56,43 @@ PLACES = [facts.place for facts in four()]
 
 def test_ranks_that_agree_are_well() -> None:
     ranks = four()
-    for verdict in (
+    for result in (
         judge_versions(ranks),
         judge_devices(ranks, "gloo"),
         judge_clocks(ranks, [0.0, 0.1, -0.2, 1.0]),
         *judge_limits(ranks),
     ):
-        assert verdict.status == "ok" and not verdict.fix, verdict
+        assert result.status == "ok" and not result.fix, result
 
 
 @pytest.mark.parametrize("name", ["torch", "NCCL"])
 def test_versions_that_differ_are_named_with_their_ranks(name: str) -> None:
-    verdict = judge_versions(
+    result = judge_versions(
         [rank(0, versions=VERSIONS | {name: "2.12"}), *four(versions=VERSIONS)[1:]]
     )
-    assert verdict.status == "fail" and verdict.fix
-    assert f"{name} differs: 2.12 (rank 0 on n0), " in verdict.found
-    assert "rank 3 on n1" in verdict.found
+    assert result.status == "fail" and result.fix
+    assert f"{name} differs: 2.12 (rank 0 on n0), " in result.found
+    assert "rank 3 on n1" in result.found
 
 
 def test_one_rank_without_a_gpu_is_named() -> None:
     ranks = [gpu_rank(0), gpu_rank(1), gpu_rank(2), rank(3)]
-    verdict = judge_devices(ranks, "gloo")
-    assert verdict.status == "fail"
-    assert "cpu (rank 3 on n1)" in verdict.found and "NVIDIA H100" in verdict.found
+    result = judge_devices(ranks, "gloo")
+    assert result.status == "fail"
+    assert "cpu (rank 3 on n1)" in result.found and "NVIDIA H100" in result.found
 
 
 def test_ranks_on_one_gpu_are_named() -> None:
     ranks = [gpu_rank(0), gpu_rank(1, gpu="uuid0"), gpu_rank(2), gpu_rank(3)]
-    verdict = judge_devices(ranks, "gloo")
-    assert verdict.status == "warn"
-    assert "rank 0 on n0, rank 1 on n0 share one GPU" in verdict.found
+    result = judge_devices(ranks, "gloo")
+    assert result.status == "warn"
+    assert "rank 0 on n0, rank 1 on n0 share one GPU" in result.found
 
 
 def test_more_ranks_than_cores_are_warned_of() -> None:
     ranks = [rank(number, host="n0", cores=2) for number in range(4)]
-    verdict = judge_devices(ranks, "gloo")
-    assert verdict.status == "warn" and "4 ranks share 2 cores of n0" in verdict.found
+    result = judge_devices(ranks, "gloo")
+    assert result.status == "warn" and "4 ranks share 2 cores of n0" in result.found
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_a_low_limit_is_named_with_its_rank(
 ) -> None:
     ranks = [gpu_rank(number) for number in range(3)]
     ranks.append(gpu_rank(3, limits=replace(ROOMY, **low)))
-    verdicts = {verdict.check: verdict for verdict in judge_limits(ranks)}
-    found = verdicts.pop(check)
+    results = {result.check: result for result in judge_limits(ranks)}
+    found = results.pop(check)
     assert found.status == status and words in found.fix
     assert "rank 3 on n1" in found.found and "rank 0" not in found.found
-    assert all(verdict.status == "ok" for verdict in verdicts.values())
+    assert all(result.status == "ok" for result in results.values())
 
 
 def test_limits_are_those_of_the_process(monkeypatch) -> None:
@@ -130,16 +130,16 @@ def test_limits_are_those_of_the_process(monkeypatch) -> None:
     assert (limits.open_files, limits.processes) == (100, None)
     facts = read_facts(0, torch.device("cpu"), limits)
     assert MachineFacts.of_message(json.loads(json.dumps(facts.as_message()))) == facts
-    verdicts = {verdict.check: verdict for verdict in judge_limits([facts])}
-    assert verdicts["open files"].status == "fail"
+    results = {result.check: result for result in judge_limits([facts])}
+    assert results["open files"].status == "fail"
 
 
 @pytest.mark.parametrize(("offset", "words"), [(4.2, "ahead of"), (-61.0, "behind")])
 def test_a_clock_that_is_off_is_named(offset: float, words: str) -> None:
-    verdict = judge_clocks(four(), [0.0, 0.9, offset, 0.0])
-    assert verdict.status == "fail" and "chronyd" in verdict.fix
+    result = judge_clocks(four(), [0.0, 0.9, offset, 0.0])
+    assert result.status == "fail" and "chronyd" in result.fix
     found = f"rank 2 on n1 is {abs(offset):.1f} s {words} rank 0 on n0"
-    assert verdict.found == found
+    assert result.found == found
 
 
 def test_one_process_is_never_off() -> None:
@@ -148,17 +148,17 @@ def test_one_process_is_never_off() -> None:
 
 def test_a_slow_group_is_named() -> None:
     fast = [1e-4, 1e-3, 1e-2]
-    verdict = judge_axis("tp", 2, [fast, fast, fast, [1e-4, 1e-3, 1.0]], PLACES)
-    assert verdict.status == "warn"
-    assert verdict.found.endswith("than the other groups: rank 3 on n1")
-    assert "latency 100 us" in verdict.found
+    result = judge_axis("tp", 2, [fast, fast, fast, [1e-4, 1e-3, 1.0]], PLACES)
+    assert result.status == "warn"
+    assert result.found.endswith("than the other groups: rank 3 on n1")
+    assert "latency 100 us" in result.found
     assert judge_axis("tp", 2, [fast] * 4, PLACES).status == "ok"
     assert len(MESSAGES) == len(fast)
 
 
 def test_an_address_without_ports_is_named() -> None:
-    verdict = judge_ports(["", "", "no address", ""], PLACES, "n0:29500")
-    assert verdict.status == "warn" and verdict.found.startswith("rank 2 on n1: no")
+    result = judge_ports(["", "", "no address", ""], PLACES, "n0:29500")
+    assert result.status == "warn" and result.found.startswith("rank 2 on n1: no")
     assert "n0:29500" in judge_ports([""] * 4, PLACES, "n0:29500").found
 
 
@@ -172,8 +172,8 @@ def test_an_address_without_ports_is_named() -> None:
 def test_files_that_a_rank_does_not_have_are_named(
     answers: list[str], words: str
 ) -> None:
-    verdict = judge_listing("tokenizer", "/data/tok", answers, PLACES)
-    assert verdict.status == "fail" and words in verdict.found
+    result = judge_listing("tokenizer", "/data/tok", answers, PLACES)
+    assert result.status == "fail" and words in result.found
 
 
 def test_a_slow_or_broken_disk_is_named() -> None:
@@ -187,12 +187,14 @@ def test_a_slow_or_broken_disk_is_named() -> None:
 
 
 def test_a_report_fails_with_any_failure_and_hides_secrets() -> None:
-    shown: list[Verdict] = []
+    shown: list[CheckResult] = []
     report = Report(shown.append)
-    report.add(Verdict("a", "ok", "well"), Verdict("b", "warn", "hm", "mend it"))
+    report.add(
+        CheckResult("a", "ok", "well"), CheckResult("b", "warn", "hm", "repair it")
+    )
     assert report.exit_code == 0
     secret = "https://oapi.dingtalk.com/robot/send?access_token=0123456789abcdef0123"
-    report.add(Verdict("c", "fail", f"cannot reach {secret}", "x\x1b[2J"))
+    report.add(CheckResult("c", "fail", f"cannot reach {secret}", "x\x1b[2J"))
     assert report.exit_code == 1 and len(shown) == 3
     assert "0123456789abcdef" not in report.as_json() + shown[-1].line()
     assert "\x1b" not in shown[-1].line()
@@ -203,6 +205,6 @@ def test_a_report_fails_with_any_failure_and_hides_secrets() -> None:
 
 
 def test_many_ranks_are_not_all_listed() -> None:
-    places = [Place(number, "n") for number in range(1000)]
-    verdict = judge_listing("tokenizer", "/t", [""] * 1000, places)
-    assert verdict.found.endswith("rank 3 on n and 996 more")
+    places = [RankPlace(number, "n") for number in range(1000)]
+    result = judge_listing("tokenizer", "/t", [""] * 1000, places)
+    assert result.found.endswith("rank 3 on n and 996 more")

@@ -1,4 +1,4 @@
-"""Verdicts: what a check found, whether it is well, and what to do if it is not."""
+"""Results: what a check found, whether it is well, and what to do if it is not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_PROBLEMS = 1  # as of `evomesh data verify`: the command worked, and found 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """The outcome of one check.
 
     Attributes:
@@ -31,7 +31,7 @@ class Verdict:
     fix: str = ""
 
     def line(self) -> str:
-        """Return the verdict as it is printed; a fix has its own line."""
+        """Return the result as it is printed; a fix has its own line."""
         text = f"{self.status:<4}  {self.check:<13}  {self.found}"
         if self.fix:
             text += f"\n{'':21}fix: {self.fix}"
@@ -40,30 +40,30 @@ class Verdict:
 
 @dataclass
 class Report:
-    """The verdicts of all checks so far.
+    """The results of all checks so far.
 
     Attributes:
-        show: called with each verdict as soon as it is known, so that a check that hangs is seen to be the next one.
+        show: called with each result as soon as it is known, so that a check that hangs is seen to be the next one.
     """
 
-    show: Callable[[Verdict], None]
-    verdicts: list[Verdict] = field(default_factory=list)
+    show: Callable[[CheckResult], None]
+    results: list[CheckResult] = field(default_factory=list)
 
-    def add(self, *verdicts: Verdict) -> None:
-        """Keep and show verdicts."""
-        for verdict in verdicts:
-            self.verdicts.append(verdict)
-            self.show(verdict)
+    def add(self, *results: CheckResult) -> None:
+        """Keep and show results."""
+        for result in results:
+            self.results.append(result)
+            self.show(result)
 
     @property
     def exit_code(self) -> int:
         """Return 0 where no check failed; a warning is no failure."""
-        failed = any(verdict.status == "fail" for verdict in self.verdicts)
+        failed = any(result.status == "fail" for result in self.results)
         return EXIT_PROBLEMS if failed else 0
 
     def summary(self) -> str:
         """Return how many checks there were, and how many of them are not well."""
-        statuses = [verdict.status for verdict in self.verdicts]
+        statuses = [result.status for result in self.results]
         warned = statuses.count("warn")
         failed = statuses.count("fail")
         return f"{len(statuses)} checks: {failed} failed, {warned} warned"
@@ -73,13 +73,13 @@ class Report:
         document = {
             "exit_code": self.exit_code,
             **more,
-            "checks": [asdict(verdict) for verdict in self.verdicts],
+            "checks": [asdict(result) for result in self.results],
         }
         return redact_text(json.dumps(document))
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """The rank that found something, and its host."""
 
     rank: int
@@ -89,16 +89,16 @@ class Place:
         return f"rank {self.rank} on {self.host}"
 
 
-def listed(places: Sequence[Place]) -> str:
+def listed(places: Sequence[RankPlace]) -> str:
     """Return the first of some ranks by name, and how many more there are."""
     named = ", ".join(str(place) for place in places[:RANKS_NAMED])
     more = len(places) - RANKS_NAMED
     return f"{named} and {more} more" if more > 0 else named
 
 
-def by_value(values: Sequence[str], places: Sequence[Place]) -> str:
+def by_value(values: Sequence[str], places: Sequence[RankPlace]) -> str:
     """Return each value with the ranks that have it: ``2.13 (rank 0 on a), 2.11 (rank 1 on b)``."""
-    ranks: dict[str, list[Place]] = {}
+    ranks: dict[str, list[RankPlace]] = {}
     for value, place in zip(values, places, strict=True):
         ranks.setdefault(value, []).append(place)
     parts = [f"{value} ({listed(where)})" for value, where in ranks.items()]
