@@ -18,6 +18,7 @@ from evomesh.cli import (
     generate,
     ledger,
     plan,
+    restarts,
     serve,
     slurm,
     tokenize,
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("run")(restarts.run)
 app.command("top")(top.top)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

@@ -64,9 +64,10 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
     _hide_secrets()
     threading.excepthook = _report_thread_error
     if trains:
-        from evomesh.train.signals import StopRequest
+        from evomesh.train.signals import StopRequest, end_with_supervisor
 
         StopRequest().watch()
+        end_with_supervisor()
     # typer and rich replace the streams and raise SystemExit(1) where a pipe is closed, so
     # that neither the exception nor sys.stdout tells: ask the streams that they replaced.
     streams: list[object] = [sys.stdout, sys.stderr]

@@ -22,6 +22,7 @@ from evomesh.train.build import TrainingRun
 from evomesh.train.diagnosis import Diagnosis, DiskProbe
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
+from evomesh.train.step_file import StepFile
 from evomesh.train.stop import StopPoll
 from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
 from evomesh.train.validate import validate
@@ -56,6 +57,7 @@ class Trainer:
         self.saved_step = run.resumed_step
         data = run.config.data
         self.skipped_steps = data.skip_batches
+        self.step_file = StepFile.of_this_process()
         self.upkeep = PeriodicUpkeep(
             data.empty_cache_and_diag_interval, self._diagnosis()
         )
@@ -189,6 +191,8 @@ class Trainer:
             return
         activity = this_process()
         activity.begin_step(step)
+        if self.step_file is not None:
+            self.step_file.write(step, run.reporter.folder)
         with region("data wait"), self._phase(Place.DATA):
             batch = run.take_batch()
         data_wait = time.perf_counter() - started

@@ -42,6 +42,7 @@ LARGE = {
 MAY_IMPORT: dict[str, set[str]] = {
     "--help": set(),
     "train --help": set(),
+    "run --help": set(),
     "config --help": set(),
     "config list": set(),
     "batch --gpus 8 --micro-num 4 --micro-bsz 1 --seq-len 2048": {
