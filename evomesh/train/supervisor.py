@@ -130,7 +130,7 @@ def read_history(path: Path) -> list[RunExit]:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """How often a run is started again, and after which pauses.
+    """Number of restarts of a run, and the pauses before them.
 
     Attributes:
         first_pause_s: each next pause is twice as long, up to five minutes, until the run gets further than before.
