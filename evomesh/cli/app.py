@@ -17,6 +17,7 @@ from evomesh.cli import (
     eval,
     generate,
     ledger,
+    parity,
     plan,
     restarts,
     serve,
@@ -42,6 +43,7 @@ app.command("run")(restarts.run)
 app.command("top")(top.top)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
+app.command("parity")(parity.parity)
 app.command("slurm")(slurm.slurm)
 app.command("batch")(batch.batch)
 app.command("ledger")(ledger.ledger)

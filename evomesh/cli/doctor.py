@@ -44,7 +44,7 @@ def doctor(
     from evomesh.train.launchers import spawn_ranks
 
     started = time.monotonic()
-    _log_to_stderr()
+    log_to_stderr()
     with reporting_early_errors(launcher, port):
         settings = None
         if config is not None:
@@ -52,7 +52,7 @@ def doctor(
 
             settings = load_config(config, overrides or []).config
         spawn_ranks(launcher, announces=False)
-        show = _show_nothing if as_json else _show
+        show = show_nothing if as_json else show_line
         outcome = examine(settings, launcher=launcher, port=port, show=show)
     report = outcome.report
     seconds = round(time.monotonic() - started, 1)
@@ -64,7 +64,7 @@ def doctor(
         sys.exit(report.exit_code)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Keep warnings out of the report."""
     from rich.console import Console
 
@@ -73,10 +73,12 @@ def _log_to_stderr() -> None:
     setup_logging(shows=False, console=Console(file=sys.stderr))
 
 
-def _show(result: CheckResult) -> None:
+def show_line(result: CheckResult) -> None:
+    """Print one result at once."""
     typer.echo(result.line())
     sys.stdout.flush()
 
 
-def _show_nothing(_: CheckResult) -> None:
+def show_nothing(_: CheckResult) -> None:
+    """Print nothing, where everything is printed at the end."""
     return

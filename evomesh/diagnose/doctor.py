@@ -16,6 +16,7 @@ from evomesh.diagnose.folders import (
     checkpoint_bytes,
     read_only_results,
 )
+from evomesh.diagnose.layouts import parity_results
 from evomesh.diagnose.machine import (
     clock_offsets,
     judge_clocks,
@@ -24,13 +25,6 @@ from evomesh.diagnose.machine import (
     judge_versions,
 )
 from evomesh.diagnose.network import judge_ports, problem_of_address, time_groups
-from evomesh.diagnose.parity.run import (
-    Parity,
-    compare_dtypes,
-    compare_with,
-    train_alone,
-)
-from evomesh.diagnose.parity.shrink import shrink, with_dtype
 from evomesh.diagnose.results import CheckResult, RankPlace, Report
 from evomesh.diagnose.session import Session, session
 from evomesh.errors import UserError
@@ -130,63 +124,3 @@ def _check_folders(
     saves = SaveFolderCheck(config, joined.exchange, places)
     report.add(*saves.results(one_checkpoint))
     report.add(*read_only_results(config, joined.exchange, places))
-
-
-def parity_results(config: Config, joined: Session) -> list[CheckResult]:
-    """Train the config in small, in its layout and in one process; return a result for each dtype."""
-    try:
-        small = shrink(config, joined.process.world_size)
-    except ValueError as error:  # sizes of a custom model that are not free
-        reason = str(error).partition("\n")[0]
-        return [_not_compared(reason)]
-    results = []
-    for dtype in compare_dtypes(config):
-        result = _parity_result(with_dtype(small, dtype), joined)
-        results.append(result)
-        if result.status != "ok":  # another dtype would only show it again
-            break
-    return results
-
-
-def _parity_result(small: Config, joined: Session) -> CheckResult:
-    # In one process first, where no other rank waits: a custom model may not take sizes
-    # that it was not written for.
-    exchange = joined.exchange
-    reason = ""
-    whole = None
-    try:
-        whole = train_alone(small, joined.grid, joined.device)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    reasons = exchange.broadcast(exchange.gather(reason))
-    for text in reasons:
-        if text:
-            return _not_compared(text)
-    assert whole is not None
-    try:
-        parity = compare_with(whole, small, joined.grid, joined.device, exchange)
-    except UserError as error:
-        return CheckResult("parity", "fail", error.found, error.fix)
-    return judge_parity(parity)
-
-
-def judge_parity(parity: Parity) -> CheckResult:
-    """Refuse a layout that does not compute what one process does."""
-    if parity.is_equal:
-        return CheckResult("parity", "ok", f"two steps in small, {parity.describe()}")
-    return CheckResult(
-        "parity",
-        "fail",
-        f"two steps in small, {parity.describe()}",
-        "look at that module's communication (a custom model's builder, a patched layer); a wrong sum on one host only "
-        "points to its device, driver or network: NCCL_DEBUG=INFO, and the same without that host",
-    )
-
-
-def _not_compared(reason: str) -> CheckResult:
-    return CheckResult(
-        "parity",
-        "warn",
-        f"the model could not be trained in small: {reason}",
-        "let the model's builder take every size from its config",
-    )

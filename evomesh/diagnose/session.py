@@ -19,6 +19,8 @@ from evomesh.parallel.process_group import join_world, leave_world
 from evomesh.train.job import explain_to_peers
 from evomesh.train.launchers import ProcessInfo, detect
 
+LIMIT_S = 120.0  # of a collective: a check that hangs is not worth a run's patience
+
 
 @dataclass(frozen=True)
 class Session:
@@ -51,10 +53,11 @@ def session(config: Config, launcher: str, port: int) -> Iterator[Session]:
     process = detect(os.environ, launcher, port)
     warnings = check_world(config, process.world_size)
     device = device_of_rank(process.local_rank)
-    timeout = config.parallel.collective_timeout
-    watch = join_world(device, process.address, timeout=timeout)
+    limit = min(config.parallel.timeout or LIMIT_S, LIMIT_S)
+    parallel = config.parallel.model_copy(update={"timeout": limit})
+    watch = join_world(device, process.address, timeout=parallel.collective_timeout)
     try:
-        grid = build_grid(config.parallel, process.world_size, process.rank)
+        grid = build_grid(parallel, process.world_size, process.rank)
         exchange = default_exchange()
         yield Session(process, device, grid, exchange, warnings)
         exchange.close()

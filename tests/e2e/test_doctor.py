@@ -81,3 +81,18 @@ def test_a_config_that_cannot_be_used_is_one_message(
     finished = interpreter.run(["evomesh", "doctor", "config.py"], cwd=tmp_path)
     assert finished.returncode == 2 and finished.stdout == ""
     assert words in finished.stderr and finished.stderr.count("error:") == 1
+
+
+def test_layouts_are_compared_one_after_the_other(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    write_run(tmp_path)
+    command = ["evomesh", "parity", "config.py", "--json"]
+    command += ["--layouts", "tensor=2,mode=isp,weight=2", "zero1=2,fsdp=True"]
+    ranks = interpreter.start_ranks(command, 2, cwd=tmp_path)
+    first, second = [rank.wait() for rank in ranks]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    checks = json.loads(first.stdout)["checks"]
+    names = [check["check"] for check in checks]
+    assert names == [command[-2]] * 2 + [command[-1]] * 2  # in float64 and in float32
+    assert all(check["status"] == "ok" for check in checks)
