@@ -68,7 +68,7 @@ def layout_overrides(name: str) -> list[str]:
     What is not named has the size of one rank, so that a layout says all of it.
 
     Raises:
-        UserError: a part that is no KEY=VALUE, or an unknown key.
+        UserError: a part that is not KEY=VALUE, or an unknown key.
     """
     if name == AS_WRITTEN:
         return []

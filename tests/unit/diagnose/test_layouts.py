@@ -62,5 +62,5 @@ def test_a_layout_that_cannot_be_read_is_refused(name: str) -> None:
 def test_a_layout_that_the_config_does_not_allow_is_refused(
     path: str, name: str
 ) -> None:
-    with pytest.raises(UserError, match="parallel.tensor"):
+    with pytest.raises(UserError, match=r"parallel\.tensor"):
         read_layouts(path, [name])
