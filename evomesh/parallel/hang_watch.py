@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import Store
 import evomesh
 from evomesh.monitor.log import ALL_RANKS
 from evomesh.parallel.rank_process import RankProcess, memory_folder
-from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.activity import remove_old_records, this_process
 from evomesh.watchdog.diagnosis import HangLimits
 from evomesh.watchdog.watcher import HangVerdict, WatcherOptions
 
@@ -63,6 +63,8 @@ class HangWatch:
         if not self._own.machine or not hasattr(os, "pidfd_open"):
             return
         try:
+            if self.rank == 0:
+                remove_old_records(memory_folder().glob(f"evomesh-{os.getuid()}-*"))
             self._folder.mkdir(mode=0o700, exist_ok=True)
             this_process().open(self._folder, self.rank)
         except OSError as error:

@@ -74,8 +74,7 @@ def launch(
     """Join the other ranks, if there are any, and leave them at the end of the context.
 
     Args:
-        before_end: called with a sentence before this process is ended at once, because its main thread waits for a
-            rank that is gone; on another thread.
+        before_end: called with a sentence, on another thread, before this process is ended because a rank is gone.
         before_hang_ends: called likewise because a rank is stuck, on the one rank that logs it.
 
     Raises:
@@ -113,6 +112,7 @@ def launch(
             hang_watch.close()
             raise
         reported = explain_to_peers(error, watch)
+        hang_watch.close()
         if reported is error:
             raise
         raise reported from error

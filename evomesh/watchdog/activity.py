@@ -17,13 +17,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from evomesh.watchdog import ring
-from evomesh.watchdog.process_state import start_time
+from evomesh.watchdog.process_state import read_state, start_time
 from evomesh.watchdog.ring import Place
 
 # What makes this process write its stacks. Real-time signals have no other use here;
@@ -35,6 +36,27 @@ STACK_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 6
 def this_process() -> Activity:
     """Return the record of this process."""
     return Activity()
+
+
+def remove_record(folder: Path) -> None:
+    """Remove the folder of a host's records."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def remove_old_records(folders: Iterable[Path]) -> None:
+    """Remove the folders of runs whose ranks were all killed before a watcher could do it."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            states = [
+                ring.read_ring(path.read_bytes()) for path in folder.glob("*.ring")
+            ]
+            known = [state for state in states if state is not None]
+            ended = [read_state(one.pid, one.started).has_ended for one in known]
+            if ended and len(known) == len(states) and all(ended):
+                remove_record(folder)
 
 
 class Activity:
@@ -102,9 +124,7 @@ class Activity:
         # The last rank of the host removes the folder, if no watcher does.
         folder = self._path.parent
         if not list(folder.glob("*.ring")):
-            with contextlib.suppress(OSError):
-                (folder / "watcher").unlink(missing_ok=True)
-                folder.rmdir()
+            remove_record(folder)
 
     def phase(self, place: Place, detail: str = "") -> AbstractContextManager[object]:
         """Return a context: this process is in ``place``."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from evomesh.errors import EXIT_RESTART
 from evomesh.watchdog import ring
+from evomesh.watchdog.activity import remove_record
 from evomesh.watchdog.channel import Link, LinkServer, Message, connect
 from evomesh.watchdog.diagnosis import HangLimits, RankReport, Suspect, find_suspect
 from evomesh.watchdog.explanation import explain, stack_lines
@@ -31,8 +32,9 @@ FROZEN_S = 3.0  # a poll that took this long: the host was frozen
 STACKS_S = 1.5  # how long a process may take to write its stacks
 REMOTE_AGE_S = 5.0  # a host that is silent for longer is unknown
 OTHER_HOSTS_S = 1.0  # for the other hosts to receive a verdict before rank 0 may end
+SPEAK_S = 2.5  # for a rank to find the verdict and write the sentence
 KILL_S = 8.0  # what a rank has to end by itself, its alerts sent
-LOCK_AGE_S = 3.0  # a rank that had Python's lock since then can still write a line
+LOCK_AGE_S = 3.0  # a rank that had Python's lock since then can still end by itself
 VERDICT = "verdict.json"
 
 
@@ -148,24 +150,34 @@ class HostWatcher:
 
     def end_with(self, verdict: HangVerdict) -> None:
         """Let the ranks end with a verdict, and end those that cannot."""
+        unable = [t for t, report in self._running() if not is_able(report)]
         verdict.write(self._folder)
-        deadline = time.monotonic() + KILL_S
-        while time.monotonic() < deadline and self._any_runs():
-            self.sleep()
-        for tracker in self._trackers.values():
+        # Not before the sentence is written: collectives with a killed rank fail, and a
+        # launcher ends the other ranks.
+        self._wait_for_ends(SPEAK_S)
+        for tracker in unable:
+            tracker.kill()
+        self._wait_for_ends(KILL_S)
+        for tracker, _ in self._running():
             tracker.kill()
 
-    def _any_runs(self) -> bool:
+    def _wait_for_ends(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._running():
+            self.sleep()
+
+    def _running(self) -> list[tuple[RankTracker, RankReport]]:
+        """Return the ranks that have neither ended nor finished their part."""
         now = time.monotonic()
+        running = []
         for tracker in self._trackers.values():
             tracker.sample(now)
-        return any(t.report(now).gone_s == 0 for t in self._trackers.values())
+            if not tracker.has_left:
+                running.append((tracker, tracker.report(now)))
+        return running
 
     def remove_files(self) -> None:
-        for path in self._folder.glob("*"):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()
+        remove_record(self._folder)
 
 
 class Watcher:
@@ -280,13 +292,15 @@ class Watcher:
 
 def choose_speaker(suspect: Suspect, reports: list[RankReport]) -> int:
     """Return the lowest rank that can still write a line, the suspect only if no other can; -1: none can."""
-    able = []
-    for report in reports:
-        runs = not report.stopped_s and not report.gone_s and not report.ring.is_ending
-        if runs and report.lock_age_s < LOCK_AGE_S:
-            able.append(report.rank)
+    able = [report.rank for report in reports if is_able(report)]
     others = [rank for rank in able if rank != suspect.report.rank]
     return min(others or able, default=-1)
+
+
+def is_able(report: RankReport) -> bool:
+    """Return whether a rank can read a verdict and end with it."""
+    runs = not report.stopped_s and not report.gone_s and not report.ring.is_ending
+    return runs and report.lock_age_s < LOCK_AGE_S
 
 
 def report_to_json(report: RankReport) -> dict[str, Any]:

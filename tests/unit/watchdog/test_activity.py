@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evomesh.watchdog import ring
-from evomesh.watchdog.activity import Activity
+from evomesh.watchdog.activity import Activity, remove_old_records
 from evomesh.watchdog.ring import CollectiveEntry, Place, RingState
 
 
@@ -105,3 +106,23 @@ def test_a_closed_record_is_gone_and_costs_nothing(activity: Activity) -> None:
     with activity.phase(Place.SAVE):
         activity.launched(Place.ALL_REDUCE, "dp:a")
     assert not activity.is_open
+
+
+def test_the_records_of_killed_runs_are_removed(
+    activity: Activity, tmp_path: Path
+) -> None:
+    alive = activity._path.parent
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    data = bytearray(activity._path.read_bytes())
+    _, rank, _, started, thread = ring.IDENTITY.unpack_from(data)
+    # Another process has this one's number now.
+    ring.IDENTITY.pack_into(data, 0, ring.MAGIC, rank, os.getpid(), started - 1, thread)
+    (dead / "0.ring").write_bytes(data)
+    (dead / "watcher").touch()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    remove_old_records([alive, dead, begun])
+    assert alive.exists()
+    assert begun.exists()
+    assert not dead.exists()
