@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import PeerLostError
+from evomesh.parallel.interfaces import choose_gloo_interface
 from evomesh.parallel.peer_watch import PeerFailedError, PeerWatch
 from evomesh.parallel.rank_process import RankProcess
 from evomesh.parallel.rendezvous import (
@@ -81,6 +82,9 @@ def join_world(
         processes={r: RankProcess.decode(text) for r, text in enumerate(processes)},
     )
     watch.start()
+    interface = choose_gloo_interface(address.host)
+    if interface is not None:
+        logger.info("gloo uses the interface %s, which leads to %s", interface, address)
     try:
         dist.init_process_group(
             backend(device, is_shared=bool(sharers)),

@@ -34,11 +34,11 @@ PAUSES = """
 import os, time
 from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
-def _step_or_pause(trainer, poll, step=Trainer._one_step):
+def _step_or_pause(trainer, poll, step=Trainer._one_step, lives={lives}):
     life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     dp = trainer.run.grid.dp
-    if trainer.state.step == 3 * (life + 1) and dp.rank == dp.size - 1:
-        print(f"pause in life {life}", flush=True)
+    if life < lives and trainer.state.step == 3 * (life + 1) and dp.rank == dp.size - 1:
+        print("pause in life", life, flush=True)
         while StopRequest.installed().signal is None:
             time.sleep(0.05)
     step(trainer, poll)
@@ -115,7 +115,7 @@ def test_a_rank_and_a_node_are_lost(
     cluster: Cluster, interpreter: Interpreter, tmp_path: Path
 ) -> None:
     expected = left_alone(interpreter, tmp_path / "alone", 2)
-    write_run(tmp_path, CONFIG + PAUSES)
+    write_run(tmp_path, CONFIG + PAUSES.format(lives=2))
     job = Job(cluster, tmp_path, "many_nodes.sh", *TWO_NODES)
     job.wait_for_pause(0)
     (rank,) = cluster.tasks(job.number, "n2")
@@ -137,7 +137,7 @@ def test_a_job_that_is_preempted_signaled_and_canceled_saves(
     cluster: Cluster, interpreter: Interpreter, tmp_path: Path
 ) -> None:
     expected = left_alone(interpreter, tmp_path / "alone", 1)
-    write_run(tmp_path, CONFIG + PAUSES)
+    write_run(tmp_path, CONFIG + PAUSES.format(lives=3))
     single = ("--ntasks-per-node=1", "--gpus-per-node=1", "--partition=llm")
     job = Job(cluster, tmp_path, "single_node.sh", *single)
     job.wait_for_pause(0)

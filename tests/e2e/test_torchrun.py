@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,18 @@ TRAIN = ["-m", "evomesh", "train", "config.py"]
 class Job:
     """A process and what it prints; it and all that it started end with the test."""
 
-    def __init__(self, folder: Path, command: list[str], **env: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        command: list[str],
+        program: Sequence[str] = (sys.executable,),
+        **env: str,
+    ) -> None:
         self.log = folder / f"log{free_port()}"
         base = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command],
+                [*program, *command],
                 cwd=folder,
                 env=os.environ | base | env,
                 stdout=log,
