@@ -22,12 +22,12 @@ model |= dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_kv_attent
 data["total_steps"] = lr_scheduler["total_steps"] = {STEPS}
 ckpt["checkpoint_every"] = 2
 """
-# Until there is a file "mended", the second rank waits before step 3.
+# Until there is a file "repaired", the second rank waits before step 3.
 PAUSE = """
 import os, time
 from evomesh.train.trainer import Trainer
 def _step_or_pause(trainer, poll, step=Trainer._one_step):
-    if trainer.state.step == 3 and trainer.run.grid.dp.rank == 1 and not os.path.exists("mended"):
+    if trainer.state.step == 3 and trainer.run.grid.dp.rank == 1 and not os.path.exists("repaired"):
         print("pause", flush=True)
         time.sleep(600)
     step(trainer, poll)
@@ -106,8 +106,8 @@ def test_a_link_that_is_cut(
     for job, lost in zip(jobs, (1, 0), strict=True):
         assert f"rank {lost} on " in job.text and " is lost: it has not" in job.text
         assert "Traceback" not in job.text
-    link.mend()
-    (tmp_path / "mended").touch()
+    link.repair()
+    (tmp_path / "repaired").touch()
     run_ranks(interpreter, tmp_path, link)
     found = {}
     for folder in tmp_path.glob("RUN/*/*"):

@@ -40,7 +40,7 @@ class Link:
         """Take the link down, as if a cable were pulled: packets vanish, and no connection is closed."""
         _ip("-n", self.hosts[0], "link", "set", "cable", "down")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         _ip("-n", self.hosts[0], "link", "set", "cable", "up")
 
 
