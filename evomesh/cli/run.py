@@ -79,12 +79,23 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
         if not trains:
             _end_without_reader(streams)
         if isinstance(ended, SystemExit):
+            if trains and _is_in_world():
+                _end(_exit_code(ended))
             raise
         _report(ended)
     except Exception as error:
         _report(error)
     if not trains:
         _end_without_reader(streams)
+    elif _is_in_world():  # see launch: gloo's groups are not destroyed
+        _end(0)
+
+
+def _exit_code(ended: SystemExit) -> int:
+    """Return the code that Python would end with."""
+    if ended.code is None:
+        return 0
+    return ended.code if isinstance(ended.code, int) else EXIT_BUG
 
 
 def _call(command: Callable[[], object]) -> None:

@@ -119,7 +119,19 @@ def launch(
 
     # 3. All went well: nobody leaves while another still needs it.
     hang_watch.close()
-    leave_world()
+    _leave(device, watch)
+
+
+def _leave(device: torch.device, watch: PeerWatch | None) -> None:
+    """Leave the other ranks; the command line on a CPU ends in its groups.
+
+    gloo aborts a process (``state_ <= CONNECTED`` in its pair.cc) that destroys a group
+    in the moment in which it notices that a peer has done so, and all ranks come here
+    together. ``evomesh.cli.run`` ends a process that is still in a group at once.
+    """
+    is_command_line = StopRequest.installed() is not None
+    if device.type != "cpu" or not is_command_line:
+        leave_world()
     if watch is not None:
         watch.sign_off()
 
@@ -141,7 +153,8 @@ def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> No
     sizes = axis_sizes(config.parallel, process.world_size)
     logger.info(
         f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
-        f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
+        f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}",
+        stacklevel=2,  # InternEvo's line names launch
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evomesh.train.signals import SUPERVISOR
+
 VARIABLE = "EVOMESH_STEP_FILE"  # set by the supervisor
 _DIGITS = 20  # one call of fixed length replaces a step
 
@@ -29,7 +31,9 @@ class StepFile:
     def of_this_process(env: Mapping[str, str] = os.environ) -> StepFile | None:
         """Return the file that a supervisor has asked for, of the first rank that it started; None for others."""
         path = env.get(VARIABLE)
-        is_first = env.get("LOCAL_RANK", "0") == "0"
+        # Under torchrun each rank may have a supervisor, which is its parent.
+        is_alone = env.get(SUPERVISOR) == str(os.getppid())
+        is_first = is_alone or env.get("LOCAL_RANK", "0") == "0"
         return StepFile(path) if path and is_first else None
 
     def write(self, step: int, run_folder: Path) -> None:

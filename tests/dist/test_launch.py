@@ -7,6 +7,7 @@ import pytest
 from evomesh.config.schema import Config
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.train.launch import launch
+from evomesh.train.signals import StopRequest
 from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 
@@ -89,3 +90,16 @@ def test_an_error_does_not_wait_for_collectives_of_others(
     with launch(Config()):
         pass
     assert left == [True]
+
+
+def test_the_command_line_ends_in_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, gloo may abort where two ranks destroy a group at once."""
+    left: list[bool] = []
+    monkeypatch.setattr("evomesh.train.launch.leave_world", lambda: left.append(True))
+    request = StopRequest().watch()
+    try:
+        with launch(Config()):
+            pass
+    finally:
+        request.restore()
+    assert not left

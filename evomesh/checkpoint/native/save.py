@@ -465,12 +465,11 @@ class CheckpointWriter:
             self._listener.committed(checkpoint.folder, checkpoint.record)
 
     def close(self) -> None:
-        """Wait for the pending save, release the folder and the background exchange."""
+        """Wait for the pending save and release the folder; the background exchange ends with the world."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
         self._claim.release()
-        self._background_exchange.close()
 
     def _target(self, snapshot: bool) -> tuple[Storage, str]:
         """Return the storage and root that a save goes to."""

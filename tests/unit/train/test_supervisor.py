@@ -162,6 +162,8 @@ def test_only_the_first_rank_of_a_node_writes_the_step(tmp_path: Path) -> None:
     assert read_position(path) == RunPosition()
     assert StepFile.of_this_process({}) is None
     assert StepFile.of_this_process(env | {"LOCAL_RANK": "1"}) is None
+    alone = {"LOCAL_RANK": "1", "EVOMESH_SUPERVISOR": str(os.getppid())}
+    assert StepFile.of_this_process(env | alone) is not None
     file = StepFile.of_this_process(env | {"LOCAL_RANK": "0"})
     assert file is not None
     for step in (99_999, 5):
