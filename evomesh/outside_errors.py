@@ -55,9 +55,7 @@ def as_user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError):
         return _system_error(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _out_of_memory(error)
-    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR.search(str(error)):
+    if is_out_of_memory(error):
         return _out_of_memory(error)
     library = _library_being_loaded(error)
     if library:
@@ -69,6 +67,14 @@ def as_user_error(error: BaseException) -> UserError | None:
             fix="export LC_ALL=C.UTF-8   (or PYTHONUTF8=1)",
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, or torch on a CPU or a GPU, could not get memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    is_of_torch = isinstance(error, RuntimeError)
+    return is_of_torch and _CPU_ALLOCATOR.search(str(error)) is not None
 
 
 def _library_being_loaded(error: BaseException) -> str:

@@ -29,6 +29,13 @@ ProfileOption = Annotated[
         help="Profile a few steps: write trace files and a table of where the time goes.",
     ),
 ]
+MemoryProfileOption = Annotated[
+    bool,
+    typer.Option(
+        "--memory-profile",
+        help="Write each step's peak of memory by kind, and the largest tensors if memory runs out.",
+    ),
+]
 DeepspeedOption = Annotated[
     str | None,
     typer.Option(
@@ -59,6 +66,7 @@ def train(
     seed: SeedOption = None,
     run_dir: RunDirOption = None,
     profile: ProfileOption = False,
+    memory_profile: MemoryProfileOption = False,
     deepspeed: DeepspeedOption = None,
 ) -> None:
     """Train the model that CONFIG describes. Resumes from the newest valid checkpoint in the save folder."""
@@ -77,7 +85,13 @@ def train(
     with reporting_early_errors(launcher, port):
         loaded = load_with_strategy(config, settings, deepspeed, launcher)
         make_token_files(loaded)
-    exit_code = run_training(loaded, launcher=launcher, port=port, profile=profile)
+    exit_code = run_training(
+        loaded,
+        launcher=launcher,
+        port=port,
+        profile=profile,
+        memory_profile=memory_profile,
+    )
     if exit_code:
         sys.exit(exit_code)
 
@@ -90,6 +104,7 @@ def shim(
     seed: SeedOption = None,
     run_dir: RunDirOption = None,
     profile: ProfileOption = False,
+    memory_profile: MemoryProfileOption = False,
     deepspeed: DeepspeedOption = None,
     host: HostOption = None,
     backend: BackendOption = None,
@@ -100,4 +115,14 @@ def shim(
     disable_volc_topology: VolcTopologyOption = False,
 ) -> None:
     """Train with InternEvo's command line: train.py --config CONFIG --launcher torch."""
-    train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)
+    train(
+        config,
+        overrides,
+        launcher,
+        port,
+        seed,
+        run_dir,
+        profile,
+        memory_profile,
+        deepspeed,
+    )

@@ -35,6 +35,7 @@ def run_training(
     launcher: str = "auto",
     port: int = 8888,
     profile: bool = False,
+    memory_profile: bool = False,
 ) -> int:
     """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
@@ -45,7 +46,7 @@ def run_training(
         config: a loaded config, or the path of a config file.
         launcher: where rank information comes from: "auto", "torch" or "slurm".
         port: rendezvous port of the slurm launcher.
-        profile: see ``Trainer``.
+        profile, memory_profile: see ``Trainer``.
 
     Returns:
         0 when the run is complete, 130 after Ctrl-C, 75 when a signal stopped it and the same command resumes it.
@@ -68,7 +69,14 @@ def run_training(
                 before_end=alerts.ended_by_peer,
                 before_hang_ends=alerts.ended_by_hang,
             ) as context:
-                exit_code = _train(loaded, context, profile, exports, alerts)
+                exit_code = _train(
+                    loaded,
+                    context,
+                    exports,
+                    alerts,
+                    profile=profile,
+                    memory_profile=memory_profile,
+                )
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
                 _finish(exports, exit_code)
@@ -86,9 +94,11 @@ def _finish(exports: BackgroundExports, exit_code: int) -> None:
 def _train(
     loaded: LoadedConfig,
     context: RunContext,
-    profile: bool,
     exports: BackgroundExports | None,
     alerts: TrainingAlerts,
+    *,
+    profile: bool,
+    memory_profile: bool,
 ) -> int:
     """Build the run on this rank and train it; return the exit code."""
     warnings = warning_lines(loaded.warnings, loaded.path)
@@ -111,7 +121,10 @@ def _train(
         saves_to=run.local_save_folder,
     )
     try:
-        return Trainer(run, profile, exports, alerts).train()
+        trainer = Trainer(
+            run, exports, alerts, profile=profile, memory_profile=memory_profile
+        )
+        return trainer.train()
     except Exception:
         if run.checkpoints is not None and context.rank == 0:
             logger.error("%s", restart_line(run.checkpoints.folder))

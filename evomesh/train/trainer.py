@@ -20,6 +20,7 @@ from evomesh.parallel.exchange import default_exchange
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
 from evomesh.train.diagnosis import Diagnosis, DiskProbe
+from evomesh.train.memory_profile import MemoryProfile
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
 from evomesh.train.step_file import StepFile
@@ -36,22 +37,26 @@ class Trainer:
     """Trains a ``TrainingRun`` from its current step to ``data.total_steps``.
 
     Args:
-        profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
         exports: what exports the checkpoints of the run, if anything does.
         alerts: of this rank; by default those of the config.
+        profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
+        memory_profile: write the peak of each step by kind, and what is alive when memory runs out.
     """
 
     def __init__(
         self,
         run: TrainingRun,
-        profile: bool = False,
         exports: BackgroundExports | None = None,
         alerts: TrainingAlerts | None = None,
+        *,
+        profile: bool = False,
+        memory_profile: bool = False,
     ) -> None:
         self.run = run
         self.alerts = alerts or TrainingAlerts(run.config, rank=0)
         self.exports = exports
         self.profile = profile
+        self.memory_profile = memory_profile
         self.config = run.config
         self.state = run.state
         self.saved_step = run.resumed_step
@@ -111,11 +116,16 @@ class Trainer:
         profile = self._step_profile()
         if profile is not None:
             stack.enter_context(profile)
+        memory = self._memory_profile()
+        if memory is not None:
+            stack.enter_context(memory)
         decision = poll.before_first_step(self.state.step)
         while self.state.step < self.config.data.total_steps and not decision.stop:
             self._one_step(poll)
             if profile is not None:
                 profile.step()
+            if memory is not None:
+                memory.after_step(self.state.step - 1)
             decision = poll.after_step(self.state.step)
             if decision.save:
                 self._save()
@@ -144,6 +154,19 @@ class Trainer:
         if not self.profile or grid.dp.rank or grid.tp.rank:
             return None
         return StepProfile(reporter.folder / "traces", reporter.name)
+
+    def _memory_profile(self) -> MemoryProfile | None:
+        """Return what profiles the memory of this rank, None if it is not asked for."""
+        if not self.memory_profile:
+            return None
+        run = self.run
+        return MemoryProfile(
+            run.reporter.folder,
+            run.reporter.name,
+            run.stages,
+            run.optimizer,
+            run.device,
+        )
 
     def _diagnosis(self) -> Diagnosis:
         """Return what looks for slow ranks and reports them in the log and as alerts."""

@@ -1,0 +1,339 @@
+"""``--memory-profile``: peaks of memory by kind for each step, and what was alive when memory ran out.
+
+Every operator is watched while it runs. A storage that it returns is counted under the
+module in whose forward it was made, until the last tensor on it is gone. So the figures
+are those of tensors, on each device alike: without workspaces inside an operator and
+without what the allocator keeps. The latter is added on CUDA, where torch also writes its
+own snapshot for https://pytorch.org/memory_viz.
+
+    weights, masters, moments, gradients    held by model and optimizer
+    activations                             made in a forward; the module has them
+    backward                                made in a backward, until it is over
+    other                                   batches, buckets, copies for a save
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from evomesh.monitor.optional_output import OptionalOutput
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.outside_errors import gigabytes, is_out_of_memory
+from evomesh.parallel.spec import local_shard
+from evomesh.train.stages import ModelStages
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 10  # allocations in a snapshot
+HISTORY_ENTRIES = 100_000  # of torch's own record of allocations on CUDA
+
+WEIGHTS, MASTERS, MOMENTS = "weights", "masters", "moments"
+GRADIENTS, ACTIVATIONS, BACKWARD, OTHER = (
+    "gradients",
+    "activations",
+    "backward",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A storage that is alive.
+
+    Attributes:
+        name: of the parameter or state, or of the module and the operator that made it.
+        shape, dtype: of the first tensor on it.
+    """
+
+    nbytes: int
+    kind: str
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the storages of operators' results by kind, and keeps the kinds of the highest moment.
+
+    Args:
+        modules: id -> name of the modules that allocations are named by.
+    """
+
+    def __init__(self, modules: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._modules = modules
+        self._entered: list[str] = []
+        self._alive: dict[int, Allocation] = {}  # by address of the storage
+        self._bytes: Counter[str] = Counter()
+        self._total = 0
+        self.peak = 0
+        self.peak_kinds: dict[str, int] = {}
+        self.at_failure: list[Allocation] | None = None
+
+    def hold(self, tensor: Tensor, kind: str, name: str) -> None:
+        """Count a tensor that exists already, or call it by a better name."""
+        self._count(tensor, kind, name)
+
+    def restart_peak(self) -> None:
+        """Look for the next peak from what is alive now."""
+        self.peak = 0
+        self._note_peak()
+
+    def largest(self, count: int = LARGEST) -> list[Allocation]:
+        """Return the largest allocations that are alive."""
+        ordered = sorted(self._alive.values(), key=lambda one: one.nbytes, reverse=True)
+        return ordered[:count]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count in the ``with`` block, with the modules' names, and the storages that FSDP2 resizes."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            known = self._alive.get(storage._cdata)
+            if known is not None:
+                self._put(storage._cdata, _resized(known, size))
+            return result
+
+        with ExitStack() as stack:
+            enter = register_module_forward_pre_hook(self._enter)
+            stack.callback(enter.remove)
+            leave = register_module_forward_hook(self._leave, always_call=True)
+            stack.callback(leave.remove)
+            stack.enter_context(
+                patch.object(torch.UntypedStorage, "resize_", counted_resize)
+            )
+            stack.enter_context(self)
+            yield
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.at_failure is None and is_out_of_memory(error):
+                self.at_failure = self.largest()
+            raise
+        kind, module = self._place()
+        for leaf in tree_leaves(result):
+            # Views and tensors written in place share a storage that is counted, or that
+            # was there before.
+            if isinstance(leaf, Tensor) and not _shares_storage(leaf, args):
+                self._count(leaf, kind, f"{module}: {func}")
+        return result
+
+    def _place(self) -> tuple[str, str]:
+        """Return the kind of what is made now, and the module that makes it."""
+        if self._entered:
+            return ACTIVATIONS, self._entered[-1]
+        if torch._C._current_graph_task_id() != -1:
+            return BACKWARD, "backward"
+        return OTHER, "outside the model"
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        above = self._entered[-1] if self._entered else type(module).__name__
+        self._entered.append(self._modules.get(id(module), above))
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._entered:
+            self._entered.pop()
+
+    def _count(self, tensor: Tensor, kind: str, name: str) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # a tensor without memory, such as a wrapper
+            return
+        key = storage._cdata
+        if key not in self._alive:
+            weakref.finalize(storage, self._forget, key)
+        shape = tuple(tensor.shape)
+        dtype = str(tensor.dtype)
+        self._put(key, Allocation(storage.nbytes(), kind, name, shape, dtype))
+
+    def _put(self, key: int, allocation: Allocation) -> None:
+        self._remove(key)
+        self._alive[key] = allocation
+        self._bytes[allocation.kind] += allocation.nbytes
+        self._total += allocation.nbytes
+        self._note_peak()
+
+    def _forget(self, key: int) -> None:
+        self._remove(key)
+
+    def _remove(self, key: int) -> None:
+        allocation = self._alive.pop(key, None)
+        if allocation is not None:
+            self._bytes[allocation.kind] -= allocation.nbytes
+            self._total -= allocation.nbytes
+
+    def _note_peak(self) -> None:
+        if self._total > self.peak:
+            self.peak = self._total
+            self.peak_kinds = {kind: n for kind, n in self._bytes.items() if n}
+
+
+def _shares_storage(tensor: Tensor, args: tuple[Any, ...]) -> bool:
+    try:
+        key = tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return True
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    return key in {one.untyped_storage()._cdata for one in tensors}
+
+
+def _resized(allocation: Allocation, size: int) -> Allocation:
+    return Allocation(
+        size, allocation.kind, allocation.name, allocation.shape, allocation.dtype
+    )
+
+
+class MemoryProfile:
+    """Context manager around the steps of a run.
+
+    Args:
+        folder: of the run; files go to its ``memory``.
+        name: of this rank.
+        stages: whose modules allocations are named by.
+        optimizer: has masters, moments and the sums of gradients.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        stages: ModelStages,
+        optimizer: ZeroOptimizer,
+        device: torch.device,
+    ) -> None:
+        self._path = folder / "memory" / f"{name}.jsonl"
+        self._device = device
+        self._output = OptionalOutput("the memory profile", tries_again=True)
+        self._stack = ExitStack()
+        modules = {}
+        for model in stages.models:
+            for path, module in model.named_modules():
+                modules[id(module)] = path or type(model).__name__
+        self.tracker = MemoryTracker(modules)
+        self._parameters = stages.parameters()
+        self._hold_lasting(optimizer)
+
+    def __enter__(self) -> MemoryProfile:
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and parameter.is_leaf:
+                self._name_gradients(name, parameter)
+        if self._on_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
+            self._stack.callback(_stop_history)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._stack.enter_context(self.tracker.watching())
+        self.tracker.restart_peak()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            self._output.attempt(self._write_snapshot)
+        self._stack.close()
+
+    def _hold_lasting(self, optimizer: ZeroOptimizer) -> None:
+        """Count what is alive during the whole run."""
+        for slot in optimizer.slots:
+            if slot.accumulated_grad is not None:
+                name = f"{slot.name} (sum of gradients)"
+                self.tracker.hold(slot.accumulated_grad, GRADIENTS, name)
+        for name, tensor in optimizer.state_tensors().items():
+            is_master = name.startswith("optim.master.")
+            self.tracker.hold(tensor, MASTERS if is_master else MOMENTS, name)
+        # Last: the master of a float32 parameter is the parameter.
+        for name, parameter in self._parameters.items():
+            self.tracker.hold(local_shard(parameter), WEIGHTS, name)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _name_gradients(self, name: str, parameter: Tensor) -> None:
+        def rename(grown: Tensor) -> None:
+            if grown.grad is not None:
+                self.tracker.hold(grown.grad, GRADIENTS, f"{name}.grad")
+
+        hook = parameter.register_post_accumulate_grad_hook(rename)  # type: ignore[no-untyped-call]
+        self._stack.callback(hook.remove)
+
+    def after_step(self, step: int) -> None:
+        """Write the peak of a step, and look for that of the next one."""
+        row: dict[str, Any] = {
+            "step": step,
+            "peak": self.tracker.peak,
+            "kinds": self.tracker.peak_kinds,
+        }
+        if self._on_cuda:
+            row["cuda_allocated"] = torch.cuda.max_memory_allocated(self._device)
+            row["cuda_reserved"] = torch.cuda.max_memory_reserved(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._output.attempt(lambda: self._append(row))
+        self.tracker.restart_peak()
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(row)}\n")
+
+    def _write_snapshot(self) -> None:
+        """Write and log the largest allocations at the moment when memory ran out."""
+        allocations = self.tracker.at_failure
+        if allocations is None:  # not in an operator: what is alive still
+            allocations = self.tracker.largest()
+        table = allocation_table(allocations)
+        path = self._path.with_suffix(".out-of-memory.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{table}\n", encoding="utf-8")
+        logger.error("out of memory; the largest tensors (%s):\n%s", path, table)
+        if self._on_cuda:
+            pickled = path.with_suffix(".pickle")
+            torch.cuda.memory._dump_snapshot(str(pickled))  # type: ignore[no-untyped-call]
+
+
+def _stop_history() -> None:
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def allocation_table(allocations: Sequence[Allocation]) -> str:
+    """Return a row for each allocation: size, kind, shape, dtype, name."""
+    rows = []
+    for one in allocations:
+        shape = "x".join(map(str, one.shape)) or "scalar"
+        dtype = one.dtype.removeprefix("torch.")
+        rows.append(
+            f"{gigabytes(one.nbytes):>10}  {one.kind:<12} {shape:<20} {dtype:<9} {one.name}"
+        )
+    return "\n".join(rows)
