@@ -35,9 +35,10 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from evomesh.checkpoint.native.disk_space import readable
 from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.outside_errors import gigabytes, is_out_of_memory
+from evomesh.outside_errors import is_out_of_memory
 from evomesh.parallel.spec import local_shard
 from evomesh.train.stages import ModelStages
 
@@ -334,6 +335,6 @@ def allocation_table(allocations: Sequence[Allocation]) -> str:
         shape = "x".join(map(str, one.shape)) or "scalar"
         dtype = one.dtype.removeprefix("torch.")
         rows.append(
-            f"{gigabytes(one.nbytes):>10}  {one.kind:<12} {shape:<20} {dtype:<9} {one.name}"
+            f"{readable(one.nbytes):>10}  {one.kind:<12} {shape:<20} {dtype:<9} {one.name}"
         )
     return "\n".join(rows)

@@ -39,9 +39,13 @@ def test_profile_and_slow_ranks(tmp_path: Path, interpreter: Interpreter) -> Non
     assert sorted(path.suffix for path in traces) == [".json", ".txt"]
     assert "communication" in output
 
-    # A larger ratio names no rank, and a diagnosis after each step changes no bit.
+    # A larger ratio names no rank. A diagnosis after each step changes no bit, nor does
+    # a profile of memory.
     often = MORE.format(interval=1, ratio=1e6)
-    output, traces = run(tmp_path / "often", interpreter, often)
+    output, traces = run(tmp_path / "often", interpreter, often, "--memory-profile")
     assert "is slow:" not in output
     assert traces == []
+    memory = sorted((tmp_path / "often").glob("RUN/*/*/memory/*.jsonl"))
+    rows = [len(path.read_text().splitlines()) for path in memory]
+    assert rows == [8, 8]  # each step of each rank
     assert losses(tmp_path / "slow") == losses(tmp_path / "often")
