@@ -23,6 +23,7 @@ GONE_S = 3.0  # how long the last words of a rank may take
 BUSY, IDLE = 0.5, 0.05
 STARVED_FACTOR = 6.0
 LONG_PHASES = {Place.START, Place.VALIDATION, Place.SAVE, Place.UPKEEP, Place.END}
+BACKGROUND_PHASES = {Place.SAVE, Place.END}
 FILE_PHASES = {Place.FILE, Place.SAVE, Place.REPORT, Place.END}
 
 
@@ -94,9 +95,20 @@ class RankReport:
         return self.ring.frames[-1] if self.ring.frames else nothing
 
     @property
+    def wait(self) -> Frame | None:
+        """Return the collective that it is in, or its wait for a device that may be in one; None where it is in none.
+
+        A rank that waits for its save in the background is where that is.
+        """
+        background = self.ring.background
+        if background is not None and self.place.place in BACKGROUND_PHASES:
+            return background if background.place.is_collective else None
+        is_wait = self.place.place.is_collective or self.place.place == Place.RESULTS
+        return self.place if is_wait else None
+
+    @property
     def waits_for_others(self) -> bool:
-        """Return whether it is in a collective, or waits for a device that may be in one."""
-        return self.place.place.is_collective or self.place.place == Place.RESULTS
+        return self.wait is not None
 
     def is_in(self, places: Iterable[Place]) -> bool:
         inside = {frame.place for frame in self.ring.frames}
@@ -228,10 +240,12 @@ def _first_mismatch(
 def _late(running: list[RankReport]) -> Suspect | None:
     """Return the rank that has not entered a collective in which others wait."""
     for waiter in running:
-        wanted = waiter.place
+        wanted = waiter.wait
+        if wanted is None or not wanted.group:
+            continue
         for report in running:
             entered = report.ring.entered.get(wanted.group)
-            if wanted.group and entered is not None and entered < wanted.number:
+            if entered is not None and entered < wanted.number:
                 detail = f"has not entered {describe_call(wanted)}"
                 return Suspect(report, HangKind.COLLECTIVE, detail)
     return None
@@ -287,10 +301,7 @@ def _allowance(report: RankReport, limits: HangLimits, limit: float) -> float:
     computes = report.cpu_share > IDLE
     # A worker that computes is no dead one: reading and tokenizing may be slow.
     reads = report.is_in({Place.DATA}) and computes
-    # A save may take long, but a call that reads or writes a piece of a file does not.
-    in_background = report.ring.background is not None
-    waits_for_piece = in_background and report.background_s >= report.stalled_s
-    if report.place.place == Place.FILE or waits_for_piece:
+    if _waits_for_piece(report):
         return STARVED_FACTOR * limit
     is_long = is_first or reads or stacks.is_compiling or report.is_in(LONG_PHASES)
     if is_long:
@@ -298,6 +309,15 @@ def _allowance(report: RankReport, limits: HangLimits, limit: float) -> float:
     if IDLE < report.cpu_share < BUSY:
         return STARVED_FACTOR * limit
     return limit
+
+
+def _waits_for_piece(report: RankReport) -> bool:
+    """Return whether a rank waits for one call that reads or writes; a save as a whole may take long."""
+    if report.place.place == Place.FILE:
+        return True
+    background = report.ring.background
+    is_piece = background is not None and background.place == Place.FILE
+    return is_piece and report.background_s >= report.stalled_s
 
 
 def _kind(report: RankReport) -> HangKind:

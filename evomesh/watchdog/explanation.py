@@ -96,8 +96,9 @@ def _others(suspect: Suspect, reports: Sequence[RankReport]) -> str:
     """Return what the other ranks wait for."""
     waits: dict[str, list[int]] = {}
     for report in reports:
-        if report.rank != suspect.report.rank and report.waits_for_others:
-            waits.setdefault(describe_call(report.place), []).append(report.rank)
+        wait = report.wait
+        if report.rank != suspect.report.rank and wait is not None:
+            waits.setdefault(describe_call(wait), []).append(report.rank)
     parts = []
     for call, ranks in waits.items():
         parts.append(f"{name_ranks(ranks)} in {call}")

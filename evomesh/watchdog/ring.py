@@ -253,16 +253,14 @@ def _text(padded: bytes) -> str:
 def as_json(state: RingState) -> dict[str, Any]:
     """Return a state as another host receives it."""
     entries = [[*entry.kind, entry.number, entry.step] for entry in state.entries]
-    frames = [
-        [frame.place, frame.since, frame.group, frame.number, frame.detail]
-        for frame in state.frames
-    ]
-    background = state.background
+    frames = [_frame_row(frame) for frame in state.frames]
+    background = None
+    if state.background is not None:
+        background = _frame_row(state.background)
     return {
         **{name: getattr(state, name) for name in _PLAIN},
         "frames": frames,
-        "background": background
-        and [background.place, background.since, "", 0, background.detail],
+        "background": background,
         "entered": state.entered,
         "entries": entries,
     }
@@ -298,6 +296,10 @@ def from_json(value: dict[str, Any]) -> RingState:
         entered=value["entered"],
         entries=tuple(entries),
     )
+
+
+def _frame_row(frame: Frame) -> list[Any]:
+    return [frame.place, frame.since, frame.group, frame.number, frame.detail]
 
 
 def _frame_of(row: list[Any]) -> Frame:

@@ -221,3 +221,18 @@ Current thread 0x0000000000000001 (most recent call first):
     assert stacks.main == (TRAIN,)
     assert str(stacks.data_worker) == "data/packing/loader.py:7 in read"
     assert Stacks(main=(TRAIN,)).data_worker is None
+
+
+def test_a_save_in_the_background_waits_where_its_thread_is() -> None:
+    gather = Frame(Place.GATHER, 0.0, "exchange:1", 3)
+    write = Frame(Place.FILE, 0.0, detail="ckpts/weights")
+    ends = {"stalled": 61.0, "background_s": 61.0}
+    waiting = report(0, Place.SAVE, ring={"background": gather, "events": 1}, **ends)
+    stuck = report(1, Place.SAVE, ring={"background": write}, **ends)
+    suspect = find_suspect([waiting, stuck], LIMITS)
+    assert suspect is not None
+    assert (suspect.report.rank, suspect.kind) == (1, HangKind.FILE)
+    sentence = explain(suspect, [waiting, stuck], now=1e9)
+    assert "waits for a file system that does not answer" in sentence
+    assert "(in the background: ckpts/weights)" in sentence
+    assert sentence.endswith("rank 0 in gather of exchange (number 3)")
