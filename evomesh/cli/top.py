@@ -111,4 +111,5 @@ def _wait_for_q(seconds: float) -> bool:
         return False
     # Not through the buffer of sys.stdin, of which ``select`` knows nothing.
     keys = os.read(sys.stdin.fileno(), 64)
-    return b"q" in keys.lower() or keys == b""
+    is_closed = keys == b""
+    return is_closed or b"q" in keys.lower()

@@ -154,12 +154,18 @@ class StatusWriter:
         self._output.attempt(self._write)
 
     def _write(self) -> None:
-        self.status.time = time.time()
-        self.status.memory, self.status.memory_limit = self._memory()
+        status = self.status
+        used, limit = self._memory()
+        status.memory = used
+        status.memory_limit = limit
+        status.time = time.time()
+        record = encode(status)
+        offset = self._place * RECORD_BYTES
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Not truncated: the other ranks of the host have their places in the file.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            os.pwrite(descriptor, encode(self.status), self._place * RECORD_BYTES)
+            os.pwrite(descriptor, record, offset)
         finally:
             os.close(descriptor)
 
@@ -176,8 +182,10 @@ def encode(status: RankStatus) -> bytes:
         if isinstance(value, float):
             figures[name] = round(value, 3)
     figures["host"] = status.host[:100]
-    text = json.dumps(figures, separators=(",", ":"))
-    return text.encode().ljust(RECORD_BYTES - 1) + b"\n"
+    compact = (",", ":")
+    text = json.dumps(figures, separators=compact)
+    padded = text.encode().ljust(RECORD_BYTES - 1)
+    return padded + b"\n"
 
 
 def decode(record: bytes) -> RankStatus | None:
@@ -219,8 +227,10 @@ def host_memory() -> tuple[int, int]:
     """Return the resident bytes of this process and the bytes of the machine; 0 where it does not report them."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
+            fields_of_process = file.read().split()
         page = os.sysconf("SC_PAGE_SIZE")
-        return pages * page, os.sysconf("SC_PHYS_PAGES") * page
+        resident = int(fields_of_process[1])
+        installed = os.sysconf("SC_PHYS_PAGES")
+        return resident * page, installed * page
     except (OSError, ValueError, IndexError):
         return 0, 0

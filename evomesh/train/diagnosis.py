@@ -133,9 +133,12 @@ class Diagnosis:
         times = {}
         for name in REDUCED_AXES:
             axis = self._grid.axes[name]
-            if axis.size > 1:
-                first = self._grid.world_rank - axis.rank * self._stride(axis)
-                times[name] = (first, time_all_reduce(axis, self._device))
+            if axis.size == 1:
+                continue
+            seconds = time_all_reduce(axis, self._device)
+            ranks_before = axis.rank * self._stride(axis)
+            first = self._grid.world_rank - ranks_before
+            times[name] = (first, seconds)
         return times
 
     def _stride(self, axis: Axis) -> int:
@@ -355,8 +358,10 @@ def read_past_cache(path: Path, number: int) -> int:
     """Read the piece of a file that a number chooses, after dropping it from the page cache; return its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        pieces = max(1, os.fstat(descriptor).st_size // READ_BYTES)
-        offset = READ_BYTES * (number % pieces)
+        size = os.fstat(descriptor).st_size
+        pieces = max(1, size // READ_BYTES)
+        piece = number % pieces
+        offset = READ_BYTES * piece
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, offset, READ_BYTES, os.POSIX_FADV_DONTNEED)
         return len(os.pread(descriptor, READ_BYTES, offset))

@@ -267,16 +267,20 @@ class MemoryProfile:
 
     def _hold_lasting(self, optimizer: ZeroOptimizer) -> None:
         """Count what is alive during the whole run."""
+        hold = self.tracker.hold
         for slot in optimizer.slots:
-            if slot.accumulated_grad is not None:
+            sum_of_gradients = slot.accumulated_grad
+            if sum_of_gradients is not None:
                 name = f"{slot.name} (sum of gradients)"
-                self.tracker.hold(slot.accumulated_grad, GRADIENTS, name)
+                hold(sum_of_gradients, GRADIENTS, name)
         for name, tensor in optimizer.state_tensors().items():
             is_master = name.startswith("optim.master.")
-            self.tracker.hold(tensor, MASTERS if is_master else MOMENTS, name)
+            kind = MASTERS if is_master else MOMENTS
+            hold(tensor, kind, name)
         # Last: the master of a float32 parameter is the parameter.
         for name, parameter in self._parameters.items():
-            self.tracker.hold(local_shard(parameter), WEIGHTS, name)
+            own_part = local_shard(parameter)
+            hold(own_part, WEIGHTS, name)
 
     @property
     def _on_cuda(self) -> bool:

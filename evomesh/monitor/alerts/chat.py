@@ -83,17 +83,17 @@ class FeishuChannel:
         self._clock = clock
 
     def send(self, alert: Alert) -> None:
-        paragraph = [{"tag": "text", "text": shortened(alert.body, FEISHU_BYTES)}]
+        text = shortened(alert.body, FEISHU_BYTES)
+        paragraph = [{"tag": "text", "text": text}]
         post = {"title": alert.title, "content": [paragraph]}
-        message: dict[str, Any] = {
-            "msg_type": "post",
-            "content": {"post": {"zh_cn": post}},
-        }
+        content = {"post": {"zh_cn": post}}
+        message: dict[str, Any] = {"msg_type": "post", "content": content}
         if self._secret is not None:
             timestamp = str(int(self._clock()))
-            message["timestamp"] = timestamp
             # Feishu signs an empty message with this text as the key.
-            message["sign"] = _signature(f"{timestamp}\n{self._secret}", "")
+            key = f"{timestamp}\n{self._secret}"
+            message["timestamp"] = timestamp
+            message["sign"] = _signature(key, "")
         answer = post_json(self._url, message)
         require_code_zero(answer, ("code", "StatusCode"))
 

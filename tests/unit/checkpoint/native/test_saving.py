@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from evomesh.checkpoint.native.disk_space import check_space, readable
+from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.errors import UserError
@@ -243,3 +244,17 @@ def test_a_writer_past_the_lock_cannot_replace_a_commit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another job committed step 1"):
         two.wait(final=True)
     assert loaded(CheckpointWriter(str(tmp_path))) == (1, 1.0)
+
+
+def test_each_refusal_is_reported_also_the_one_that_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    writer = CheckpointWriter(str(tmp_path / "c"))
+    heard: list[str] = []
+    writer.on_refusal = heard.append
+    refusal = CheckpointError("the disk is full", where="c")
+    for _ in range(MAX_FAILED_SAVES - 1):
+        writer._on_failed_save(refusal, final=False)
+    with pytest.raises(CheckpointError, match="third in a row"):
+        writer._on_failed_save(refusal, final=False)
+    assert heard == ["c: the disk is full"] * MAX_FAILED_SAVES
