@@ -22,6 +22,7 @@ from evomesh.diagnose.machine import (
     judge_clocks,
     judge_devices,
     judge_limits,
+    judge_products,
     judge_versions,
 )
 from evomesh.diagnose.network import judge_ports, problem_of_address, time_groups
@@ -30,6 +31,7 @@ from evomesh.diagnose.session import Session, session
 from evomesh.errors import UserError
 from evomesh.parallel.process_group import current_backend
 from evomesh.train.agreement import config_facts, require_agreement
+from evomesh.train.probes import product_seconds
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def _check_machines(
     facts = [MachineFacts.of_message(message) for message in messages]
     report.add(judge_versions(facts))
     report.add(judge_devices(facts, current_backend(joined.device)))
+    seconds = product_seconds(joined.device)
+    products = exchange.broadcast(exchange.gather(seconds))
+    report.add(judge_products(facts, products))
     report.add(judge_clocks(facts, clock_offsets(exchange)))
     report.add(*judge_limits(facts))
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.diagnose.facts import MachineFacts
@@ -19,6 +20,8 @@ FILES_OF_RANK = 256
 FILES_PER_PEER = 2  # of the store that rank 0 serves
 MIN_SHARED_MEMORY = 64 << 20  # bytes for each rank of a host, with NCCL
 MIB = 1 << 20
+SLOW_PRODUCT = 2.0  # times as long as the median rank
+PRODUCT_NOISE_S = 2e-3  # a difference below this is no sign of anything
 
 
 def judge_versions(ranks: Sequence[MachineFacts]) -> CheckResult:
@@ -65,6 +68,31 @@ def judge_devices(ranks: Sequence[MachineFacts], backend: str) -> CheckResult:
             "devices", "warn", f"{found}; {crowd}", "start fewer ranks on a host"
         )
     return CheckResult("devices", "ok", found)
+
+
+def judge_products(
+    ranks: Sequence[MachineFacts], seconds: Sequence[float]
+) -> CheckResult:
+    """Name the ranks whose device is slow: hot, throttled, or shared with another job.
+
+    Args:
+        seconds: of each rank for the same matrix product, all ranks at once.
+    """
+    usual = median(seconds)
+    limit = max(SLOW_PRODUCT * usual, usual + PRODUCT_NOISE_S)
+    slow = []
+    for rank, own_seconds in zip(ranks, seconds, strict=True):
+        if own_seconds > limit:
+            slow.append(rank.place)
+    found = f"a matrix product takes {1e3 * usual:.2f} ms, at most {1e3 * max(seconds):.2f} ms"
+    if slow:
+        return CheckResult(
+            "product",
+            "warn",
+            f"{found}: far slower than the others is {listed(slow)}",
+            "look for another job on that device, its temperature and clocks: nvidia-smi -q -d PERFORMANCE, top",
+        )
+    return CheckResult("product", "ok", found)
 
 
 def _kind(rank: MachineFacts) -> str:

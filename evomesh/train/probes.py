@@ -78,19 +78,6 @@ def time_folder(storage: Storage, folder: str, nbytes: int) -> FileTimes:
     return FileTimes(nbytes, written - started, ended - begun)
 
 
-def read_seconds(path: str, nbytes: int) -> float:
-    """Return the seconds to read up to ``nbytes`` bytes of a local file from its disk.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    _drop_from_cache(path)
-    started = time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        file.read(nbytes)
-    return time.perf_counter() - started
-
-
 def _drop_from_cache(path: str) -> None:
     """Ask the system to forget a file's content, so that the next read is from the disk; it may refuse."""
     with contextlib.suppress(OSError, AttributeError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evomesh.diagnose.parity import observe
 from evomesh.diagnose.parity.run import compare_with, train_alone
@@ -73,6 +74,23 @@ def compare_broken(
 ) -> dict[str, Any]:
     """As ``compare_small``, with a fault in the module ``name``."""
     with patch.object(observe, "build_stages", broken_builder(name, fault)):
+        return compare_small(rank, layout, "float64")
+
+
+def compare_halved(
+    rank: int, layout: Layout, module: str, collective: str
+) -> dict[str, Any]:
+    """As ``compare_small``, with a collective that halves what it returns, as one module of the package calls it."""
+    home = importlib.import_module(module)
+    whole = getattr(home, collective)
+
+    def halved(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        axes = [*arguments, *options.values()]
+        several = any(isinstance(axis, Axis) and axis.size > 1 for axis in axes)
+        result: Tensor = whole(x, *arguments, **options)
+        return result * 0.5 if several else result
+
+    with patch.object(home, collective, halved):
         return compare_small(rank, layout, "float64")
 
 

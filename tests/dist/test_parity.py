@@ -13,6 +13,7 @@ from torch import nn
 from tests.dist.layouts import Layout
 from tests.dist.parity_jobs import (
     compare_broken,
+    compare_halved,
     compare_small,
     compare_stale,
     skip_gradient_sum,
@@ -79,6 +80,24 @@ def test_a_broken_reduction_is_named(
         assert (first["name"], first["kind"]) == (named or name, kind), found["text"]
         assert first["step"] == 0 and first["distance"] > 0.01
         assert (named or name) in found["text"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "module", "collective", "name", "kind"),
+    [
+        (MTP, "layers.loss", "all_reduce_no_grad", "head", "token losses"),
+        (ISP, "layers.attention", "all_to_all", "layers.0.attention.wo", "input"),
+        (PIPELINE, "pipeline.schedule", "gather_from_axis", "layers.1", "input"),
+        (MTP, "optim.clip", "all_reduce_no_grad", "the model", "gradient norm"),
+    ],
+)
+def test_a_broken_collective_is_named_by_what_it_reaches_first(
+    pool: Pool, layout: Layout, module: str, collective: str, name: str, kind: str
+) -> None:
+    found = pool.run(compare_halved, layout, f"evomesh.{module}", collective)[0]
+    first = found["first"]
+    assert first is not None and first["step"] == 0
+    assert (first["name"], first["kind"]) == (name, kind), found["text"]
 
 
 def test_weights_that_are_not_gathered_are_named(pool: Pool) -> None:

@@ -1,12 +1,14 @@
 """Comparison of what a layout and one process computed: the first tensor that differs, in order of cause.
 
 A fault shows first in the output of the module that has it, then in all that follows.
-In backward the order is reversed, so that the gradient of a module's input comes
+What a module is given differs first where the fault is between modules, as in attention
+or between two stages. In backward the order is reversed, so that the gradient of a module's input comes
 before that of the output which it is:
 
     forward    embedding, layers.0.attention_norm, layers.0.attention ..., norm, head
     backward   head, norm, ..., layers.0.attention, layers.0.attention_norm, embedding
-    then       gradients of parameters, as the ranks have summed them; weights after the update
+    then       gradients of parameters, as the ranks have summed them; loss and norm of the
+               step; weights after the update
 """
 
 from __future__ import annotations
@@ -31,19 +33,25 @@ BOUNDS = {
     "bfloat16": 0.2,
 }
 PHASES: dict[Kind, int] = {
+    "input": 0,
     "output": 0,
     "token losses": 1,
     "output gradient": 2,
     "input gradient": 2,
     "parameter gradient": 3,
-    "weight": 4,
+    "loss": 4,
+    "gradient norm": 4,
+    "weight": 5,
 }
 DIRECTIONS: dict[Kind, str] = {
+    "input": "what it is given, in forward",
     "output": "output, in forward",
     "token losses": "losses of tokens, in forward",
     "output gradient": "gradient of its output, in backward",
     "input gradient": "gradient of its input, in backward",
     "parameter gradient": "gradient of the parameter, summed over the ranks",
+    "loss": "loss, summed over the ranks",
+    "gradient norm": "gradient norm, summed over the ranks",
     "weight": "weight after the update",
 }
 
@@ -135,6 +143,8 @@ class _Order:
 
     def position(self, key: Key) -> int:
         """Return where a tensor comes within its step and phase."""
+        if key.kind == "input":
+            return self._positions[key.name, "input"]
         if key.kind in ("output", "token losses"):
             return self._positions[key.name, "output"]
         if key.kind == "output gradient":
@@ -172,7 +182,9 @@ def _same_part(
     of_one_process = whole.tensors[key].tensor
     if observed.spec is not None:
         return _part_of_parameter(observed.tensor, observed.spec, of_one_process, grid)
-    if of_one_process.dim() == 0 or of_one_process.shape[0] != whole.tokens:
+    if of_one_process.dim() == 0:
+        return observed.tensor, of_one_process
+    if of_one_process.shape[0] != whole.tokens:
         return None
     part = _part_of_activation(of_one_process, observed.tensor.shape, grid.tp)
     return None if part is None else (observed.tensor, part)

@@ -2,7 +2,7 @@
 
 Hooks see what each module is given and returns, in both directions:
 
-    output            what a module returned                          forward
+    input, output     what a module was given and returned           forward
     input gradient    gradient of what a module was given             backward
     output gradient   gradient of what it returned                    backward
 
@@ -35,14 +35,18 @@ from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.step import StepOutput, seed_step, train_step
 
 Kind = Literal[
+    "input",
     "output",
     "token losses",
     "output gradient",
     "input gradient",
     "parameter gradient",
+    "loss",
+    "gradient norm",
     "weight",
 ]
 STEPS = 2
+WHOLE = "the model"
 RATE, BETA2 = 0.1, 0.95
 
 
@@ -50,8 +54,8 @@ class Key(NamedTuple):
     """The name of one observed tensor.
 
     Attributes:
-        name: global name of a module or a parameter.
-        pack: number of the pack within the step, -1 for parameters.
+        name: global name of a module or a parameter; "the model" for numbers of all of it.
+        pack: number of the pack within the step, -1 where a tensor belongs to none.
     """
 
     step: int
@@ -76,14 +80,11 @@ class Observations:
         tokens: of a pack.
         tensors: by name, in the order in which they were seen.
         order: the first forward of this rank's modules: names as they were entered ("input") and left ("output").
-        losses, norms: of each step, over all ranks.
     """
 
     tokens: int
     tensors: dict[Key, Observed] = field(default_factory=dict)
     order: list[tuple[str, str]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
 
     def add(self, key: Key, tensor: Tensor, spec: ShardSpec | None = None) -> None:
         """Keep a copy of a tensor, unless there is one of this name: a layer that recomputes shows it twice."""
@@ -117,13 +118,18 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
         for step in range(STEPS):
             clock.begin(step)
             output = _train(config, stages, optimizer, scaler, grid, seen, step)
-            seen.losses.append(output.loss)
-            seen.norms.append(output.update.grad_norm)
+            seen.add(Key(step, "loss", WHOLE), _number(output.loss))
+            norm = _number(output.update.grad_norm)
+            seen.add(Key(step, "gradient norm", WHOLE), norm)
             optimizer.wait_for_parameters()
             for name, parameter in stages.parameters().items():
                 key = Key(step, "weight", name)
                 seen.add(key, local_shard(parameter), spec_of(parameter))
     return seen
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _train(
@@ -228,25 +234,29 @@ class _ModuleWatch:
     def entered(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._note_order("input")
         if arguments and isinstance(arguments[0], Tensor):
-            self._observe_gradient("input gradient", arguments[0])
+            self._observe("input", "input gradient", arguments[0])
 
     def left(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._note_order("output")
         if isinstance(output, LossOutput):
             self.seen.add(self._key("token losses"), output.nll)
-        elif isinstance(output, Tensor) and output.is_floating_point():
-            self.seen.add(self._key("output"), output)
-            self._observe_gradient("output gradient", output)
+        elif isinstance(output, Tensor):
+            self._observe("output", "output gradient", output)
 
     def _note_order(self, end: str) -> None:
         event = (self.name, end)
         if event not in self.seen.order:
             self.seen.order.append(event)
 
-    def _observe_gradient(self, kind: Kind, tensor: Tensor) -> None:
+    def _observe(self, kind: Kind, gradient_kind: Kind, tensor: Tensor) -> None:
+        """Keep an activation now, and its gradient once backward has it; token ids are none."""
+        if tensor.is_floating_point():
+            self.seen.add(self._key(kind), tensor)
         if tensor.requires_grad:
-            observe: Callable[[Tensor], None] = partial(self._add, self._key(kind))
-            tensor.register_hook(observe)  # type: ignore[no-untyped-call]
+            keep: Callable[[Tensor], None] = partial(
+                self._add, self._key(gradient_kind)
+            )
+            tensor.register_hook(keep)  # type: ignore[no-untyped-call]
 
     def _add(self, key: Key, gradient: Tensor) -> None:
         self.seen.add(key, gradient)

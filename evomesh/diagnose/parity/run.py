@@ -25,7 +25,6 @@ class Parity:
         compared: number of tensors, over all ranks.
         largest: distance among these.
         first: the first tensor beyond the bound, None if all are within it.
-        loss, expected_loss: of the last step, in the layout and in one process.
     """
 
     dtype: str
@@ -33,28 +32,15 @@ class Parity:
     compared: int
     largest: float
     first: Difference | None
-    loss: float
-    expected_loss: float
-
-    @property
-    def loss_distance(self) -> float:
-        """Return the distance of the losses, relative to that of one process."""
-        difference = abs(self.loss - self.expected_loss)
-        return difference / max(abs(self.expected_loss), 1e-300)
 
     @property
     def is_equal(self) -> bool:
-        return self.first is None and self.loss_distance <= self.bound
+        return self.first is None
 
     def describe(self) -> str:
         """Return what was compared, and the first tensor that differs, as one sentence."""
         if self.first is not None:
             return f"{self.dtype}: first to differ is {self.first.describe()} (bound {self.bound:g})"
-        if not self.is_equal:
-            return (
-                f"{self.dtype}: all tensors agree, but the loss of step 2 is {self.loss:.12g} "
-                f"instead of {self.expected_loss:.12g}"
-            )
         return f"{self.dtype}: {self.compared} tensors agree, at most {self.largest:.1e} apart (bound {self.bound:g})"
 
 
@@ -88,7 +74,7 @@ def compare_with(
     bound = BOUNDS[small.model.dtype]
     own = observe(small, grid, device)
     found = compare(own, whole, grid, exchange.rank, bound)
-    return _of_all_ranks(exchange, small.model.dtype, found, own, whole)
+    return _of_all_ranks(exchange, small.model.dtype, found)
 
 
 def compare_dtypes(config: Config) -> list[str]:
@@ -96,13 +82,7 @@ def compare_dtypes(config: Config) -> list[str]:
     return list(dict.fromkeys(["float64", config.model.dtype]))
 
 
-def _of_all_ranks(
-    exchange: Exchange,
-    dtype: str,
-    found: Comparison,
-    own: Observations,
-    whole: Observations,
-) -> Parity:
+def _of_all_ranks(exchange: Exchange, dtype: str, found: Comparison) -> Parity:
     gathered = exchange.gather(asdict(found))
     message: Any = None
     if gathered is not None:
@@ -115,8 +95,6 @@ def _of_all_ranks(
         compared=joined["compared"],
         largest=joined["largest"],
         first=None if first is None else Difference(**first),
-        loss=own.losses[-1],
-        expected_loss=whole.losses[-1],
     )
 
 

@@ -17,6 +17,7 @@ from evomesh.diagnose.machine import (
     judge_clocks,
     judge_devices,
     judge_limits,
+    judge_products,
     judge_versions,
 )
 from evomesh.diagnose.network import MESSAGES, judge_axis, judge_ports
@@ -140,6 +141,20 @@ def test_a_clock_that_is_off_is_named(offset: float, words: str) -> None:
     assert result.status == "fail" and "chronyd" in result.fix
     found = f"rank 2 on n1 is {abs(offset):.1f} s {words} rank 0 on n0"
     assert result.found == found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([0.01, 0.01, 0.01, 0.05], "rank 3 on n1"),
+        ([0.01, 0.01, 0.015, 0.01], ""),
+        ([1e-5, 1e-5, 1e-5, 1e-3], ""),  # the noise of a small time
+    ],
+)
+def test_a_slow_device_is_named(seconds: list[float], slow: str) -> None:
+    result = judge_products(four(), seconds)
+    assert result.status == ("warn" if slow else "ok")
+    assert result.found.endswith(slow or "ms")
 
 
 def test_one_process_is_never_off() -> None:
