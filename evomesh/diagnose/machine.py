@@ -21,7 +21,7 @@ FILES_PER_PEER = 2  # of the store that rank 0 serves
 MIN_SHARED_MEMORY = 64 << 20  # bytes for each rank of a host, with NCCL
 MIB = 1 << 20
 SLOW_PRODUCT = 2.0  # times as long as the median rank
-PRODUCT_NOISE_S = 2e-3  # a difference below this is no sign of anything
+PRODUCT_NOISE_S = 2e-3  # a smaller difference means nothing
 
 
 def judge_versions(ranks: Sequence[MachineFacts]) -> CheckResult:
