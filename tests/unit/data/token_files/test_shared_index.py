@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from evomesh.errors import UserError
 from tests.support.covers import covers
 
 pytestmark = covers("promise:shared-memory")
+
+KEY = "0" * 32 + ".order"
 
 
 def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
@@ -39,14 +43,14 @@ def test_batches_are_the_same_and_the_index_is_reused(
     folder = tmp_path / "shm" / "deep"
     shm = {"use_shm": True, "shm_path": str(folder)}
     assert torch.equal(first_batch(tmp_path, **shm), first_batch(tmp_path))
-    names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 2
-    born = [path.stat().st_ino for path in sorted(folder.iterdir())]
+    arrays = sorted(folder.glob("*.npy"))
+    assert len(arrays) == 2
+    born = [path.stat().st_ino for path in arrays]
     first_batch(tmp_path, **shm)
-    assert [path.stat().st_ino for path in sorted(folder.iterdir())] == born
+    assert [path.stat().st_ino for path in sorted(folder.glob("*.npy"))] == born
     write_bin([rng.randint(1, 99, 6).tolist() for _ in range(50)])
     assert torch.equal(first_batch(tmp_path, **shm), first_batch(tmp_path))
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.glob("*.npy"))) == 4
 
 
 def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -
     assert held[False] > 20_000 * (4 + 8 + 4 + 8)  # kept, lengths, order, ends
     # what is left: the order of the packs, 8 bytes for each of 5,000, and Python's own
     assert held[True] < 5_000 * 8 + 60_000
-    assert len(list((tmp_path / "shm").iterdir())) == 4
+    assert len(list((tmp_path / "shm").glob("*.npy"))) == 4
 
 
 def test_stale_indexes_and_partial_files_are_removed(
@@ -91,7 +95,7 @@ def test_stale_indexes_and_partial_files_are_removed(
     key = "0123456789abcdef" * 2
     new = folder / f"{key}.order.index.npy"
     own = [f"{key}.ends.index.npy", f"{key}.4.kept.index.npy"]
-    own += [f".{name}.17.part" for name in own]
+    own += [*(f".{name}.17.part" for name in own), *(f".{name}.lock" for name in own)]
     foreign = ["else.txt", "faiss.index.npy", ".download.part", f"{key}.npy"]
     old = [folder / name for name in [*own, *foreign]]
     for path in [*old, new]:
@@ -122,3 +126,32 @@ def test_an_unwritable_shared_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"shared index.*\n.*data\.use_shm=False"):
         shared_array(tmp_path / "file", "key", lambda: np.zeros(3))
+
+
+def test_one_process_of_a_node_builds(tmp_path: Path) -> None:
+    """The others wait for it: a lock belongs to an open file, so that threads stand for processes."""
+    entered = threading.Barrier(4)
+    builds: list[int] = []
+
+    def build() -> np.ndarray[Any, Any]:
+        builds.append(1)
+        return np.arange(5)
+
+    def map_it(_: int) -> list[int]:
+        entered.wait()
+        numbers: list[int] = shared_array(tmp_path / "shm", KEY, build).tolist()
+        return numbers
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(map_it, range(4))) == [[0, 1, 2, 3, 4]] * 4
+    assert len(builds) == 1
+
+
+def test_a_builder_that_fails_leaves_the_work_to_the_next(tmp_path: Path) -> None:
+    def fail() -> np.ndarray[Any, Any]:
+        raise ValueError("killed")
+
+    with pytest.raises(ValueError, match="killed"):
+        shared_array(tmp_path, KEY, fail)
+    built = shared_array(tmp_path, KEY, lambda: np.arange(2))
+    assert built.tolist() == [0, 1]
