@@ -137,7 +137,8 @@ class MemoryTracker(TorchDispatchMode):
         try:
             result = func(*args, **(kwargs or {}))
         except Exception as error:
-            if self.at_failure is None and is_out_of_memory(error):
+            # The last one counts: a probe that found no memory has ended no run.
+            if is_out_of_memory(error):
                 self.at_failure = self.largest()
             raise
         kind, module = self._place()

@@ -120,6 +120,19 @@ def test_when_memory_runs_out_the_largest_tensors_are_named(
     assert "the largest tensors" in caplog.text
 
 
+def test_what_was_alive_at_the_last_failure_is_remembered() -> None:
+    tracker = MemoryTracker({})
+    with tracker.watching():
+        for size in (8, 16):
+            kept = torch.ones(size)
+            with pytest.raises(RuntimeError):
+                torch.empty(2**58)
+            del kept
+    assert tracker.largest() == []
+    assert tracker.at_failure is not None
+    assert [one.shape for one in tracker.at_failure] == [(16,)]
+
+
 def test_another_error_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), profile_of(net(), tmp_path):
         1 / 0
