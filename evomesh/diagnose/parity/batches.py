@@ -40,15 +40,24 @@ def _pack(
     """Return ids, labels and positions [T] and the bounds [K] of one pack."""
     draw = torch.Generator().manual_seed(1_000_003 * step + index)
     ids = torch.randint(0, vocab_size, (tokens,), generator=draw)
-    num_cuts = index % (MOST_SEGMENTS - 1) + 1
-    cuts = torch.randint(1, tokens, (num_cuts,), generator=draw).tolist()
-    bounds = sorted({0, tokens, *cuts})
+    bounds = _segment_bounds(tokens, index, draw)
 
     # A token predicts the next one of its segment; the last one of a segment nothing.
     labels = torch.full((tokens,), IGNORE)
     positions = torch.zeros(tokens, dtype=torch.long)
     for start, stop in pairwise(bounds):
-        labels[start : stop - 1] = ids[start + 1 : stop]
+        last = stop - 1
+        labels[start:last] = ids[start + 1 : stop]
         positions[start:stop] = torch.arange(stop - start)
-    padding = [tokens] * (MOST_SEGMENTS + 1 - len(bounds))
-    return ids, labels, positions, torch.tensor(bounds + padding, dtype=torch.int32)
+
+    # All packs have as many bounds, the last of which repeat the end.
+    missing = MOST_SEGMENTS + 1 - len(bounds)
+    bounds += [tokens] * missing
+    return ids, labels, positions, torch.tensor(bounds, dtype=torch.int32)
+
+
+def _segment_bounds(tokens: int, index: int, draw: torch.Generator) -> list[int]:
+    """Return the ends of one to ``MOST_SEGMENTS`` segments, from 0 to ``tokens``."""
+    num_cuts = index % (MOST_SEGMENTS - 1) + 1
+    cuts = torch.randint(1, tokens, (num_cuts,), generator=draw).tolist()
+    return sorted({0, tokens, *cuts})

@@ -100,7 +100,10 @@ def _of_all_ranks(exchange: Exchange, dtype: str, found: Comparison) -> Parity:
 
 def _joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the findings of all ranks as one, with the first difference of any."""
-    differences = [Difference(**rank["first"]) for rank in ranks if rank["first"]]
+    differences = []
+    for rank in ranks:
+        if rank["first"] is not None:
+            differences.append(Difference(**rank["first"]))
     first = min(differences, default=None)
     return {
         "compared": sum(rank["compared"] for rank in ranks),
