@@ -305,12 +305,15 @@ def _open_zip(path: str, inert: Collection[str]) -> Any:
         storages: dict[str, FileStorage] = {}
 
         def find_storage(key: str, dtype: torch.dtype, count: int) -> FileStorage:
+            # Several tensors may share a storage.
             if key in storages:
                 return storages[key]
-            entry = entries[f"data/{key}"]
+            name = f"data/{key}"
+            entry = entries[name]
             size = count * dtype.itemsize
             start = _position(raw, entry, size)
-            storage = FileStorage(path, start, dtype, count, entry.CRC)
+            checksum = entry.CRC
+            storage = FileStorage(path, start, dtype, count, checksum)
             storages[key] = storage
             return storage
 

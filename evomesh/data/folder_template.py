@@ -218,7 +218,8 @@ class JinjaTemplate:
             prompted: rendered with one.
         """
         if prompted.startswith(closed) or closed.startswith(prompted):
-            return min(len(closed), len(prompted))
+            shorter = min(closed, prompted, key=len)
+            return len(shorter)
         # What follows the message may begin alike in both, as "<|endoftext|>" and
         # "<|assistant|>" do: only whole tokens that both have are part of it.
         encoded = self.tokenizer.encode_with_spans(closed)

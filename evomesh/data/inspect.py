@@ -131,7 +131,8 @@ def histogram(lengths: NDArray[Any]) -> str:
         length_range = f"{starts[number]:>9,} .. {ends[number]:<9,}"
         count = f"{documents[number]:>11,} documents"
         share = f"{shares[number]:6.1%} of tokens"
-        rows.append(f"  {length_range} {count} {share}  {bar}")
+        row = f"  {length_range} {count} {share}  {bar}"
+        rows.append(row)
     return "\n".join(rows)
 
 

@@ -120,20 +120,28 @@ def _decoder(spec: Any) -> Any:
 
 def merges(model: Any) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the earliest merges first."""
-    # Pieces are learned by decreasing score, so a score gives the time of a merge; the
-    # id breaks ties.
-    times: dict[str, tuple[float, int]] = {}
-    for number, piece in enumerate(model.pieces):
-        times[piece.piece] = (-piece.score, number)
+    times = _learning_times(model)
 
     def time_of_merge(pair: tuple[str, str]) -> list[Any]:
         left, right = pair
         joined = left + right
-        return [times[text] for text in (joined, left, right)]
+        pieces = (joined, left, right)
+        return [times[piece] for piece in pieces]
 
     pairs = _pairs_of_pieces(times)
     pairs.sort(key=time_of_merge)
     return pairs
+
+
+def _learning_times(model: Any) -> dict[str, tuple[float, int]]:
+    """Return a key for each piece, which sorts them in the order in which they were learned.
+
+    That is by decreasing score; the id breaks ties.
+    """
+    times = {}
+    for number, piece in enumerate(model.pieces):
+        times[piece.piece] = (-piece.score, number)
+    return times
 
 
 def _pairs_of_pieces(pieces: Collection[str]) -> list[tuple[str, str]]:

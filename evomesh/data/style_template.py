@@ -115,22 +115,25 @@ class StyleTemplate:
             bos = tokenizer.token_name(bos_id)
             yield ChatPart(bos, is_target=True, token_id=bos_id)
         for message in messages:
-            yield from self._render_message(message)
+            parts = self._render_message(message)
+            yield from parts
 
     def _render_message(self, message: ChatMessage) -> Iterator[ChatPart]:
         """Yield the parts of a message; only its text and what closes it can be targets."""
         # In chatml: <|im_start|>, "assistant\n", the text, <|im_end|> and "\n". A model
         # writes the third and the fourth.
-        turn = self.style.turns[message.role]
+        style = self.style
+        turn = style.turns[message.role]
         text = message.text
-        if self.style.strips:
+        if style.strips:
             text = text.strip()
+        is_trained = message.train
         for fragment in turn.opening:
             yield self._fragment(fragment, is_target=False)
-        yield ChatPart(text, message.train)
+        yield ChatPart(text, is_trained)
         for fragment in turn.closing:
-            yield self._fragment(fragment, is_target=message.train)
-        for fragment in self.style.separator:
+            yield self._fragment(fragment, is_target=is_trained)
+        for fragment in style.separator:
             yield self._fragment(fragment, is_target=False)
 
     def _fragment(self, fragment: str, *, is_target: bool) -> ChatPart:

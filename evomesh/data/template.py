@@ -149,7 +149,8 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
         # becomes ``_evomesh_join(a, b)``: the sandbox intercepts neither.
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
-            loop.iter = _call("_evomesh_loop", [loop.iter], loop.lineno)
+            items = loop.iter
+            loop.iter = _call("_evomesh_loop", [items], loop.lineno)
         _replace_joins(template)
         return template
 
@@ -360,7 +361,8 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     elif operator == "*":
         # A text or list times a number; numbers alone have no size.
         if _is_sized(left) or _is_sized(right):
-            _check_length(_size(left) * _size(right))
+            size = _size(left) * _size(right)
+            _check_length(size)
     elif operator == "+":
         if _is_sized(left):
             _check_length(_size(left) + _size(right))

@@ -101,6 +101,10 @@ class HfTokenizer:
 
     """
 
+    leading: Sequence[int]
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+
     def __init__(self, path: Path) -> None:
         folder = read_tokenizer_folder(path.parent)
         built = build_backend(path, folder)
@@ -108,19 +112,19 @@ class HfTokenizer:
         self.path = path
         # Of every file that has a say in the ids: a run resumes with the same ones.
         self.hash = _hash(path, folder, built.class_name)
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         # Ids may have gaps, so that the number of tokens is not enough.
-        largest_id = max(vocabulary.values(), default=-1)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        ids = vocabulary.values()
+        largest_id = max(ids, default=-1)
         self.vocab_size = largest_id + 1
 
-        self.special_tokens: Mapping[str, str] = built.special
+        self.special_tokens = built.special
         if not folder.exists:
             self.special_tokens = self._common_ends()
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
-        self.leading: Sequence[int] = built.leading
-
-        self.templates: Mapping[str, str] = folder.templates
+        self.leading = built.leading
+        self.templates = folder.templates
         self.chat_template = self.templates.get("default", "")
 
     def _common_ends(self) -> dict[str, str]:
@@ -214,17 +218,15 @@ class SentencePieceTokenizer:
         from sentencepiece import sentencepiece_pb2 as records
 
         record = self._backend.encode(text, out_type="serialized_proto")
-        pieces = records.SentencePieceText.FromString(record).pieces  # type: ignore[attr-defined]  # made at run time
-        # The library counts in bytes of UTF-8: this gives the character at each byte.
-        # Of "é!", whose characters have two bytes and one, it is 0, 1, 1, 2.
-        character_at = [0]
-        for number, character in enumerate(text, 1):
-            size = len(character.encode())
-            character_at += [number] * size
+        encoded = records.SentencePieceText.FromString(record)  # type: ignore[attr-defined]  # made at run time
+        # The library counts in bytes of UTF-8.
+        character_at = _characters_at_bytes(text)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for piece in pieces:
-            span = (character_at[piece.begin], character_at[piece.end])
+        for piece in encoded.pieces:
+            begin = character_at[piece.begin]
+            end = character_at[piece.end]
+            span = (begin, end)
             spans.append(span)
             ids.append(piece.id)
         return EncodedText(ids, spans)
@@ -333,6 +335,18 @@ def check_embedded(token: int, vocab_size: int, name: str) -> None:
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text to complete, after the bos that the tokenizer puts in front of texts."""
     return [*tokenizer.leading, *tokenizer.encode(text)]
+
+
+def _characters_at_bytes(text: str) -> list[int]:
+    """Return the number of the character at each byte of UTF-8, and at the end.
+
+    Of "é!", whose characters have two bytes and one: 0, 1, 1, 2.
+    """
+    character_at = [0]
+    for number, character in enumerate(text, 1):
+        size = len(character.encode())
+        character_at += [number] * size
+    return character_at
 
 
 def _sha256(path: Path) -> str:

@@ -121,13 +121,13 @@ def leading_ids(backend: Any) -> list[int]:
     plain = backend.encode("a", add_special_tokens=False)
     whole = backend.encode("a", add_special_tokens=True)
     # Of "a" as [7] and as [1, 7, 2], the first one stands in front.
+    ids: list[int] = whole.ids
     size = len(plain.ids)
-    num_added = len(whole.ids) - size
+    num_added = len(ids) - size
     for start in range(num_added + 1):
-        leading: list[int] = whole.ids[:start]
-        rest = whole.ids[start:]
-        if rest[:size] == plain.ids:
-            return leading
+        stop = start + size
+        if ids[start:stop] == plain.ids:
+            return ids[:start]
     return []
 
 

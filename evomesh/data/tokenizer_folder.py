@@ -224,7 +224,9 @@ def _chat_templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     named_folder = path / "additional_chat_templates"
     for file in sorted(named_folder.glob("*.jinja")):
         templates[file.stem] = user_files.read_text(file)
-    return templates or _templates_of_setting(settings)
+    if not templates:
+        return _templates_of_setting(settings)
+    return templates
 
 
 def _templates_of_setting(settings: dict[str, Any]) -> dict[str, str]:

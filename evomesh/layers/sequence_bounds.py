@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomesh.layers.dropout import MaskNumbers
+from evomesh.rounding import next_power_of_two
 
 
 # Not frozen: torch 2.11's compiler inspects frozen dataclasses, and recompiles for each
@@ -54,7 +55,7 @@ class SequenceBounds:
         cuDNN's attention keeps a plan for each value that it has seen, and flash does
         not mind.
         """
-        rounded = 1 << max(self.max_seqlen - 1, 0).bit_length()
+        rounded = next_power_of_two(self.max_seqlen)
         return min(rounded, self.position_ids.shape[0])
 
     def span(self) -> Tensor:

@@ -87,10 +87,11 @@ class GatheredWeight:
             pieces += source.read(self.start, self.stop)
         if not pieces:
             return torch.empty(self.shape)
+        padded = torch.cat(pieces)
         # The last part may end with padding.
         numel = math.prod(self.shape)
-        numbers = torch.cat(pieces)
-        return numbers[:numel].view(self.shape)
+        numbers = padded[:numel]
+        return numbers.view(self.shape)
 
 
 def gather_weights(folder: ZeroFolder) -> dict[str, Weight]:
@@ -285,9 +286,10 @@ def _frozen(folder: ZeroFolder) -> Iterator[tuple[str, Weight]]:
     for name, shape in shapes.items():
         numel = math.prod(shape)
         part_size = -(-numel // ranks)  # rounded up
+        expected_sizes = [part_size] * ranks
         held = [parts[name] for parts in parts_by_rank if name in parts]
         sizes = [part.numel for part in held]
-        if sizes != [part_size] * ranks:
+        if sizes != expected_sizes:
             raise CheckpointError(
                 f"frozen parameter {name} of {numel:,} numbers has parts of {sizes}",
                 where=str(folder.path),

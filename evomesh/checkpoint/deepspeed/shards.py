@@ -73,7 +73,8 @@ def open_zero_folder(path: Path) -> ZeroFolder:
     stage = _common_stage(path, files.optimizers, optimizers)
     name_of_rank = files.models
     if stage == 3:
-        _refuse_gaps(path, name_of_rank, len(optimizers), "model_states.pt")
+        ranks = len(optimizers)
+        _refuse_gaps(path, name_of_rank, ranks, "model_states.pt")
         names = [name_of_rank[rank] for rank in sorted(name_of_rank)]
     elif files.whole_model:
         names = [files.whole_model]

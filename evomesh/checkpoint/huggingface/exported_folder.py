@@ -78,14 +78,16 @@ def read_mark(folder: Path) -> ExportMark | None:
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return path -> size of all files in a folder but its mark; -1 for anything but a plain file."""
     sizes = {}
+    mark = folder / MARK
     for path in sorted(folder.rglob("*")):
         # Neither a link's own size nor that of its target says what was exported.
-        kind = path.lstat().st_mode
-        if stat.S_ISDIR(kind) or path == folder / MARK:
+        status = path.lstat()
+        kind = status.st_mode
+        if stat.S_ISDIR(kind) or path == mark:
             continue
-        size = path.lstat().st_size
+        is_plain = stat.S_ISREG(kind)
         name = path.relative_to(folder).as_posix()
-        sizes[name] = size if stat.S_ISREG(kind) else -1
+        sizes[name] = status.st_size if is_plain else -1
     return sizes
 
 

@@ -83,7 +83,8 @@ class SafetensorsFile:
         file_size = storage.size(path)
         length_bytes = storage.read(path, 0, 8)
         length = int.from_bytes(length_bytes, "little")
-        if length > min(file_size - 8, LARGEST_HEADER):
+        largest = min(file_size - 8, LARGEST_HEADER)
+        if length > largest:
             raise ValueError(f"a header of {length} bytes in a file of {file_size}")
         text = storage.read(path, 8, length)
         header: dict[str, Any] = json.loads(text)
@@ -97,8 +98,9 @@ class SafetensorsFile:
             # The header is not trusted: the bytes are in the file, and as many as the
             # shape needs.
             expected_size = math.prod(shape) * dtype.itemsize
+            size = last - first
             is_inside = first >= 0 and last <= data_size
-            if not is_inside or last - first != expected_size:
+            if not is_inside or size != expected_size:
                 raise ValueError(f"{name}: bytes {first} to {last} of {data_size}")
             self.shapes[name] = shape
             self._dtypes[name] = dtype

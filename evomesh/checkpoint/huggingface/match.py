@@ -137,7 +137,8 @@ def _sizes_of_tensors(
     ):
         shape = shapes.get(name, ())
         if len(shape) == 2:
-            yield key, shape[dim] // parts, f"{name} is {list(shape)}"
+            size = shape[dim] // parts
+            yield key, size, f"{name} is {list(shape)}"
 
     count = _count_layers(shapes, naming)
     if count:

@@ -100,8 +100,9 @@ def _environment(env: Mapping[str, str]) -> dict[str, str]:
     # Also where evomesh is not installed, but found beside the script that trains.
     package = Path(evomesh.__file__).parents[1]
     path = [str(package)]
-    if env.get("PYTHONPATH"):
-        path.append(env["PYTHONPATH"])
+    others = env.get("PYTHONPATH")
+    if others:
+        path.append(others)
     made["PYTHONPATH"] = os.pathsep.join(path)
     return made
 

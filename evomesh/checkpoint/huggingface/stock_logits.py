@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,17 +140,23 @@ def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
     steps = [*dtypes, wide_dtype(last)]
 
     def widen(module: nn.Module, _: Any) -> None:
+        wide = {}
         for name, parameter in stored.items():
-            value = _round(parameter.detach(), steps)
-            wide = nn.Parameter(value, requires_grad=False)
-            setattr(module, name, wide)
+            rounded = _round(parameter.detach(), steps)
+            wide_parameter = nn.Parameter(rounded, requires_grad=False)
+            wide[name] = wide_parameter
+        _set_parameters(module, wide)
 
     def put_back(module: nn.Module, *_: Any) -> None:
-        for name, parameter in stored.items():
-            setattr(module, name, parameter)
+        _set_parameters(module, stored)
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(put_back)
+
+
+def _set_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        setattr(module, name, parameter)
 
 
 def _round(value: Tensor, dtypes: Sequence[str]) -> Tensor:
@@ -298,7 +304,8 @@ def _without_w_pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             renamed[name] = value
             continue
         matrices = value.chunk(3)
-        for part, matrix in zip(QKV, matrices, strict=True):
+        parts = zip(QKV, matrices, strict=True)
+        for part, matrix in parts:
             llama_name = name.replace("W_pack", part)
             renamed[llama_name] = matrix.contiguous()
     return renamed

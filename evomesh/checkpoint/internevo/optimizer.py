@@ -279,11 +279,13 @@ def _unflatten_rank(
     """Split one rank's flat tensors of a group; return them by kind and name, with their step."""
     flats, step = _flat_tensors(content, number, file)
     parts: dict[str, StateDict] = {}
+    group = f"group {number}"
     for kind, flat in flats.items():
-        described = f"{kind} of group {number}"
+        described = f"{kind} of {group}"
         part = _split_flat(flat, own_weights, described, file)
         parts[kind] = part
-    _prove_masters(parts["master"], own_weights, file)
+    masters = parts["master"]
+    _prove_masters(masters, own_weights, file)
     return parts, step
 
 

@@ -22,8 +22,10 @@ from evomesh.checkpoint.native.boxes import (
 from evomesh.checkpoint.native.format import (
     DTYPE_NAMES,
     DTYPES,
+    LAYOUT_AXES,
     CheckpointError,
     canonical,
+    layout_record,
     sha256,
 )
 from evomesh.parallel.exchange import Exchange
@@ -31,6 +33,12 @@ from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, spec_of
 
 SHOWN_BOXES = 8  # in an error message
+
+
+def layout_of(grid: Grid, world: int) -> dict[str, int]:
+    """Return the ``layout`` of a commit record for the axes of a grid."""
+    sizes = {axis: getattr(grid, axis).size for axis in LAYOUT_AXES}
+    return layout_record(world, **sizes)
 
 
 class TensorType(NamedTuple):

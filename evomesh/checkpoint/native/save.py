@@ -30,7 +30,6 @@ from evomesh.checkpoint.native.format import (
     CheckpointError,
     CommitRecord,
     ParentRecord,
-    layout_record,
 )
 from evomesh.checkpoint.native.listener import CommitListener, NoListener
 from evomesh.checkpoint.native.plan import (
@@ -38,6 +37,7 @@ from evomesh.checkpoint.native.plan import (
     SavePlan,
     WriteItem,
     describe,
+    layout_of,
     make_plan,
     signature,
 )
@@ -261,7 +261,7 @@ class CheckpointWriter:
             decision.attempt,
             config=config,
             state=state,
-            layout=self._layout(),
+            layout=layout_of(self.grid, self.exchange.size),
             parent=self._parent,
             snapshot=snapshot,
         )
@@ -455,14 +455,17 @@ class CheckpointWriter:
 
         It is the parent of the next checkpoint, and its step is not saved again.
         """
-        self._parent = ParentRecord(checkpoint.step, checkpoint.attempt)
-        parent = parent_folder(checkpoint.folder)
+        step = checkpoint.step
+        folder = checkpoint.folder
+        self._parent = ParentRecord(step, checkpoint.attempt)
+        parent = parent_folder(folder)
         for snapshot in (False, True):
             _, root = self._target(snapshot)
             if parent == root:
-                self.committed[checkpoint.step, snapshot] = checkpoint.folder
-        if self.exchange.rank == 0 and parent == self.root:
-            self._listener.committed(checkpoint.folder, checkpoint.record)
+                self.committed[step, snapshot] = folder
+        is_own = parent == self.root
+        if is_own and self.exchange.rank == 0:
+            self._listener.committed(folder, checkpoint.record)
 
     def close(self) -> None:
         """Wait for the pending save and release the folder; the background exchange ends with the world."""
@@ -476,10 +479,6 @@ class CheckpointWriter:
         if snapshot:
             return self.snapshot_storage, self.snapshot_root
         return self.storage, self.root
-
-    def _layout(self) -> dict[str, int]:
-        sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
-        return layout_record(self.exchange.size, **sizes)
 
     def _report(
         self, line: str, level: int = logging.INFO, *, is_known_to_all: bool = False

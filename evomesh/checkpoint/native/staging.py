@@ -12,6 +12,7 @@ import torch
 
 from evomesh.checkpoint.native.boxes import Coordinates, LocalPart
 from evomesh.checkpoint.native.plan import WriteItem
+from evomesh.rounding import next_power_of_two
 
 BLOCK = 2**28  # bytes of pinned memory that are requested at once
 ALIGNMENT = 512  # bytes; a multiple of every element size
@@ -50,10 +51,12 @@ class PinnedMemory:
 
     def _block_with_room_for(self, size: int) -> _Block:
         for block in self._blocks:
-            if block.memory.numel() - block.used >= size:
+            room = block.memory.numel() - block.used
+            if room >= size:
                 return block
-        power_of_two = 1 << (size - 1).bit_length() if size else 1
-        block = _Block(self._allocate(max(power_of_two, BLOCK)))
+        block_size = max(next_power_of_two(size), BLOCK)
+        memory = self._allocate(block_size)
+        block = _Block(memory)
         self._blocks.append(block)
         return block
 

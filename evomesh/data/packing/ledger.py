@@ -8,10 +8,11 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomesh.data.packing.corpus import Corpus
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
@@ -94,11 +95,17 @@ class StepLedger:
         position = self.sampler.seek(0)
         for step in range(steps):
             packs, position = self.sampler.take(position)
-            is_wanted = np.isin(packs, wanted)
-            indices = np.flatnonzero(is_wanted)
-            for index in indices.tolist():
-                entries = self._pack_at(step, index, int(packs[index]))
-                yield from _of_document(entries, file, row)
+            entries = self._entries_of(step, packs, wanted)
+            yield from _of_document(entries, file, row)
+
+    def _entries_of(
+        self, step: int, packs: NDArray[np.int64], wanted: Sequence[int]
+    ) -> Iterator[LedgerEntry]:
+        """Yield the entries of those of a step's packs that are wanted."""
+        is_wanted = np.isin(packs, wanted)
+        for index in np.flatnonzero(is_wanted).tolist():
+            pack = int(packs[index])
+            yield from self._pack_at(step, index, pack)
 
     def _pack_at(self, step: int, index: int, pack: int) -> Iterable[LedgerEntry]:
         """Return the entries of the step's pack number ``index``.

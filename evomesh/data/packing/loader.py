@@ -16,6 +16,7 @@ from evomesh.data.batch import Batch
 from evomesh.data.packing.packs import Pack
 from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.errors import UserError
+from evomesh.rounding import next_power_of_two
 
 
 class PackReader(Protocol):
@@ -38,15 +39,17 @@ class StepSampler(Protocol):
 
 def collate(packs: Sequence[Pack]) -> Batch:
     """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T, to 2**n + 1 bounds."""
-    bounds = _pad_bounds([pack.cu_seqlens for pack in packs])
-    lengths = np.diff(bounds)
+    bounds = [pack.cu_seqlens for pack in packs]
+    padded_bounds = _pad_bounds(bounds)
+    lengths = np.diff(padded_bounds)
+    max_seqlen = int(lengths.max())
     return Batch(
         tokens=_stack(pack.tokens for pack in packs),
         labels=_stack(pack.labels for pack in packs),
         position_ids=_stack(pack.position_ids for pack in packs),
         type_ids=_stack(pack.type_ids for pack in packs),
-        cu_seqlens=_stack(bounds),
-        max_seqlen=int(lengths.max()),
+        cu_seqlens=_stack(padded_bounds),
+        max_seqlen=max_seqlen,
     )
 
 
@@ -60,11 +63,6 @@ def _pad_bounds(bounds: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
     most_segments = max(map(len, bounds)) - 1
     length = 1 + next_power_of_two(most_segments)
     return [np.pad(each, (0, length - len(each)), mode="edge") for each in bounds]
-
-
-def next_power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not less than ``number``."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def _stack(rows: Iterable[NDArray[Any]]) -> torch.Tensor:

@@ -327,7 +327,8 @@ def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
     if rule.order == "internevo":
         # A document's last token has no next one.
         ends_inside = ends[ends <= length]
-        labels[ends_inside - 1] = IGNORE
+        last_positions = ends_inside - 1
+        labels[last_positions] = IGNORE
     if rule.one_sample or rule.order == "xtuner":
         # These two rules do not look past the end of the pack.
         labels[-1] = IGNORE
@@ -364,5 +365,7 @@ def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     i = np.repeat(segments, counts)
     parts = np.arange(len(i))
     j = parts - parts_before[i]
-    starts = bounds[i] + j * seq_len
-    return np.append(starts, bounds[-1])
+    distances = j * seq_len
+    starts = bounds[i] + distances
+    end = bounds[-1]
+    return np.append(starts, end)

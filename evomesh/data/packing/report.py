@@ -127,7 +127,8 @@ def make_manifest(
         identities.append(_identity(file))
     # Checkpoints store this hash: another way to write it would refuse old ones.
     written = repr(identities)
-    digest = xxhash.xxh3_64_hexdigest(written.encode())
+    encoded = written.encode()
+    digest = xxhash.xxh3_64_hexdigest(encoded)
     return {"files": files, "types": list(types), "hash": digest}
 
 

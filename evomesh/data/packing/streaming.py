@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -119,17 +119,22 @@ class StreamingPacks:
     def _read_window(self) -> None:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
-        self._cursors.append(window.next_cursor)
+        cursor = window.next_cursor
+        self._cursors.append(cursor)
         texts = self._needed_texts(window)
-        encoded = encode_texts(self.tokenizer, list(texts.values()))
         targets = 0
-        for row, ids in zip(texts, encoded, strict=True):
-            with_ends = self._prefix + ids + self._suffix
-            tokens = np.array(with_ends, np.int64)
+        for row, tokens in self._encode(texts):
             index = row - window.first_row
             location = window.locations[index]
             targets += self._add_document(row, tokens, location)
-        self._unused.end_window(window.next_cursor, targets, self.min_length)
+        self._unused.end_window(cursor, targets, self.min_length)
+
+    def _encode(self, texts: Mapping[int, str]) -> Iterator[tuple[int, TokenArray]]:
+        """Yield the tokens of each text, bos and eos included, with its row."""
+        encoded = encode_texts(self.tokenizer, list(texts.values()))
+        for row, ids in zip(texts, encoded, strict=True):
+            with_ends = self._prefix + ids + self._suffix
+            yield row, np.array(with_ends, np.int64)
 
     def _needed_texts(self, window: RowWindow) -> dict[int, str]:
         """Return the texts of this rank's rows by row; those of other ranks are not tokenized."""
@@ -139,7 +144,8 @@ class StreamingPacks:
     def _add_document(self, row: int, tokens: TokenArray, location: str) -> int:
         """Hand a document to its lane unless it is too short; return how many of its tokens can be targets."""
         length = len(tokens)
-        if length < max(1, self.min_length):
+        shortest = max(1, self.min_length)
+        if length < shortest:
             self._unused.add(length)
             return 0
         largest = largest_id(tokens)

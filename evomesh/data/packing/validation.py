@@ -94,24 +94,29 @@ class ValidationSet:
         if pack >= self.num_packs:
             nothing = np.empty(0, np.int64)
             return assemble(nothing, nothing, nothing, self.rule)
-        start, stop = map(int, self._pack_bounds[pack : pack + 2])
+        bounds = self._pack_bounds
+        start = int(bounds[pack])
+        stop = int(bounds[pack + 1])
+        length = stop - start
         numbers = self._documents_of(start, stop)
         stored = self._read_from(start, numbers)
-        tokens, following = np.split(stored, [stop - start])
-
-        # Where each document ends, counted from the start of the pack. The last one may
-        # end after it.
-        document_ends = self._document_bounds[1:]
-        ends = document_ends[numbers.start : numbers.stop]
-        ends = np.minimum(ends, stop) - start
+        tokens = stored[:length]
+        ends = self._ends_in_pack(numbers, start, stop)
         types = np.zeros_like(ends)
         assembled = assemble(tokens, ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
-        if len(following) and following[0] > 0:
-            last = len(tokens) - 1
-            assembled.labels[last] = following[0]
+        if len(stored) > length:
+            following = stored[length]
+            if following > 0:
+                assembled.labels[length - 1] = following
         return assembled
+
+    def _ends_in_pack(self, numbers: range, start: int, stop: int) -> IndexArray:
+        """Return where each document ends, counted from the start of the pack; the last one may reach beyond it."""
+        document_ends = self._document_bounds[1:]
+        ends = document_ends[numbers.start : numbers.stop]
+        return np.minimum(ends, stop) - start
 
     def _documents_of(self, start: int, stop: int) -> range:
         """Return the documents that overlap tokens of the set: of [0, 10) and [10, 15), both overlap [8, 13)."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
+Facts: TypeAlias = dict[str, Any]  # what a fingerprint records
 CHUNK = 64  # conversations that a thread encodes at a time
 # The names that InternEvo's alpaca_tokenizer.py writes.
 SPLIT_FILES = ("train/en/dataset.bin", "valid/en/dataset.bin")
@@ -148,14 +149,15 @@ def _open_writers(
 
 
 def _commit(
-    writers: Sequence[BinWriter], sources: list[dict[str, Any]], facts: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+    writers: Sequence[BinWriter], sources: list[Facts], facts: Facts
+) -> dict[str, Facts]:
     """Give the files their names; return the fingerprint of each by its path."""
     fingerprints = {}
     for writer in writers:
         # A file that is appended to keeps the sources of what it held before.
         earlier = writer.previous.get("sources", [])
-        all_facts = {**facts, "sources": earlier + sources}
+        all_sources = earlier + sources
+        all_facts = {**facts, "sources": all_sources}
         path = str(writer.path)
         fingerprints[path] = writer.commit(all_facts)
     return fingerprints
@@ -233,11 +235,13 @@ def _count_conversations(files: list[SourceFile]) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for file, stream, _ in open_files(files):
         records = read_records(stream, file)
+        count = sum(1 for _ in records)
         name = str(file.path)
-        sizes[name] += sum(1 for _ in records)
+        sizes[name] += count
     if not sizes.total():
-        first = str(files[0].path)
-        raise UserError("the input contains no conversation", where=first)
+        first = files[0]
+        where = str(first.path)
+        raise UserError("the input contains no conversation", where=where)
     return sizes
 
 
@@ -312,13 +316,18 @@ def _write(
     found: list[bool] = []
     kept: list[list[list[int]]] = [[] for _ in writers]
     for document, is_held_out in zip(documents, held_out, strict=True):
-        # The first token has no predecessor, and the ending alone teaches nothing.
-        stop = len(document) - len(ending)
-        has_target = any(token > 0 for token in document[1:stop])
+        has_target = _has_target(document, ending)
         found.append(has_target)
         if has_target:
             set_number = int(is_held_out)
-            kept[set_number].append(document)
+            chosen = kept[set_number]
+            chosen.append(document)
     for writer, chosen in zip(writers, kept, strict=True):
         writer.write(chosen, masked=True)
     return found
+
+
+def _has_target(document: Sequence[int], ending: Sequence[int]) -> bool:
+    """Return whether there is anything to learn: the first token has no predecessor, the ending alone is nothing."""
+    stop = len(document) - len(ending)
+    return any(token > 0 for token in document[1:stop])

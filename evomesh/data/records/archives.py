@@ -100,22 +100,28 @@ def _open_tar_members(
     path: Path, members: Sequence[ArchiveMember]
 ) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
-        stream = stack.enter_context(_open_tar_stream(path))
-        if archive_kind(path) == "tar.gz" and not _are_in_stored_order(members):
+        stored = _open_tar_stream(path)
+        stream = stack.enter_context(stored)
+        is_compressed = archive_kind(path) == "tar.gz"
+        if is_compressed and not _are_in_stored_order(members):
             # Every step back in a gzip stream decompresses it from the start again, so
             # decompress it once, up to the end of the last member.
-            end = max(member.offset + member.size for member in members)
-            copy = spilled(stream, end, str(path))
+            ends = [member.offset + member.size for member in members]
+            last_end = max(ends)
+            copy = spilled(stream, last_end, str(path))
             stream = stack.enter_context(copy)
         tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
         for member in members:
-            # The place is known from listing the archive, so that no header is read
-            # again.
-            info = tarfile.TarInfo(member.name)
-            info.size = member.size
-            info.offset_data = member.offset
-            opened = tar.extractfile(info)
-            yield cast(IO[bytes], opened)
+            yield _open_tar_member(tar, member)
+
+
+def _open_tar_member(tar: tarfile.TarFile, member: ArchiveMember) -> IO[bytes]:
+    """Open a member whose place is known from listing the archive, so that no header is read again."""
+    info = tarfile.TarInfo(member.name)
+    info.size = member.size
+    info.offset_data = member.offset
+    opened = tar.extractfile(info)
+    return cast(IO[bytes], opened)
 
 
 def _are_in_stored_order(members: Sequence[ArchiveMember]) -> bool:

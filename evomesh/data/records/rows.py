@@ -81,18 +81,22 @@ def find_split_files(
 
     # 2. Those of the split.
     splits = _find_splits(files, names, subset, split, root)
-    distinct = sorted(set(splits.values()))
-    chosen = choose_split(distinct, split, purpose, root)
+    distinct = set(splits.values())
+    chosen = choose_split(sorted(distinct), split, purpose, root)
     selected = []
-    split_of_name = {}
     for file, split_of_file in splits.items():
-        split_of_name[names[file]] = split_of_file
-        if chosen in (split_of_file, ALL_SPLITS):
+        is_chosen = chosen in (split_of_file, ALL_SPLITS)
+        if is_chosen:
             selected.append(file)
 
     # 3. Those of one format, and what a user might not expect of the choice.
     selected, warnings = _choose_format(selected, root)
-    if purpose == "train" and split is None:
+    split_is_implied = purpose == "train" and split is None
+    if split_is_implied:
+        split_of_name = {}
+        for file, split_of_file in splits.items():
+            name = names[file]
+            split_of_name[name] = split_of_file
         warnings += _warn_left_out(split_of_name, chosen)
     return selected, warnings
 
@@ -336,7 +340,8 @@ class RowStream:
         """Yield each record from a position on, with the numbers of its file and row."""
         files = self.files[file:]
         for opened, stream, _ in open_files(files):
-            for record in read_records_from(stream, opened, row):
+            records = read_records_from(stream, opened, row)
+            for record in records:
                 yield record, file, row
                 row += 1
             # Only the first file is entered in the middle.

@@ -6,12 +6,12 @@ import glob
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import zstandard
 
@@ -50,6 +50,10 @@ HIDDEN = (".", "__")  # first letters of folders
 FINGERPRINT_SUFFIX = ".bin.json"  # beside token files
 APPLE_DOUBLE_PREFIX = "._"  # macOS stores the attributes of x as "._x" in archives
 READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
+
+
+# A file, its decompressed stream, and the raw one.
+OpenedFile: TypeAlias = tuple["SourceFile", IO[bytes], IO[bytes]]
 
 
 @dataclass(frozen=True)
@@ -175,13 +179,18 @@ def list_source_files(folder: Path) -> list[SourceFile]:
     for directory, folders, names in os.walk(folder, followlinks=True):
         # As datasets does: .git, .cache and what editors leave are not data. ``os.walk``
         # enters what is left in its list, in that order.
-        visible = [name for name in folders if not name.startswith(HIDDEN)]
-        folders[:] = sorted(visible)
-        for name in sorted(names):
+        folders[:] = _visible(folders, HIDDEN)
+        visible = _visible(names, (".",))
+        for name in visible:
             path = Path(directory, name)
-            if not name.startswith("."):
-                found += _source_files_at(path)
+            files = _source_files_at(path)
+            found += files
     return found
+
+
+def _visible(names: Iterable[str], hidden: tuple[str, ...]) -> list[str]:
+    """Return, sorted, the names that do not begin like hidden ones."""
+    return sorted(name for name in names if not name.startswith(hidden))
 
 
 def _source_files_at(path: Path) -> list[SourceFile]:
@@ -220,9 +229,12 @@ def _classify(path: Path, member: ArchiveMember | None) -> SourceFile | None:
     return SourceFile(path, file_format, compression, member)
 
 
-def open_files(
-    files: Sequence[SourceFile],
-) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
+def _path_and_kind(file: SourceFile) -> tuple[Path, bool]:
+    """Return the path and whether it is read as a plain file, which an archive may be too."""
+    return file.path, file.member is None
+
+
+def open_files(files: Sequence[SourceFile]) -> Iterator[OpenedFile]:
     """Yield each file with its decompressed stream and the raw stream, whose position in ``size`` shows progress.
 
     Consecutive members of one archive are read in one pass through it.
@@ -230,23 +242,17 @@ def open_files(
     Raises:
         UserError: a file cannot be read.
     """
-
-    def path_and_kind(file: SourceFile) -> tuple[Path, bool]:
-        return file.path, file.member is None
-
-    # An archive may also be named as a plain file, hence the kind in the key.
-    for (path, is_plain), group in groupby(files, key=path_and_kind):
+    for (path, is_plain), group in groupby(files, key=_path_and_kind):
         if not is_plain:
-            yield from _open_archived(path, list(group))
+            members = list(group)
+            yield from _open_archived(path, members)
             continue
         for file in group:
             with _open(path) as raw, _readable(file, raw) as stream:
                 yield file, stream, raw
 
 
-def _open_archived(
-    archive: Path, files: Sequence[SourceFile]
-) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
+def _open_archived(archive: Path, files: Sequence[SourceFile]) -> Iterator[OpenedFile]:
     members = [file.member for file in files if file.member]
     for file, raw in zip(files, open_members(archive, members), strict=True):
         with _readable(file, raw) as stream:

@@ -214,7 +214,8 @@ class BinDataset:
         starts = self._row_offsets(rows)
         ends = self._row_ends(rows)
         lengths = self._row_lengths(rows)
-        tokens = parse_ranges(self._map(), starts, ends, lengths)
+        mapped = self._map()
+        tokens = parse_ranges(mapped, starts, ends, lengths)
         if tokens is not None:
             return tokens
         # A line has a defect: find it line by line, to name its row and byte.

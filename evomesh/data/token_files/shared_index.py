@@ -38,10 +38,11 @@ def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
     state = xxhash.xxh3_128()
     for lengths in arrays:
         # The count keeps [1 2] [3] and [1] [2 3] apart.
-        header = f"{len(lengths)}:"
+        count = len(lengths)
+        header = f"{count}:"
         state.update(header.encode())
         # A column of a meta is strided and may be int32: copy it, a part at a time.
-        for start in range(0, len(lengths), DIGEST_ROWS):
+        for start in range(0, count, DIGEST_ROWS):
             part = lengths[start : start + DIGEST_ROWS]
             contiguous = np.ascontiguousarray(part, np.int64)
             state.update(contiguous.data)

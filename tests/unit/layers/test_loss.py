@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.config.schema import IGNORE
-from evomesh.layers import loss, products
+from evomesh.layers import loss_gradients, products
 from evomesh.layers.loss import (
     MIN_CHUNK_TOKENS,
     LossOutput,
@@ -247,7 +247,7 @@ def test_a_sum_of_wide_products_rounds_once(monkeypatch: pytest.MonkeyPatch) -> 
         return torch.autograd.grad(out.scaled_sum, weight)[0]
 
     narrow = gradient()
-    for module in (products, loss):
+    for module in (products, loss_gradients):
         monkeypatch.setattr(module, "adds_wide_products", lambda *_: True)
     monkeypatch.setattr(torch, "addmm", addmm)
     wide = gradient()
