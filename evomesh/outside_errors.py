@@ -170,11 +170,9 @@ def _memory_of_the_machine() -> str:
     """Return what is free of the machine's memory, and the limit of this process if it has one."""
     words = []
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        available, total = (
-            1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal")
-        )
+        rows = read_meminfo()
+        available = rows["MemAvailable"]
+        total = rows["MemTotal"]
         words.append(
             f"{gigabytes(available)} of {gigabytes(total)} are free on this machine"
         )
@@ -184,6 +182,22 @@ def _memory_of_the_machine() -> str:
     if limit != resource.RLIM_INFINITY:
         words.append(f"this process is limited to {gigabytes(limit)} (ulimit -v)")
     return ", ".join(words)
+
+
+def read_meminfo() -> dict[str, int]:
+    """Return the rows of /proc/meminfo, in bytes by name.
+
+    Raises:
+        OSError, ValueError: the system has no such file, or one of another form.
+    """
+    sizes = {}
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            # "SwapFree:       19845120 kB"; counts of pages have no unit.
+            name, _, row = line.partition(":")
+            number, *unit = row.split()
+            sizes[name] = int(number) * (1024 if unit else 1)
+    return sizes
 
 
 def gigabytes(count: int) -> str:

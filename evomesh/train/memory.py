@@ -14,6 +14,7 @@ from evomesh.config.schema import Config
 from evomesh.config.size import parameter_count
 from evomesh.errors import UserError
 from evomesh.monitor.status import host_memory
+from evomesh.outside_errors import read_meminfo
 
 GIB = 1024**3
 HALF = ("float16", "bfloat16")
@@ -45,20 +46,12 @@ def bytes_per_rank(config: Config, world_size: int) -> float | None:
 def available_bytes() -> int | None:
     """Return how much memory this process may still take; None where the system does not report it."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        free = _kibibytes(rows["MemAvailable"]) + _kibibytes(rows["SwapFree"])
+        rows = read_meminfo()
+        available = rows["MemAvailable"] + rows["SwapFree"]
     except (OSError, ValueError, KeyError):
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    available = 1024 * free
     return available if limit == resource.RLIM_INFINITY else min(available, limit)
-
-
-def _kibibytes(row: str) -> int:
-    """Return the number of a row such as ``  19845120 kB``."""
-    number, _, _ = row.strip().partition(" ")
-    return int(number)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
