@@ -168,11 +168,15 @@ def start_watcher(options: WatcherOptions) -> subprocess.Popen[bytes]:
     """Start the watcher of this host; the first line of its output is its port."""
     package = str(Path(evomesh.__file__).parents[1])
     paths = [package, os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, "-m", "evomesh.watchdog.watcher", options.encode()],
-        stdin=subprocess.DEVNULL,
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "evomesh.watchdog.watcher"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd="/",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         start_new_session=True,  # Ctrl-C in a terminal is for the ranks
     )
+    assert watcher.stdin is not None
+    with watcher.stdin as options_in:
+        options_in.write(options.encode().encode() + b"\n")
+    return watcher

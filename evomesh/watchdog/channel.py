@@ -15,6 +15,7 @@ from typing import Any
 
 Message = dict[str, Any]
 MAX_LINE = 64 * 2**20
+MAX_FIRST_LINE = 4096  # of somebody who has not shown the token
 CONNECT_S = 10.0
 
 
@@ -24,12 +25,14 @@ class Link:
     Attributes:
         host: who is at the other end, once its first message has been accepted.
         is_closed: the other end has gone.
+        max_line: bytes of a message; a longer one closes the connection.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(CONNECT_S)
         self.host = ""
         self.is_closed = False
+        self.max_line = MAX_LINE
         self._socket = connection
         self._received = bytearray()
 
@@ -51,16 +54,22 @@ class Link:
         except OSError:
             data = b""
         self._received += data
-        if not data or len(self._received) > MAX_LINE:
+        if not data or len(self._received) > self.max_line:
             self.close()
             return []
         *lines, rest = self._received.split(b"\n")
         self._received = bytearray(rest)
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            self.close()
-            return []
+        messages = []
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                message = None
+            if not isinstance(message, dict):
+                self.close()
+                return []
+            messages.append(message)
+        return messages
 
     def close(self) -> None:
         self.is_closed = True
@@ -115,15 +124,19 @@ class LinkServer:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
-            self._selector.register(Link(connection), selectors.EVENT_READ)
+            link = Link(connection)
+            link.max_line = MAX_FIRST_LINE
+            self._selector.register(link, selectors.EVENT_READ)
 
     def _read(self, link: Link) -> list[tuple[str, Message]]:
         descriptor = link.fileno()
         messages = link.receive()
         if not link.host and messages:
             first = messages.pop(0)
-            if hmac.compare_digest(str(first.get("token", "")), self._token):
+            shown = str(first.get("token", ""))
+            if hmac.compare_digest(shown.encode(), self._token.encode()):
                 link.host = str(first.get("host", "")) or "?"
+                link.max_line = MAX_LINE
             else:
                 link.close()
         if link.is_closed:

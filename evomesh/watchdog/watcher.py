@@ -31,6 +31,7 @@ POLL_S = 0.5
 FROZEN_S = 3.0  # a poll that took this long: the host was frozen
 STACKS_S = 1.5  # how long a process may take to write its stacks
 REMOTE_AGE_S = 5.0  # a host that is silent for longer is unknown
+UNSEEN_S = 30.0  # without any rank: they ended before the first look
 OTHER_HOSTS_S = 1.0  # for the other hosts to receive a verdict before rank 0 may end
 SPEAK_S = 2.5  # for a rank to find the verdict and write the sentence
 KILL_S = 8.0  # what a rank has to end by itself, its alerts sent
@@ -40,7 +41,7 @@ VERDICT = "verdict.json"
 
 @dataclass(frozen=True)
 class WatcherOptions:
-    """Options that a rank passes to the watcher that it starts, as JSON.
+    """Options that a rank passes to the watcher that it starts, as a line of JSON.
 
     Attributes:
         folder: of the ring files.
@@ -194,6 +195,7 @@ class Watcher:
 
     def run(self) -> None:
         """Watch until the ranks of this host have ended."""
+        deadline = time.monotonic() + UNSEEN_S
         seen = False
         while True:
             reports = self.ranks.look()
@@ -204,7 +206,8 @@ class Watcher:
                 self.ranks.end_with(verdict)
                 return
             seen = seen or bool(reports)
-            if seen and not self.ranks.has_ranks:
+            may_come = not seen and time.monotonic() < deadline
+            if not self.ranks.has_ranks and not may_come:
                 return
             self.ranks.sleep()
 
@@ -325,8 +328,14 @@ def report_from_json(value: dict[str, Any]) -> RankReport:
     return RankReport(**value)
 
 
-def main(text: str) -> None:
-    """Run the watcher of a host; the first line of its output is the port at which it listens."""
+def main() -> None:
+    """Run the watcher of a host.
+
+    The first line of its input is its options: they hold the token of the job, which the
+    command line would show to everybody on the host. The first line of its output is the
+    port at which it listens.
+    """
+    text = sys.stdin.readline()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with its ranks
     os.nice(10)
@@ -342,4 +351,4 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

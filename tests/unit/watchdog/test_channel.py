@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from evomesh.parallel.hang_watch import start_watcher
 from evomesh.watchdog import watcher
 from evomesh.watchdog.activity import Activity
 from evomesh.watchdog.channel import LinkServer, connect
-from evomesh.watchdog.diagnosis import HangLimits
+from evomesh.watchdog.diagnosis import HangLimits, RankReport
 from evomesh.watchdog.ring import Place
 from evomesh.watchdog.watcher import HangVerdict, Watcher, WatcherOptions
 
@@ -41,6 +43,76 @@ def test_only_who_knows_the_token_is_heard() -> None:
     assert [link.host for link in server.links] == ["n3"]
     server.send({"stacks": True})
     assert friend.receive() == [{"stacks": True}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]\n",
+        b"GET / HTTP/1.1\r\n",
+        b'{"token": "\xc3\xa9"}\n',
+        b"[" * 5000,
+        b"[" * 3000 + b"\n",
+    ],
+    ids=["list", "http", "not ascii", "endless", "deep"],
+)
+def test_a_stranger_who_sends_anything_is_dropped(line: bytes) -> None:
+    server = LinkServer(TOKEN)
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, 10) as stranger:
+        stranger.sendall(line)
+        until(lambda: server.receive() or is_closed(stranger))
+    friend = connect(address, TOKEN, "n3")
+    friend.send({"reports": [1]})
+    received: list[object] = []
+    until(lambda: received.extend(server.receive()) or received)
+    assert received == [("n3", {"reports": [1]})]
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Return whether the other end has closed a connection."""
+    connection.settimeout(0.05)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_a_watcher_whose_ranks_ended_before_it_looked_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+    monkeypatch.setattr(watcher, "POLL_S", 0.001)
+    monkeypatch.setattr(watcher, "UNSEEN_S", 0.05)
+    (tmp_path / "n0").mkdir()
+    alone = host(tmp_path, 0)
+    look = alone.ranks.look
+
+    def counted() -> list[RankReport]:
+        looks.append(None)
+        return look()
+
+    monkeypatch.setattr(alone.ranks, "look", counted)
+    alone.run()
+    assert len(looks) > 1
+
+
+@pytest.mark.slow
+def test_a_watcher_shows_the_token_to_nobody(tmp_path: Path) -> None:
+    """A command line can be read by every user of a host."""
+    options = WatcherOptions(str(tmp_path), "n0", 1, TOKEN, SHORT, serves=True)
+    process = start_watcher(options)
+    try:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0  # it has read its options
+        shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert b"watchdog" in shown
+        assert TOKEN.encode() not in shown
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
