@@ -32,9 +32,10 @@ def top(
     ] = False,
 ) -> None:
     """Show a run while it trains: progress, loss, speed, saves, alerts and each rank. Ends with q or Ctrl-C."""
+    from evomesh.config.user import expand_home
     from evomesh.monitor.overview import find_run
 
-    folder = find_run(Path(run).expanduser())
+    folder = find_run(expand_home(run))
     if once or not sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         print("\n".join(frame(folder, width, None, uses_color())))

@@ -1,4 +1,4 @@
-"""What the checks of the tree share: one worker, and parsed files while they run."""
+"""What the checks of the tree share: one worker, and parsed files while a module of them runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("arch"))
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def parsed_files() -> Iterator[None]:
     """Keep parsed files as long as the checks run.
 

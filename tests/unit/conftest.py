@@ -6,6 +6,7 @@ And what unit tests share: which of them run in one worker, and the commands tha
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing.process
 import os
 import subprocess
@@ -46,6 +47,8 @@ def stays_in_this_process(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fail a test that starts an interpreter without the mark: `make test-fast` would wait for its imports."""
+    # Another test may have left it disabled, and some count what is held.
+    gc.enable()
     if request.node.get_closest_marker("slow"):
         return
 

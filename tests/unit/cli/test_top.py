@@ -172,7 +172,9 @@ def test_on_a_terminal_it_draws_until_q_or_ctrl_c(
     environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm"}
     # The terminal of a new session, so that Ctrl-C is a signal.
     code = (
-        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        # A shell that starts the tests in the background lets them ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from evomesh.cli.main import main; main()"
     )
     running = subprocess.Popen(

@@ -63,7 +63,9 @@ def test_garbage_is_searched_for_at_no_other_time(is_enabled: bool) -> None:
         searches.append(phase)
 
     was_enabled = gc.isenabled()
-    if not is_enabled:
+    if is_enabled:
+        gc.enable()
+    else:
         gc.disable()
     try:
         with garbage_at_fixed_steps():
