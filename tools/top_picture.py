@@ -1,4 +1,4 @@
-"""Draw a run as ``evomesh top`` shows it, as an SVG for the documents.
+"""Draw a run as ``evomesh top`` shows it, as an SVG for the docs.
 
     python tools/top_picture.py RUN docs/images/top.svg [COLUMNS]
 

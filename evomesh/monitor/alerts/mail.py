@@ -73,7 +73,7 @@ class EmailChannel:
         if self._security == "starttls":
             try:
                 server.starttls(context=ssl.create_default_context())
-            except BaseException:
+            except (OSError, smtplib.SMTPException):
                 server.close()
                 raise
         return server
