@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.hang_faults import WORDS
-from tests.support.interpreter import Interpreter
+from tests.support.interpreter import Finished, Interpreter
 from tests.support.runs import write_run
 
 ENDLESS = 'data["total_steps"] = 1000000\n'
@@ -32,45 +34,68 @@ LAYOUTS = {
 }
 
 
-def settings(silence: float) -> str:
-    return f"monitor = dict(watchdog=dict(silence={silence}, long_phase={silence}))\n"
+@dataclass(frozen=True)
+class HangCase:
+    """One run of some ranks in which one hangs in a step."""
+
+    kind: str
+    layout: str
+    ranks: int
+    culprit: int
+    step: int
+
+    @staticmethod
+    def drawn(kind: str, draw: random.Random) -> HangCase:
+        """Draw the layout, the rank and the step."""
+        layout = draw.choice(list(LAYOUTS))
+        ranks = draw.choice((2, 3)) if layout == "data" else 2
+        return HangCase(
+            kind, layout, ranks, draw.randrange(ranks), draw.randrange(5, 60)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.layout}, rank {self.culprit} of {self.ranks}, step {self.step}"
+
+    def config(self, silence: float) -> str:
+        """Return the lines that are added to a small run's config."""
+        limits = f"dict(silence={silence}, long_phase={silence})"
+        saves_every = 100_000
+        if self.kind == "file system":
+            saves_every = self.step + 1
+        return (
+            f"{ENDLESS}{LAYOUTS[self.layout]}"
+            f"monitor = dict(watchdog={limits})\n"
+            f"ckpt['checkpoint_every'] = {saves_every}\n"
+            "from tests.support.hang_faults import plant\n"
+            f"plant({self.kind!r}, rank={self.culprit}, step={self.step})\n"
+        )
+
+    def problem(self, finished: Sequence[Finished]) -> str:
+        """Return "" if the rank was named rightly, by one rank, and all ended as they should."""
+        output = "".join(one.stdout + one.stderr for one in finished)
+        is_named = f"rank {self.culprit} on " in output and WORDS[self.kind] in output
+        is_once = output.count("ending with exit code 75") == 1
+        codes = [one.returncode for one in finished]
+        others = [code for rank, code in enumerate(codes) if rank != self.culprit]
+        has_ended = set(others) == {75} and codes[self.culprit] in (75, -9)
+        if is_named and is_once and has_ended:
+            return ""
+        return f"{self}: {codes}\n{output[-2500:]}"
 
 
-def one_case(
-    interpreter: Interpreter, kind: str, draw: random.Random, silence: float
-) -> str:
+def run_case(interpreter: Interpreter, case: HangCase, silence: float) -> str:
     """Let one rank hang and return "" if it was named rightly, else what was printed."""
-    layout = draw.choice(list(LAYOUTS))
-    ranks = draw.choice((2, 3)) if layout == "data" else 2
-    culprit = draw.randrange(ranks)
-    step = draw.randrange(5, 60)
-    plant = (
-        "from tests.support.hang_faults import plant\n"
-        f"plant({kind!r}, rank={culprit}, step={step})\n"
-    )
-    save = (
-        f"ckpt['checkpoint_every'] = {step + 1 if kind == 'file system' else 100000}\n"
-    )
     with tempfile.TemporaryDirectory() as folder:
-        text = ENDLESS + LAYOUTS[layout] + settings(silence) + save + plant
-        write_run(Path(folder), text)
+        write_run(Path(folder), case.config(silence))
         command = ["evomesh", "train", "config.py"]
-        started = interpreter.start_ranks(command, ranks, cwd=folder)
+        started = interpreter.start_ranks(command, case.ranks, cwd=folder)
         try:
             finished = [rank.wait(60) for rank in started]
         except AssertionError as error:
             for rank in started:
                 rank.kill()
-            return f"{kind}, {layout}, rank {culprit} of {ranks}, step {step}: {error}"
-    output = "".join(one.stdout + one.stderr for one in finished)
-    named = f"rank {culprit} on " in output and WORDS[kind] in output
-    once = output.count("ending with exit code 75") == 1
-    codes = [one.returncode for one in finished]
-    others = [code for rank, code in enumerate(codes) if rank != culprit]
-    ended = all(code == 75 for code in others) and codes[culprit] in (75, -9)
-    if named and once and ended:
-        return ""
-    return f"{kind}, {layout}, rank {culprit} of {ranks}, step {step}: {codes}\n{output[-2500:]}"
+            return f"{case}: {error}"
+    return case.problem(finished)
 
 
 def normal_steps(
@@ -105,7 +130,7 @@ def main() -> None:
     wrong = []
     for case in range(args.cases):
         kind = args.kinds[case % len(args.kinds)]
-        found = one_case(interpreter, kind, draw, args.silence)
+        found = run_case(interpreter, HangCase.drawn(kind, draw), args.silence)
         right[kind] += not found
         wrong += [found] if found else []
     interpreter.close()
