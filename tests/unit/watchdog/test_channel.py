@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,52 @@ def test_a_frozen_watcher_does_not_blame_its_ranks(
     (report,) = alone.ranks.look()
     assert report.stalled_s < 10.0
     assert report.gone_s == 0.0
+
+
+class FakeTracker:
+    """A rank that ends when it is killed, or when another one has.
+
+    Args:
+        stopped_s: how long it has been stopped: it cannot end by itself.
+        waits_for: the rank whose death makes its collective fail.
+    """
+
+    descriptor = -1
+
+    def __init__(
+        self, report: RankReport, stopped_s: float, waits_for: FakeTracker | None = None
+    ) -> None:
+        self._report = replace(report, stopped_s=stopped_s)
+        self._waits_for = waits_for
+        self.is_killed = False
+
+    @property
+    def has_left(self) -> bool:
+        return self.is_killed or (
+            self._waits_for is not None and self._waits_for.is_killed
+        )
+
+    def sample(self, now: float) -> None:
+        return
+
+    def report(self, now: float) -> RankReport:
+        return self._report
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+
+def test_a_rank_that_cannot_end_is_killed_first_so_that_the_others_end_by_themselves(
+    tmp_path: Path, ranks: list[Activity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "SPEAK_S", 0.0)
+    monkeypatch.setattr(watcher, "KILL_S", 2.0)
+    alone = host(tmp_path, 0)
+    (report,) = alone.ranks.look()
+    stopped = FakeTracker(report, stopped_s=9.0)
+    waiting = FakeTracker(report, stopped_s=0.0, waits_for=stopped)
+    trackers = {tmp_path / "0": waiting, tmp_path / "1": stopped}
+    monkeypatch.setattr(alone.ranks, "_trackers", trackers)
+    alone.ranks.end_with(HangVerdict(1, "stopped", "rank 1 is stopped", [], 0))
+    assert stopped.is_killed
+    assert not waiting.is_killed

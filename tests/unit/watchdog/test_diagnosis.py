@@ -11,6 +11,7 @@ from evomesh.watchdog.diagnosis import (
     HangKind,
     HangLimits,
     RankReport,
+    Suspect,
     find_suspect,
 )
 from evomesh.watchdog.explanation import explain, name_ranks
@@ -24,6 +25,7 @@ from evomesh.watchdog.ring import (
     RingState,
 )
 from evomesh.watchdog.stacks import Call, Stacks, parse_stacks
+from evomesh.watchdog.watcher import choose_speaker
 
 LIMITS = HangLimits(silence_s=10.0, steps=3.0, long_phase_s=600.0)
 SUM, GATHER = Place.ALL_REDUCE, Place.ALL_GATHER
@@ -173,6 +175,13 @@ def test_the_rank_that_others_wait_for_in_a_group_is_found_where_no_call_differs
     assert suspect.detail == "has not entered all_reduce of dp (number 2)"
 
 
+def test_ranks_that_have_waited_a_moment_are_not_out_of_order() -> None:
+    """Between two samples one rank is always a collective ahead."""
+    ahead = report(0, SUM, calls=entries(5, SUM, SUM), stalled=9.9)
+    late = report(1, SUM, calls=entries(5, SUM), stalled=0.5)
+    assert find_suspect([ahead, late], LIMITS) is None
+
+
 def test_ranks_that_wait_for_an_unknown_one_prove_nothing() -> None:
     reports = [in_order(0, SUM, GATHER), in_order(1, SUM, SUM)]
     assert find_suspect(reports, LIMITS, is_complete=False) is None
@@ -236,3 +245,12 @@ def test_a_save_in_the_background_waits_where_its_thread_is() -> None:
     assert "waits for a file system that does not answer" in sentence
     assert "(in the background: ckpts/weights)" in sentence
     assert sentence.endswith("rank 0 in gather of exchange (number 3)")
+
+
+def test_another_rank_than_the_culprit_speaks_if_one_can() -> None:
+    culprit, other = report(0, Place.FORWARD_BACKWARD), report(1, SUM)
+    suspect = Suspect(culprit, HangKind.BUSY)
+    frozen = replace(other, stopped_s=5.0)
+    assert choose_speaker(suspect, [culprit, other]) == 1
+    assert choose_speaker(suspect, [culprit, frozen]) == 0
+    assert choose_speaker(suspect, [replace(culprit, stopped_s=5.0), frozen]) == -1

@@ -189,6 +189,14 @@ def test_an_index_with_wrong_entries_is_refused(
     assert words in text
 
 
+def test_a_tensor_that_the_index_lists_twice_is_refused(root: Path) -> None:
+    (index,) = (root / "step-00000004").glob("*-index.jsonl")
+    first, _ = index.read_bytes().splitlines(keepends=True)
+    reindex(root, first, first + first)
+    rewrite(root, lambda body: body.update(tensors=3))
+    assert "the index lists 'v' twice" in newest(root)
+
+
 def test_a_commit_file_that_is_not_a_record_is_refused(root: Path) -> None:
     path = root / "step-00000004/commit.json"
     for data in (
