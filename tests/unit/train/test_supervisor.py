@@ -123,9 +123,34 @@ def test_restarts_are_counted(folder: Path) -> None:
     assert left(folder) == ["4 0"]
 
 
-def test_pauses_grow_until_the_run_gets_further() -> None:
+def test_pauses_grow_up_to_five_minutes() -> None:
     policy = RestartPolicy(first_pause_s=5.0)
     assert [policy.pause_s(n) for n in (1, 2, 3, 8)] == [5.0, 10.0, 20.0, 300.0]
+
+
+def test_pauses_begin_anew_when_the_run_gets_further(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    pauses: list[float] = []
+
+    def start(restarts: int) -> tuple[int, RunPosition]:
+        pauses.append(clock[0])
+        clock[0] = 0.0
+        code, step = ends.pop(0)
+        return code, RunPosition(step, None)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    # Before a step, in step 3, before a step again, in step 7, and complete.
+    ends = [(75, None), (75, 3), (75, None), (75, 7), (0, 9)]
+    supervisor = Supervisor(["unused"], RestartPolicy(10, first_pause_s=5.0))
+    monkeypatch.setattr(supervisor, "_run_once", start)
+    monkeypatch.setattr("evomesh.train.supervisor.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("evomesh.train.supervisor.time.sleep", sleep)
+    assert supervisor.run() == 0
+    assert pauses == pytest.approx([0.0, 5.0, 5.0, 10.0, 5.0], abs=0.2)
 
 
 SLEEPER = """
