@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import select
 import selectors
 import socket
 from typing import Any
@@ -46,6 +47,14 @@ class Link:
             self._socket.sendall(line)
         except OSError:
             self.close()
+
+    def has_arrived(self) -> bool:
+        """Return whether there is something to read."""
+        if self.is_closed:
+            return False
+        poll = select.poll()  # unlike select.select, for any number of a descriptor
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def receive(self) -> list[Message]:
         """Return the messages that have arrived; call it when there is something to read."""

@@ -219,7 +219,7 @@ class Watcher:
         if link is None:
             return None
         link.send({"reports": [report_to_json(report) for report in reports]})
-        while not link.is_closed and select.select([link], [], [], 0)[0]:
+        while link.has_arrived():
             for message in link.receive():
                 if "verdict" in message:
                     return HangVerdict(**message["verdict"])

@@ -13,6 +13,7 @@ from tests.arch import sources
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one worker of pytest-xdist run all checks, so that each file is parsed once."""
     for item in items:

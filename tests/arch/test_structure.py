@@ -203,6 +203,13 @@ def test_the_checks_can_fail() -> None:
     assert found_in("def f():\n" + body * 60, long_functions)
 
 
+def test_tests_of_a_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """Under pytest 9.2, pytest-xdist 3.8 spreads them over all workers and says nothing."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not in a worker of pytest-xdist --dist loadgroup")
+    assert request.node.nodeid.endswith("@arch")
+
+
 def test_no_folder_of_tests_is_skipped(pytestconfig: pytest.Config) -> None:
     """pytest walks past folders by name, "dist" among them unless told otherwise, and says nothing."""
     folders = {

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 ONE_WORKER_FOLDERS = (HERE / "serve", HERE / "checkpoint/huggingface")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one worker of pytest-xdist run the tests of a file, so that its fixtures are made once."""
     for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,24 @@ def test_a_watcher_shows_the_token_to_nobody(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_process_with_many_files_can_look_for_messages() -> None:
+    """As the process of a test suite or a notebook may have."""
+    server = LinkServer(TOKEN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            stack.enter_context(Path("/dev/null").open("rb"))
+        friend = connect(("127.0.0.1", server.port), TOKEN, "n3")
+        assert friend.fileno() >= 1024
+        assert not friend.has_arrived()
+        until(lambda: server.receive() or server.links)
+        server.send({"stacks": True})
+        until(friend.has_arrived)
+        assert friend.receive() == [{"stacks": True}]
 
 
 @pytest.fixture
