@@ -119,12 +119,14 @@ class Activity:
         if self._stacks is not None:
             faulthandler.unregister(STACK_SIGNAL)
             self._stacks.close()
-        for path in (self._path, self._path.with_suffix(".stack")):
-            path.unlink(missing_ok=True)
-        # The last rank of the host removes the folder, if no watcher does.
+        # The last rank of the host removes the folder, if no watcher does. Ranks end at the
+        # same time: each may find that another has just removed it.
         folder = self._path.parent
-        if not list(folder.glob("*.ring")):
-            remove_record(folder)
+        with contextlib.suppress(OSError):
+            for path in (self._path, self._path.with_suffix(".stack")):
+                path.unlink(missing_ok=True)
+            if not list(folder.glob("*.ring")):
+                remove_record(folder)
 
     def phase(self, place: Place, detail: str = "") -> AbstractContextManager[object]:
         """Return a context: this process is in ``place``."""

@@ -124,7 +124,7 @@ class HostWatcher:
         now = time.monotonic()
         gap = now - self._looked_at
         self._looked_at = now
-        for path in self._folder.glob("*.ring"):
+        for path in self._ring_files():
             # A file that is being created or removed counts at the next look.
             if path not in self._trackers:
                 with contextlib.suppress(OSError):
@@ -136,6 +136,13 @@ class HostWatcher:
             tracker.sample(now)
             reports.append(tracker.report(now))
         return reports
+
+    def _ring_files(self) -> list[Path]:
+        """Return the files of the ranks; none once the last rank has removed the folder."""
+        try:
+            return sorted(self._folder.glob("*.ring"))
+        except OSError:
+            return []
 
     def ask_for_stacks(self) -> None:
         for tracker in self._trackers.values():

@@ -177,6 +177,20 @@ def test_a_broken_rule_is_named_with_both_stacks(
         assert verdict.count(f"in {program.__name__}\n") >= 2
 
 
+def sum_of_many(rank: int) -> float:
+    x = torch.full((4096,), rank + 1.0)
+    dist.all_reduce(x, group=group_of(*PAIR))
+    return float(x.sum())
+
+
+def test_the_next_job_meets_nothing_of_one_that_broke_a_rule(pool: Pool) -> None:
+    """A sum that the other rank never joins would be met by that rank's next one."""
+    pool.run(sum_of_many, ranks=2)  # the group exists
+    with pytest.raises(RankError, match=STUCK):
+        pool.run(one_never_joins, ranks=2)
+    assert pool.run(sum_of_many, ranks=2) == [4096 * 3.0] * 2
+
+
 def test_a_communicator_is_made_by_all_its_ranks(pool: Pool) -> None:
     with pytest.raises(RankError, match=STUCK) as refused:
         pool.run(batch_of_some_comes_first, ranks=3)

@@ -112,9 +112,9 @@ class Pool:
         if all_good and not violation:
             return [answers[rank][1] for rank in range(ranks)]
         message = self._explain(workers, answers, timeout)
-        if not all_good:
-            # The others may be inside a collective: a fresh world for the next test.
-            self._end(ranks)
+        # A rank may be inside a collective, or have launched one that another never joins:
+        # the next test gets a fresh world.
+        self._end(ranks)
         raise RankError(f"{violation}\n{message}")
 
     def close(self) -> None:

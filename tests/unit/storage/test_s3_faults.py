@@ -139,7 +139,8 @@ def test_an_object_that_nobody_may_read_is_skipped(
     caplog: pytest.LogCaptureFixture,
     name: str,
 ) -> None:
-    root = f"denied/{tmp_path.name}"
+    # Folders of tests that passed are removed, and their names used again.
+    root = f"denied/{tmp_path.name}/{name}"
     writer = on(endpoint, root)
     for step in (1, 2):
         writer.save(step, {"w": torch.ones(3)}, {}, {})

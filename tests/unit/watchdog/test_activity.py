@@ -12,6 +12,7 @@ import pytest
 from evomesh.watchdog import ring
 from evomesh.watchdog.activity import Activity, remove_old_records
 from evomesh.watchdog.ring import CollectiveEntry, Place, RingState
+from evomesh.watchdog.watcher import HostWatcher
 
 
 @pytest.fixture
@@ -126,3 +127,19 @@ def test_the_records_of_killed_runs_are_removed(
     assert alive.exists()
     assert begun.exists()
     assert not dead.exists()
+
+
+def test_two_ranks_that_end_at_once_end_well(
+    activity: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one removes the folder between two calls of this one."""
+
+    def list_removed(folder: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(Path, "glob", list_removed)
+    path = activity._path
+    activity.close()
+    assert not activity.is_open
+    assert not path.exists()
+    assert HostWatcher(path.parent, "n1").look() == []
