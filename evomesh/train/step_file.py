@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.train.signals import SUPERVISOR
 
 VARIABLE = "EVOMESH_STEP_FILE"  # set by the supervisor
@@ -25,7 +26,8 @@ class StepFile:
     """The writer: one line with the step, one with the run folder."""
 
     def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._path = path
+        self._output = OptionalOutput("the supervisor's step file", tries_again=True)
 
     @staticmethod
     def of_this_process(env: Mapping[str, str] = os.environ) -> StepFile | None:
@@ -37,9 +39,16 @@ class StepFile:
         return StepFile(path) if path and is_first else None
 
     def write(self, step: int, run_folder: Path) -> None:
-        """Record that ``step`` begins."""
+        """Record that ``step`` begins; a failure is logged once, and ends no run."""
         line = f"{step:<{_DIGITS}}\n{run_folder.absolute()}\n"
-        os.pwrite(self._file, line.encode(), 0)
+        self._output.attempt(lambda: self._put(line.encode()))
+
+    def _put(self, line: bytes) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(descriptor, line, 0)
+        finally:
+            os.close(descriptor)
 
 
 def read_position(path: Path) -> RunPosition:

@@ -196,6 +196,20 @@ def test_only_the_first_rank_of_a_node_writes_the_step(tmp_path: Path) -> None:
     assert read_position(path) == RunPosition(5, tmp_path)
 
 
+def test_a_step_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The supervisor's folder was cleared with other temporary files."""
+    file = StepFile(str(tmp_path / "gone/step"))
+    for step in range(3):
+        file.write(step, tmp_path)
+    (warning,) = caplog.messages
+    assert "cannot write the supervisor's step file" in warning
+    (tmp_path / "gone").mkdir()
+    file.write(3, tmp_path)
+    assert read_position(tmp_path / "gone/step") == RunPosition(3, tmp_path)
+
+
 def test_a_damaged_history_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "exits.jsonl"
     good = RunExit(1.0, 75, 3, 0)
