@@ -29,6 +29,8 @@ def reporting_early_errors(
     try:
         yield
     except Exception as error:
+        if request is not None:
+            request.only_record()
         message = as_user_error(error)
         if message is not None and message.is_known_to_peers:
             raise message from error
@@ -53,6 +55,9 @@ def explain_to_peers(error: BaseException, watch: PeerWatch) -> BaseException:
     A collective that failed because another rank is gone becomes the sentence that
     names that rank.
     """
+    request = StopRequest.installed()
+    if request is not None:
+        request.only_record()
     if isinstance(error, KeyboardInterrupt):
         watch.announce("interrupted by Ctrl-C", EXIT_INTERRUPTED)
         return error

@@ -37,8 +37,9 @@ class StopRequest:
 
     Until the ``with`` block is entered there is nothing to save, and a signal ends the
     process with its exit code. From then on it is only recorded: the training loop asks
-    for it, saves and ends. The handlers of a command stay to its end, so that a signal
-    in its last moments does not change its exit code.
+    for it, saves and ends. The same holds once an error ends the process. The handlers
+    of a command stay to its end, so that a signal in its last moments does not change
+    its exit code.
 
     Python runs handlers in the main thread, between two bytecodes, and therefore not
     while that thread waits in a collective or loads a library. Hence a background
@@ -87,7 +88,7 @@ class StopRequest:
         if not self._watches:
             self.watch()
             self._restores_on_exit = True
-        self._is_recorded_only = True
+        self.only_record()
         return self
 
     def __exit__(
@@ -98,6 +99,13 @@ class StopRequest:
     ) -> None:
         if self._restores_on_exit:
             self.restore()
+
+    def only_record(self) -> None:
+        """Leave the end of the process to its main thread: it saves first, or has an error to print.
+
+        Torchrun sends SIGTERM to all ranks as soon as one of them has ended.
+        """
+        self._is_recorded_only = True
 
     def restore(self) -> None:
         """Give the signals back to whoever had them before ``watch``."""

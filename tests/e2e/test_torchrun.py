@@ -19,6 +19,13 @@ ROOT = Path(__file__).parents[2]
 ENDLESS = 'data["total_steps"] = 100000\nckpt["checkpoint_every"] = 100000\n'
 SHORT = 'data["total_steps"] = 2\nckpt["checkpoint_every"] = 2\n'
 QUICK = "from evomesh.parallel import peer_watch\npeer_watch.SILENT_S, peer_watch.LOST_S = 3.0, 4.0\n"
+# Torchrun ends the other rank, whose error this is too, before it is printed.
+SLOW_TO_PRINT = """
+import time
+from evomesh.cli import run
+at_once = run._fail
+run._fail = lambda error: (error.printed_elsewhere or time.sleep(2), at_once(error))
+"""
 TRAIN = ["-m", "evomesh", "train", "config.py"]
 
 
@@ -160,13 +167,13 @@ def test_a_lost_store_prints_no_frames_of_torch(
 def test_ranks_that_fail_alike_show_one_error_which_stands_last(
     tmp_path: Path, jobs: list[Job]
 ) -> None:
-    write_run(tmp_path)
+    write_run(tmp_path, SLOW_TO_PRINT)
     agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     job = Job(tmp_path, [*agent, *TRAIN, "--set", "data.train_folder=nowhere"])
     jobs.append(job)
-    assert job.end() == 1
+    assert job.end() == 1, job.text
     first, summary = job.text.split("FAILED", 1)
     error = "cannot read the folder nowhere"
-    assert first.count(error) == summary.count(error) == 1
+    assert first.count(error) == summary.count(error) == 1, job.text
     others, root_cause = summary.split("Root Cause")
     assert error in root_cause and "the same error as of another rank" in others
