@@ -53,25 +53,33 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
     if field is None:
         return rows
     section = section_class(field.annotation)
-    if section is not None:
+    if section is None:
+        rows += _schema_rows(field)
+        rows += _config_rows(loaded, key)
+    else:
         keys = ", ".join(section.model_fields)
-        return [*rows, ("keys", keys)]
+        rows.append(("keys", keys))
+    return rows
 
-    # What it may be.
+
+def _schema_rows(field: FieldInfo) -> list[tuple[str, str]]:
+    """Return rows on the type, default and bounds of a field."""
     type_name = _type_name(field.annotation)
     default = str(field.default)
     if field.is_required():
         default = "required"
-    rows += [("type", type_name), ("default", default)]
+    rows = [("type", type_name), ("default", default)]
     bounds = _bounds(field)
     if bounds:
         rows.append(("allowed", bounds))
+    return rows
 
-    # What it is in this config.
+
+def _config_rows(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
+    """Return rows on a key's value in a config, and on which file, option or default made it so."""
     value = str(_value_of(loaded.config, key))
     origin = loaded.origins.get(key, "default")
-    rows += [("value", value), ("from", origin)]
-    return rows
+    return [("value", value), ("from", origin)]
 
 
 def _value_of(config: Config, key: str) -> Any:

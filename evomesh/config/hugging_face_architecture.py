@@ -18,12 +18,19 @@ def architecture_settings(
         UserError: a setting that has no counterpart here.
     """
     _refuse_unsupported(record, where, facts)
-    free = FAMILY_FACTS[facts.family].free
     settings = architecture_of(facts.family)
+
+    # What the family leaves free stands in the file; a key that the file lacks has the
+    # value that ``transformers`` gives it.
+    free = FAMILY_FACTS[facts.family].free
     for key in ARCHITECTURE_KEYS:
-        if key in free and key != "local_rope_base":
-            settings[key] = _number(record, where, key, facts.absent.get(key))
-    # Each meaning is written in one way.
+        if key not in free or key == "local_rope_base":
+            continue
+        default = facts.absent.get(key)
+        settings[key] = _number(record, where, key, default)
+
+    # Each meaning is written in one way: queries are divided by the root of the width of
+    # a head anyway.
     if settings.get("query_pre_attn_scalar") == head_dim:
         settings["query_pre_attn_scalar"] = None
     return settings
@@ -80,6 +87,8 @@ def _number(
     if value is None:
         return None
     # In Python true is the integer 1.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{key} is {value!r}", where=where, expected="a number or null")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number:
+        found = f"{key} is {value!r}"
+        raise UserError(found, where=where, expected="a number or null")
     return float(value)

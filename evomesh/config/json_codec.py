@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+PLAIN = str | bool | int | float | None  # JSON has them as they are
+
 
 def encode_json(value: Any) -> Any:
     """Return a strict JSON value from which ``decode_json`` restores ``value``; tuples become lists.
@@ -27,13 +29,14 @@ def encode_json(value: Any) -> Any:
         return {"$bytes": text}
 
     # 2. Everything else as it is.
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, list | tuple):
         return [encode_json(item) for item in value]
     if isinstance(value, Mapping):
         return _encode_mapping(value)
-    raise TypeError(f"a {type(value).__name__} cannot be stored as JSON: {value!r}")
+    kind = type(value).__name__
+    raise TypeError(f"a {kind} cannot be stored as JSON: {value!r}")
 
 
 def _encode_mapping(mapping: Mapping[Any, Any]) -> dict[str, Any]:

@@ -143,14 +143,16 @@ def _check_rules(
 
 def known_keys() -> list[str]:
     """Return every key a config file may have, dotted, as written there."""
-    keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
+    # A dict is a set that keeps the order: some spellings are keys of the schema too.
+    known = dict.fromkeys([*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED])
     for name in SECTIONS:
         annotation = Config.model_fields[name].annotation
-        keys += map(written_key, _keys_below(annotation, name))
-    distinct = dict.fromkeys(keys)
+        for key in _keys_below(annotation, name):
+            written = written_key(key)
+            known[written] = None
     # Parameters of a custom model are written in the model section itself.
-    del distinct["model.extra"]
-    return list(distinct)
+    del known["model.extra"]
+    return list(known)
 
 
 def _keys_below(annotation: Any, key: str) -> Iterator[str]:
@@ -237,19 +239,23 @@ def _errors_by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
 def _key_of_error(location: Sequence[int | str], is_unknown: bool) -> str:
     """Return the dotted key in pydantic's location, which also has union members and tuple positions."""
     # ("model", "compile", "bool") and ("model", "compile", "literal['auto']") are both
-    # model.compile, and ("adam", "no_decay", 0) is adam.no_decay.
+    # model.compile, and ("adam", "no_decay", 0) is adam.no_decay. So the schema is
+    # walked along: what is no field where it stands belongs to pydantic.
     key: list[str] = []
     fields: dict[str, FieldInfo] = dict(Config.model_fields)
     for part in location:
         if not isinstance(part, str) or "[" in part:
             continue
         field = fields.get(part)
+        # An unknown key is no field either, but it is what the error is about.
         if not key or is_unknown or field is not None:
             key.append(part)
-        fields = {}
+        section = None
         if field is not None:
             section = section_class(field.annotation)
-            fields = dict(section.model_fields) if section else {}
+        fields = {}
+        if section is not None:
+            fields = dict(section.model_fields)
     return ".".join(key)
 
 
@@ -283,23 +289,31 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
 
 def _accepted_values(details: list[Any]) -> str:
     """Return what the schema accepts: a bound, else the accepted types and values."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    context = details[0].get("ctx", {})
-    for name, sign in signs.items():
-        if name in context:
-            bound = context[name]
-            return f"a number {sign} {bound}"
+    first = details[0]
+    bound = _bound_of(first.get("ctx", {}))
+    if bound is not None:
+        return bound
 
     # The value fails every alternative of a union, and each one gives a detail:
     # "int | Literal['auto']" has two.
     accepted: dict[str, None] = {}  # a set that keeps the order
     for detail in details:
-        kind = detail["type"]
         context = detail.get("ctx", {})
         literals = context.get("expected", "")
+        kind = detail["type"]
         words = ERRORS.get(kind, literals)
         accepted[words] = None
     return " or ".join(accepted)
+
+
+def _bound_of(context: dict[str, Any]) -> str | None:
+    """Return the bound that pydantic says a number broke; None where it broke none."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    for name, sign in signs.items():
+        if name in context:
+            bound = context[name]
+            return f"a number {sign} {bound}"
+    return None
 
 
 def _suggested_fix(key: str, detail: Any) -> str:
@@ -337,14 +351,18 @@ def _is_number(text: str) -> bool:
 def _remove_key(sections: dict[str, Any], key: str) -> None:
     """Remove a key from nested sections; if the sections do not have it, the nearest key above it."""
     *above, name = key.split(".")
-    node: Any = sections
+    parent: Any = sections
     for part in above:
-        node = node.get(part) if isinstance(node, dict) else None
-    if isinstance(node, dict) and name in node:
-        del node[name]
-    elif above:
-        parent = ".".join(above)
-        _remove_key(sections, parent)
+        if not isinstance(parent, dict):
+            break
+        parent = parent.get(part)
+    if isinstance(parent, dict) and name in parent:
+        del parent[name]
+        return
+    # An error in ``parallel.zero1.size`` where zero1 is a text: the text goes.
+    if above:
+        key_above = ".".join(above)
+        _remove_key(sections, key_above)
 
 
 def _add_finding(draft: ConfigDraft, finding: ConfigFinding) -> None:

@@ -276,7 +276,8 @@ class ModelConfig(Section):
         sizes = []
         for name in ("hidden_size", "num_attention_heads"):
             default = cls.model_fields[name].default
-            sizes.append(values.get(name, default))
+            size = values.get(name, default)
+            sizes.append(size)
         width, heads = sizes
         # Values of another kind are reported by the validation that follows.
         are_numbers = isinstance(width, int) and isinstance(heads, int)

@@ -41,16 +41,30 @@ def config_from_dict(record: dict[str, Any]) -> Config:
 
 
 def _plain_value(value: Any, key: str, secrets: Sequence[str]) -> Any:
-    if isinstance(value, dict):
-        record = {}
-        for name, item in value.items():
-            dotted = f"{key}.{name}" if key else name
-            record[name] = _plain_value(item, dotted, secrets)
-        return record
-    if isinstance(value, list | tuple):
-        return [_plain_value(item, key, secrets) for item in value]
+    """Return a value of JSON's types; every text goes through the redactor with the key that it stands under."""
     if isinstance(value, str):
         return redact_setting(key, value, secrets)
-    if value is None or isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | None):
         return value
-    return str(value)  # a parameter of a custom model that JSON cannot express
+    if isinstance(value, list | tuple):
+        # Items have the key of their list: it is the name that tells a secret.
+        return [_plain_value(item, key, secrets) for item in value]
+    if not isinstance(value, dict):
+        # A parameter of a custom model that JSON cannot express.
+        return str(value)
+    record = {}
+    prefix = f"{key}." if key else ""
+    for name, item in value.items():
+        item_key = prefix + name
+        record[name] = _plain_value(item, item_key, secrets)
+    return record
+
+
+def _plain_section(
+    section: dict[str, Any], key: str, secrets: Sequence[str]
+) -> dict[str, Any]:
+    prefix = f"{key}." if key else ""
+    record = {}
+    for name, value in section.items():
+        record[name] = _plain_value(value, prefix + name, secrets)
+    return record

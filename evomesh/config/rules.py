@@ -334,16 +334,22 @@ def _switched_off_warnings(
     """Yield the keys that were set while the switch that they need has its default, which is off."""
     values = dict(leaves(config.model_dump()))
     defaults = dict(leaves(Config().model_dump()))
+    # A key is set if it is given and has not its default.
+    changed = []
+    for key, value in values.items():
+        if value != defaults.get(key) and given(key):
+            changed.append(key)
+
     for switch in SWITCHES:
-        if switch.key not in values or not switch.off_by_default:
+        # Whoever writes a switch knows what it turns off.
+        if switch.key not in values or given(switch.key):
             continue
-        value = values[switch.key]
-        if given(switch.key) or not switch.is_off(value):
-            continue  # whoever writes a switch knows what it turns off
-        for key, found in values.items():
-            differs = found != defaults.get(key)
-            if differs and switch.governs(key) and given(key):
-                yield key, f"has no effect while {switch.key} is {value}"
+        state = values[switch.key]
+        if not switch.off_by_default or not switch.is_off(state):
+            continue
+        for key in changed:
+            if switch.governs(key):
+                yield key, f"has no effect while {switch.key} is {state}"
 
 
 def _without_effect_warnings(

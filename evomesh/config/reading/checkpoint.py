@@ -48,12 +48,18 @@ def _resolve_export(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     if "ckpt.export_hf" in draft.off:
         ckpt.pop("export_hf", None)
     export = ckpt.get("export_hf")
-    if ckpt.get("enable_internevo2hf_ckpt") is None:
-        ckpt["enable_internevo2hf_ckpt"] = export is not None
-        draft.sources["ckpt.enable_internevo2hf_ckpt"] = "ckpt.export_hf"
+
+    # 1. Whoever writes the block wants exports: the switch need not be written too.
+    switch = "enable_internevo2hf_ckpt"
+    if ckpt.get(switch) is None:
+        ckpt[switch] = export is not None
+        draft.sources[f"ckpt.{switch}"] = "ckpt.export_hf"
+
+    # 2. The block itself: None is as good as none.
     if export is None:
         ckpt.pop("export_hf", None)
-    elif isinstance(export, Mapping) and "dtype" in export:
+        return
+    if isinstance(export, Mapping) and "dtype" in export:
         name = dtype_name(export["dtype"])
         ckpt["export_hf"] = {**export, "dtype": name}
 

@@ -35,12 +35,19 @@ def base_modules(tree: ast.Module, package: str) -> set[str]:
     """
     names: set[str] = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.With):
-            continue
-        managers = [ast.unparse(item.context_expr) for item in node.items]
-        if f"{READ_BASE}()" in managers:
-            names |= _imported_modules(node.body, package)
+        if isinstance(node, ast.With) and _reads_bases(node):
+            imported = _imported_modules(node.body, package)
+            names.update(imported)
     return names
+
+
+def _reads_bases(node: ast.With) -> bool:
+    """Return whether a ``with`` statement has ``read_base()`` among its managers."""
+    for item in node.items:
+        manager = ast.unparse(item.context_expr)
+        if manager == f"{READ_BASE}()":
+            return True
+    return False
 
 
 def _imported_modules(body: Sequence[ast.stmt], package: str) -> set[str]:

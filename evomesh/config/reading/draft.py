@@ -55,11 +55,17 @@ class ConfigDraft:
             self.warnings.append(text)
 
     def problem(
-        self, key: str, found: str, *, expected: str = "", fix: str = ""
+        self,
+        key: str,
+        found: str,
+        *,
+        expected: str = "",
+        fix: str = "",
     ) -> None:
         """Record a problem with a key, resolved or as written; none with a key that is switched off."""
         written = self.sources.get(key, key)
-        if key in self.off or written in self.off:
+        is_off = key in self.off or written in self.off
+        if is_off:
             return
         where = self.where(key)
         error = UserError(found, where=where, expected=expected, fix=fix)

@@ -85,16 +85,20 @@ def take_from_load_info(draft: ConfigDraft, model: dict[str, Any]) -> None:
     found = _first_weights(draft)
     if found is None:
         return
+    # 1. Which facts of the folder may be taken at all.
     keys = {*FACTS, *LENGTH, "norm_head"}
-    given = {key for key, value in model.items() if value is not None}
-    # One fact in several keys: whoever gives one of them gives all.
-    if not given.isdisjoint(SCALING):
-        keys.difference_update(SCALING)
     if model.keys().isdisjoint(WIDTH):
         keys.update(WIDTH)
     if found.kv_heads == found.num_attention_heads:
         keys.remove("num_kv_attention_heads")  # the default of every family
-    for key in sorted(keys - given):
+
+    # 2. What the section gives stays. The scaling of angles is one fact in several keys:
+    #    whoever gives one of them gives all.
+    given = {key for key, value in model.items() if value is not None}
+    if not given.isdisjoint(SCALING):
+        keys.difference_update(SCALING)
+    keys -= given
+    for key in sorted(keys):
         value = getattr(found, key)
         _put(draft, model, key, value, LOAD_INFO)
 

@@ -114,9 +114,10 @@ def _with_value_at(old: Any, keys: tuple[str, ...], value: Any) -> Any:
         if has_size and _is_int(value):
             return {**old, "size": value}
         return value
-    first = keys[0]
+    first, *below = keys
     copy = _as_dict(old)
-    copy[first] = _with_value_at(copy.get(first), keys[1:], value)
+    old_below = copy.get(first)
+    copy[first] = _with_value_at(old_below, tuple(below), value)
     return copy
 
 

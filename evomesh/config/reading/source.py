@@ -93,33 +93,43 @@ def read_source(
         "__file__": str(file),
     }
     _add_helpers(namespace, overrides)
-    bases = base_modules(tree, HERE)
-    with config_imports(file, bases, _base_runner(bases, overrides)):
+    imported = base_modules(tree, HERE)
+    with config_imports(file, imported, _base_runner(imported, overrides)):
         # `tree` stays as written, for the lines of the keys; parsing the text again is
         # several times faster than copying the tree.
         program = instrument(ast.parse(text, str(file)))
-        execute(compile(program, str(file), "exec"), namespace, path, text)
-        lines = config_lines(tree, path, namespace)
+        code = compile(program, str(file), "exec")
+        execute(code, namespace, path, text)
+        own_lines = config_lines(tree, path, namespace)
 
-    # 2. Put its settings over those of its bases.
-    inherited, inherited_lines, inherited_names = _read_bases(
-        namespace.pop("_base_", ()), (*above, file), overrides
-    )
-    values = {
-        name: value for name, value in namespace.items() if _is_setting(name, value)
-    }
+    # 2. Merge its bases key by key: a later one wins.
+    base_paths = namespace.pop("_base_", ())
+    inherited: dict[str, Any] = {}
+    lines: dict[str, str] = {}
+    names = frozenset(namespace)
+    for source in _read_bases(base_paths, (*above, file), overrides):
+        inherited = merge_values(inherited, source.values)
+        lines.update(source.lines)
+        names |= source.names
+
+    # 3. Put its settings over those of its bases. Executing the file and its bases has
+    #    applied the overrides to each; merging may have covered them again.
+    values = _settings(namespace)
     if inherited:
-        # Executing the file and its bases has applied the overrides to each; merging
-        # may have covered them again.
         values = merge_values(inherited, values)
         apply_overrides(values, overrides)
-    return ConfigSource(
-        path,
-        copy.deepcopy(values),
-        inherited_names | namespace.keys(),
-        {**inherited_lines, **lines},
-        text,
-    )
+    lines.update(own_lines)
+    own_copy = copy.deepcopy(values)
+    return ConfigSource(path, own_copy, names, lines, text)
+
+
+def _settings(namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file assigned that may be a setting."""
+    values = {}
+    for name, value in namespace.items():
+        if _is_setting(name, value):
+            values[name] = value
+    return values
 
 
 def _add_helpers(namespace: dict[str, Any], overrides: Sequence[Override]) -> None:
@@ -250,9 +260,11 @@ class _StatementInstrumenter(ast.NodeTransformer):
             if not node.names:
                 return None
         # Only blocks that run at the top of the file: the names in a function are local.
+        if not isinstance(node, BLOCKS):
+            return node
         for part in ("body", "orelse"):
             block = getattr(node, part, [])
-            if isinstance(node, BLOCKS) and block:
+            if block:
                 instrumented = self._instrument_block(block)
                 setattr(node, part, instrumented)
         return node
@@ -350,31 +362,28 @@ def _read_bases(
     base: str | Sequence[str],
     above: tuple[Path, ...],
     overrides: Sequence[Override],
-) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
-    """Read the files of ``_base_``, merged key by key: their values, lines and names.
-
-    Paths are relative to the last file of ``above``, which wins over all of them.
-    """
-    values: dict[str, Any] = {}
-    lines: dict[str, str] = {}
-    names: frozenset[str] = frozenset()
+) -> list[ConfigSource]:
+    """Read the files of ``_base_``, whose paths are relative to the last file of ``above``."""
     folder = above[-1].parent
     paths = [base] if isinstance(base, str) else base
+    sources = []
     for path in paths:
-        source = read_source(str(folder / path), overrides, above=above)
-        values = merge_values(values, source.values)
-        lines.update(source.lines)
-        names |= source.names
-    return values, lines, names
+        base_path = str(folder / path)
+        source = read_source(base_path, overrides, above=above)
+        sources.append(source)
+    return sources
 
 
 def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return ``below`` with the values of ``above`` put over it, section by section."""
+    # dict(lr=1, betas=(0, 1)) under dict(lr=2) keeps its betas: two dicts are merged,
+    # anything else is replaced.
     out = dict(below)
     for key, value in above.items():
-        merged = value
         known = out.get(key)
         if isinstance(known, dict) and isinstance(value, dict):
             merged = merge_values(known, value)
-        out[key] = merged
+            out[key] = merged
+        else:
+            out[key] = value
     return out

@@ -147,13 +147,17 @@ def _resolve_top_level(draft: ConfigDraft) -> None:
     """Move top-level names into their sections: JOB_NAME becomes run.job_name."""
     for name, target in TOP_LEVEL.items():
         section_name, _, key = target.partition(".")
-        if name in draft.values:
+        is_at_top = name in draft.values
+        if is_at_top:
             section = draft.take_section(section_name)
             section[key] = draft.values.pop(name)
             draft.sources[target] = name
+            continue
         # Some files have such a name inside the model section instead.
-        elif section_name == "model" and name in draft.take_section("model"):
-            draft.sources[target] = target
+        if section_name == "model":
+            model = draft.take_section("model")
+            if name in model:
+                draft.sources[target] = target
     _resolve_environment(draft)
 
 
@@ -238,10 +242,13 @@ def _resolve_data_type(draft: ConfigDraft, data: dict[str, Any]) -> None:
     kind = data.get("type")
     if kind == "hf":
         data["type"] = "streaming"
-    elif isinstance(kind, str) and kind in FOREIGN_DATA:
+        return
+    # Anything that is not a text is reported by the validation.
+    if isinstance(kind, str) and kind in FOREIGN_DATA:
         reason, instead = FOREIGN_DATA[kind]
+        found = f"{kind!r} is refused: {reason}"
         del data["type"]
-        draft.problem("data.type", f"{kind!r} is refused: {reason}", fix=instead)
+        draft.problem("data.type", found, fix=instead)
 
 
 def _resolve_model(draft: ConfigDraft) -> None:
@@ -309,13 +316,18 @@ def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> N
     if isinstance(family, str):
         defaults = _family_defaults(family, model)
     for key, value in defaults.items():
-        if key not in model:
-            model[key] = value
-            draft.families[f"model.{key}"] = family
-    if model.get("head_dim", 0) is None:
+        if key in model:
+            continue
+        model[key] = value
+        draft.families[f"model.{key}"] = family
+
+    # ``head_dim = None`` asks for the width divided by the heads, as an absent one does.
+    asks_for_default = "head_dim" in model and model["head_dim"] is None
+    if asks_for_default:
         del model["head_dim"]
     # InternEvo's word for the activation of the gate, which such a family fixes.
-    if "gate_activation" in defaults and model.get("use_swiglu") is False:
+    family_has_gate = "gate_activation" in defaults
+    if family_has_gate and model.get("use_swiglu") is False:
         del model["use_swiglu"]
 
 
@@ -325,11 +337,13 @@ def _family_defaults(family: str, model: dict[str, Any]) -> dict[str, Any]:
     if facts is None:
         return {}
     defaults = facts.defaults | architecture_of(family)
+    interval = facts.nope_interval
+    if interval is None:
+        return defaults
+    # Every fourth layer of SmolLM3 has no rotation: 3, 7, 11 ...
     default_layers = ModelConfig.model_fields["num_layers"].default
     layers = model.get("num_layers", default_layers)
-    interval = facts.nope_interval
-    if interval is not None and isinstance(layers, int):
-        # Every fourth layer of SmolLM3: 3, 7, 11 ...
+    if isinstance(layers, int):
         nope_layers = range(interval - 1, layers, interval)
         defaults["nope_layers"] = list(nope_layers)
     return defaults
@@ -386,12 +400,22 @@ def _put_tuple(section: dict[str, Any], key: str) -> None:
 def _resolve_tuples(draft: ConfigDraft) -> None:
     """Accept one value or a list where the schema has a tuple."""
     for dotted in TUPLES:
-        *above, key = dotted.split(".")
-        node: Any = draft.sections
-        for name in above:
-            node = node.get(name) if isinstance(node, dict) else None
-        if isinstance(node, dict) and key in node:
-            _put_tuple(node, key)
+        *path, key = dotted.split(".")
+        section = _section_at(draft.sections, path)
+        if key in section:
+            _put_tuple(section, key)
     loss = draft.sections.get("loss", {})
-    if "label_smoothing" in loss and loss["label_smoothing"] is None:
+    # In InternEvo None is the same as no smoothing.
+    smoothing = loss.get("label_smoothing", 0.0)
+    if smoothing is None:
         loss["label_smoothing"] = 0.0
+
+
+def _section_at(sections: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """Return the dict at a path of keys; an empty one where there is none."""
+    for name in path:
+        below = sections.get(name)
+        if not isinstance(below, dict):
+            return {}
+        sections = below
+    return sections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,11 @@ def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
         return False
     if is_xtuner_config(tree):
         return True
-    bases = [str(file.parent / base) for base in _literal_bases(tree)]
-    return any(is_xtuner_file(base, (*above, file)) for base in bases)
+    for base in _literal_bases(tree):
+        base_path = str(file.parent / base)
+        if is_xtuner_file(base_path, (*above, file)):
+            return True
+    return False
 
 
 def _literal_bases(tree: ast.Module) -> list[str]:
@@ -109,24 +112,60 @@ def run_file(
     """
     file = find_config_file(path)
     check_no_cycle(file, above, path)
-    here = (*above, file)
     text = read_text(file, path)
     tree = parse_config(text, str(file), path)
+    others: list[XTunerFile] = []  # that this one imports or is based on
+
+    def read_beside(other_path: str) -> XTunerFile:
+        other = run_file(other_path, overrides, above=(*above, file))
+        others.append(other)
+        return other
+
+    # 1. Execute the file, with imports replaced: ``from .base import lr`` reads that
+    #    file, and ``from transformers import AutoModel`` makes a stand-in.
+    namespace = _namespace(file, read_beside, overrides)
+    program = _without_imports(ast.parse(text, str(file)), file)
+    code = compile(program, str(file), "exec")
+    with config_imports(file):
+        execute(code, namespace, path, text)
+
+    # 2. Put its values over those of its bases.
+    below: dict[str, Any] = {}
+    base_paths = _as_list(namespace.get("_base_", []))
+    for base_path in base_paths:
+        full_path = str(file.parent / base_path)
+        base = read_beside(full_path)
+        below = merge_values(below, base.values)
+    own_values = _public_values(namespace)
+    merged = merge_values(below, own_values)
+    # An override wins over all of them, also where a base has the key and the file
+    # replaces its section.
+    if below:
+        apply_overrides(merged, overrides)
+
+    # 3. Where each value is set: what this file assigns again wins.
     lines: dict[str, str] = {}
     variables: dict[str, str] = {}
+    for other in others:
+        lines.update(other.lines)
+        variables.update(other.variables)
+    own_lines = config_lines(tree, path, {"__package__": ""})
+    lines.update(own_lines)
+    own_variables = _find_variables(tree)
+    variables.update(own_variables)
+    return XTunerFile(path, merged, lines, variables, text)
 
-    def read_beside(other: str) -> XTunerFile:
-        """Execute a file that this one imports or is based on; what this one assigns again wins."""
-        found = run_file(other, overrides, above=here)
-        lines.update(found.lines)
-        variables.update(found.variables)
-        return found
+
+def _namespace(
+    file: Path,
+    read_beside: Callable[[str], XTunerFile],
+    overrides: Sequence[Override],
+) -> dict[str, Any]:
+    """Return the globals that a file is executed with."""
 
     def read_names(other: str, names: dict[str, str]) -> dict[str, Any]:
         return _import(read_beside(other), names)
 
-    # 1. Execute the file, with imports replaced: ``from .base import lr`` reads that
-    #    file, and ``from transformers import AutoModel`` makes a stand-in.
     namespace: dict[str, Any] = {
         "__name__": f"{HERE}.config",
         "__package__": HERE,
@@ -135,27 +174,18 @@ def run_file(
         READ_NAMES: read_names,
         READ_BASE: nullcontext,
     }
+    # Called after each statement, so that what follows it sees the override.
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    program = _without_imports(ast.parse(text, str(file)), file)
-    code = compile(program, str(file), "exec")
-    with config_imports(file):
-        execute(code, namespace, path, text)
-    values = {name: value for name, value in namespace.items() if not _is_private(name)}
+    return namespace
 
-    # 2. Put its values over those of its bases. An override wins over all of them, also
-    #    where a base has the key and the file replaces its section.
-    below: dict[str, Any] = {}
-    base_paths = _as_list(namespace.get("_base_", []))
-    for base_path in base_paths:
-        base = read_beside(str(file.parent / base_path))
-        below = merge_values(below, base.values)
-    own_lines = config_lines(tree, path, {"__package__": ""})
-    lines.update(own_lines)
-    variables.update(_find_variables(tree))
-    merged = merge_values(below, values)
-    if below:
-        apply_overrides(merged, overrides)
-    return XTunerFile(path, merged, lines, variables, text)
+
+def _public_values(namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file assigned, without what Python and this module put beside it."""
+    values = {}
+    for name, value in namespace.items():
+        if not _is_private(name):
+            values[name] = value
+    return values
 
 
 def _import(file: XTunerFile, names: dict[str, str]) -> dict[str, Any]:

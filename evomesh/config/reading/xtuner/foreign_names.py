@@ -75,16 +75,22 @@ def is_xtuner_config(tree: ast.Module) -> bool:
     """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
     assigned: set[str] = set()
     for node in ast.walk(tree):
-        modules: list[str | None] = []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            modules.append(node.module)
-        elif isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.Assign):
-            assigned.update(map(ast.unparse, node.targets))
+        modules = _modules_of_import(node)
         if any(_package(module) in OWNERS for module in modules):
             return True
+        if isinstance(node, ast.Assign):
+            names = map(ast.unparse, node.targets)
+            assigned.update(names)
     return assigned >= RUNNER_NAMES
+
+
+def _modules_of_import(node: ast.AST) -> list[str | None]:
+    """Return the modules that a statement imports by their full names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [node.module]
+    return []
 
 
 class ImportReplacer(ast.NodeTransformer):
@@ -110,9 +116,11 @@ class ImportReplacer(ast.NodeTransformer):
                 kept.append(alias)
                 continue
             # ``import torch.nn`` binds "torch", ``import torch.nn as nn`` binds the submodule.
-            name = alias.asname or package
-            path = alias.name if alias.asname else package
-            assignments.append(self._assign(name, path))
+            name, path = package, package
+            if alias.asname:
+                name, path = alias.asname, alias.name
+            assignment = self._assign(name, path)
+            assignments.append(assignment)
         out = assignments
         if kept:
             out = [ast.Import(kept), *assignments]
@@ -125,13 +133,15 @@ class ImportReplacer(ast.NodeTransformer):
     def _replacements(self, node: ast.ImportFrom) -> list[ast.stmt]:
         """Return stand-ins, the reading of a file beside the config, or the import as it is."""
         module = node.module or ""
-        is_absolute = node.level == 0
-        if is_absolute and _package(module) in PACKAGES:
+        package = _package(module)
+        is_foreign = node.level == 0 and package in PACKAGES
+        if is_foreign:
             return self._stand_ins(module, node.names)
         file = self._find_file(module, node.level)
         if file is None:
             return [node]
-        return [self._read_file(file, node.names)]
+        statement = self._read_file(file, node.names)
+        return [statement]
 
     def _stand_ins(self, module: str, names: list[ast.alias]) -> list[ast.stmt]:
         # ``from torch.optim import AdamW as A`` becomes
@@ -147,7 +157,7 @@ class ImportReplacer(ast.NodeTransformer):
 
     def _assign(self, name: str, path: str) -> ast.stmt:
         """Return ``NAME = STAND_IN(path)``."""
-        value = _call(_load(self.stand_in), ast.Constant(path))
+        value = _call(self.stand_in, ast.Constant(path))
         target = ast.Name(name, ast.Store())
         return ast.Assign([target], value)
 
@@ -169,30 +179,31 @@ class ImportReplacer(ast.NodeTransformer):
 
     def _read_file(self, file: Path, names: list[ast.alias]) -> ast.stmt:
         """Return ``globals().update(READ_NAMES(file, {name: new name}))``."""
-        keys: list[ast.expr | None] = []
-        values: list[ast.expr] = []
-        for alias in names:
-            new_name = alias.asname or alias.name
-            keys.append(ast.Constant(alias.name))
-            values.append(ast.Constant(new_name))
-        reader = _load(self.read_names)
+        new_names = _dict_of_names(names)
         path = ast.Constant(str(file))
-        new_names = ast.Dict(keys, values)
-        found = _call(reader, path, new_names)
-        namespace = _call(_load("globals"))
+        values = _call(self.read_names, path, new_names)
+        namespace = _call("globals")
         update = ast.Attribute(namespace, "update", ast.Load())
-        statement = _call(update, found)
-        return ast.Expr(statement)
+        return ast.Expr(ast.Call(update, [values], []))
 
 
 def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
-def _load(name: str) -> ast.expr:
-    """Return the expression that reads a variable."""
-    return ast.Name(name, ast.Load())
-
-
-def _call(function: ast.expr, *arguments: ast.expr) -> ast.expr:
+def _call(name: str, *arguments: ast.expr) -> ast.expr:
+    """Return the expression that calls a function with arguments."""
+    function = ast.Name(name, ast.Load())
     return ast.Call(function, list(arguments), [])
+
+
+def _dict_of_names(names: list[ast.alias]) -> ast.expr:
+    """Return ``{name: new name}`` as an expression; a name that is not renamed keeps its own."""
+    dictionary = ast.Dict([], [])
+    for alias in names:
+        new_name = alias.asname or alias.name
+        key = ast.Constant(alias.name)
+        value = ast.Constant(new_name)
+        dictionary.keys.append(key)
+        dictionary.values.append(value)
+    return dictionary
