@@ -196,7 +196,10 @@ def read_meminfo() -> dict[str, int]:
             # "SwapFree:       19845120 kB"; counts of pages have no unit.
             name, _, row = line.partition(":")
             number, *unit = row.split()
-            sizes[name] = int(number) * (1024 if unit else 1)
+            size = int(number)
+            if unit:
+                size *= 1024
+            sizes[name] = size
     return sizes
 
 

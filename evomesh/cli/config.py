@@ -357,12 +357,16 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
     if sys.stdout.isatty():
         _print_rich_table(head, rows)
         return
+    # All cells of a column are as wide as its widest; transposing twice goes from rows
+    # to columns and back.
     padded_columns = []
-    for column in zip(head, *rows, strict=True):
-        width = max(len(cell) for cell in column)
+    columns = zip(head, *rows, strict=True)
+    for column in columns:
+        width = max(map(len, column))
         padded = [cell.ljust(width) for cell in column]
         padded_columns.append(padded)
-    for cells in zip(*padded_columns, strict=True):
+    padded_rows = zip(*padded_columns, strict=True)
+    for cells in padded_rows:
         line = "  ".join(cells)
         typer.echo(line.rstrip())
 

@@ -170,25 +170,32 @@ def _print_stream(
     """Print the prompt, then its completion token by token."""
     from evomesh.generate.decode import stream_tokens
 
-    tokenizer = loaded.tokenizer
+    decode = loaded.tokenizer.decode
     all_ids = list(ids)
-    shown = tokenizer.decode(all_ids)  # the text that is printed already
+    shown = decode(all_ids)  # the text that is printed already
     tokens = stream_tokens(loaded.model, [ids], sampling)
     # What is refused is refused before the prompt is shown.
     first = list(islice(tokens, 1))
-    print(shown, end="", flush=True)
+    _print_now(shown)
     for new in chain(first, tokens):
         if new.finish == "stop":
             break
         all_ids.append(new.token)
         # All tokens are decoded together, since a character may take several: an
         # incomplete one is shown later.
-        text = tokenizer.decode(all_ids)
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+        text = decode(all_ids)
+        is_complete = not text.endswith("\ufffd")
+        if is_complete and text.startswith(shown):
+            added = text.removeprefix(shown)
+            _print_now(added)
             shown = text
-    rest = tokenizer.decode(all_ids)[len(shown) :]
-    print(rest, flush=True)
+    text = decode(all_ids)
+    rest = text[len(shown) :]
+    _print_now(f"{rest}\n")
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _print_completions(

@@ -119,21 +119,26 @@ def saves_line(view: RunOverview) -> str:
 
 def alert_lines(view: RunOverview, width: int) -> Iterator[Line]:
     """Yield the newest alerts, newest first: that one in full, a line for each of the others."""
-    count = len(view.alerts)
-    if not count:
+    if not view.alerts:
         yield Line("alerts  none", DIM)
         return
-    for index, alert in enumerate(view.alerts[: -ALERTS_SHOWN - 1 : -1]):
+    newest_first = view.alerts[::-1]
+    label = "alerts"
+    for alert in newest_first[:ALERTS_SHOWN]:
         kind = str(alert.get("kind", "?"))
         color = "" if kind in CALM_KINDS else YELLOW
-        label = "alerts" if index == 0 else ""
-        words = f"{label:<8}{alert_words(alert, kind, view.now)}"
-        lines = textwrap.wrap(words, width, subsequent_indent=8 * " ")
-        shown = lines[:NEWEST_LINES] if index == 0 else [words]
-        for line in shown:
+        words = alert_words(alert, kind, view.now)
+        line = f"{label:<8}{words}"
+        if label:
+            parts = textwrap.wrap(line, width, subsequent_indent=8 * " ")
+            for part in parts[:NEWEST_LINES]:
+                yield Line(part, color)
+        else:
             yield Line(line, color)
-    if count > ALERTS_SHOWN:
-        yield Line(f"        and {count - ALERTS_SHOWN} earlier", DIM)
+        label = ""  # stands before the newest one only
+    earlier = len(view.alerts) - ALERTS_SHOWN
+    if earlier > 0:
+        yield Line(f"        and {earlier} earlier", DIM)
 
 
 def alert_words(alert: Mapping[str, Any], kind: str, now: float) -> str:

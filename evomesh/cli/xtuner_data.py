@@ -67,13 +67,15 @@ def run_tokenize(command: Sequence[str]) -> None:
     from evomesh.cli.tokenize import tokenize as command_line
 
     _, *arguments = command
-    option = arguments.index("--output")
-    output = Path(arguments[option + 1])
+    position = arguments.index("--output") + 1
+    output = Path(arguments[position])
     output.parent.mkdir(parents=True, exist_ok=True)
     shown = " ".join(command)
     print(f"evomesh {shown}", file=sys.stderr)
+    # An application of one command, so that the options are read as on the command line.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command_line)
+    register = app.command()
+    register(command_line)
     app(arguments, standalone_mode=False)
 
 

@@ -9,6 +9,8 @@ from evomesh.errors import UserError
 
 FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS"
 WITHOUT_LIMIT = ("infinite", "unlimited")
+# Days, and up to three numbers of smaller units: "1-12", "90", "1:30:00".
+TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 UNITS_S = (3600, 60, 1)  # hours, minutes, seconds
 DAY_S = 86_400
 
@@ -25,14 +27,15 @@ def seconds_of(text: str, where: str = "--time") -> float:
     """
     if text.lower() in WITHOUT_LIMIT:
         return math.inf
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    match = TIME_LIMIT.fullmatch(text)
     if match is None:
         raise _not_a_time(text, where)
     days, *smaller = match.groups()
     numbers = [int(number) for number in smaller if number is not None]
     # Without a day, one number or two begin with the minutes.
     begins_with_hours = days is not None or len(numbers) == 3
-    units = UNITS_S if begins_with_hours else UNITS_S[1:]
+    first_unit = 0 if begins_with_hours else 1
+    units = UNITS_S[first_unit:]
     seconds = DAY_S * int(days or 0)
     for number, unit in zip(numbers, units, strict=False):
         seconds += number * unit

@@ -26,9 +26,10 @@ from evomesh.diagnose.machine import (
     judge_versions,
 )
 from evomesh.diagnose.network import judge_ports, problem_of_address, time_groups
-from evomesh.diagnose.results import CheckResult, RankPlace, Report
+from evomesh.diagnose.results import CheckResult, RankPlace, Report, report_on_rank_0
 from evomesh.diagnose.session import Session, session
 from evomesh.errors import UserError
+from evomesh.parallel.exchange import gather_on_all_ranks
 from evomesh.parallel.process_group import current_backend
 from evomesh.train.agreement import config_facts, require_agreement
 from evomesh.train.probes import product_seconds
@@ -60,45 +61,49 @@ def examine(
             meet, or one of them was lost.
     """
     limits = read_limits()
-    one_checkpoint = None if config is None else checkpoint_bytes(config)
+    one_checkpoint = None
+    if config is not None:
+        one_checkpoint = checkpoint_bytes(config)
     with session(config or Config(), launcher, port) as joined:
-        rank = joined.process.rank
-        report = Report(show if rank == 0 else _show_nothing)
+        process = joined.process
+        report = report_on_rank_0(process.rank, show)
         facts = _check_machines(joined, limits, report)
         places = [machine.place for machine in facts]
         _check_network(joined, places, report)
         if config is not None:
             _check_config(config, joined, report)
             _check_folders(config, joined, places, one_checkpoint, report)
-            report.add(*parity_results(config, joined))
-    return Examination(report, rank, joined.process.world_size)
-
-
-def _show_nothing(_: CheckResult) -> None:
-    return
+            results = parity_results(config, joined)
+            report.add(*results)
+    return Examination(report, process.rank, process.world_size)
 
 
 def _check_machines(
     joined: Session, limits: Limits, report: Report
 ) -> list[MachineFacts]:
     """Add results on versions, devices, clocks and limits; return the facts of all ranks."""
+    # 1. What each rank knows of its machine.
     exchange = joined.exchange
     own = read_facts(joined.process.rank, joined.device, limits)
-    messages = exchange.broadcast(exchange.gather(own.as_message()))
+    messages = gather_on_all_ranks(exchange, own.as_message())
     facts = [MachineFacts.of_message(message) for message in messages]
     report.add(judge_versions(facts))
-    report.add(judge_devices(facts, current_backend(joined.device)))
+    backend = current_backend(joined.device)
+    report.add(judge_devices(facts, backend))
+
+    # 2. What has to be measured.
     seconds = product_seconds(joined.device)
-    products = exchange.broadcast(exchange.gather(seconds))
+    products = gather_on_all_ranks(exchange, seconds)
     report.add(judge_products(facts, products))
-    report.add(judge_clocks(facts, clock_offsets(exchange)))
+    offsets = clock_offsets(exchange)
+    report.add(judge_clocks(facts, offsets))
     report.add(*judge_limits(facts))
     return facts
 
 
 def _check_network(joined: Session, places: list[RankPlace], report: Report) -> None:
     exchange = joined.exchange
-    problems = exchange.broadcast(exchange.gather(problem_of_address()))
+    problems = gather_on_all_ranks(exchange, problem_of_address())
     report.add(judge_ports(problems, places, joined.met_at))
     for result in time_groups(joined.grid, joined.device, exchange, places):
         report.add(result)

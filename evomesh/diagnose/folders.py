@@ -7,8 +7,9 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from evomesh.checkpoint.native.disk_space import check_space, readable
 from evomesh.checkpoint.native.find import SaveFolder
@@ -17,7 +18,7 @@ from evomesh.config.user import expand_home
 from evomesh.data.build import build_train_data
 from evomesh.diagnose.results import CheckResult, RankPlace, by_value, listed
 from evomesh.errors import UserError
-from evomesh.parallel.exchange import Exchange
+from evomesh.parallel.exchange import Exchange, gather_on_all_ranks
 from evomesh.plan.trace import hold
 from evomesh.storage.base import Storage, join
 from evomesh.train.build import save_folder
@@ -109,7 +110,7 @@ class SaveFolderCheck:
                 "check the permissions, the mount and the store's credentials",
             )
         sees = _appears(folder.storage, probe)
-        answers = self.exchange.broadcast(self.exchange.gather(sees))
+        answers = gather_on_all_ranks(self.exchange, sees)
         if self.exchange.rank == 0:
             with contextlib.suppress(OSError, UserError):
                 folder.storage.delete(probe)
@@ -137,13 +138,16 @@ class SaveFolderCheck:
     def _rates(self, folder: SaveFolder) -> CheckResult:
         """Let all ranks write and read at once, as they do in a save."""
         problem = ""
-        times = None
+        write_s = None
+        read_s = None
         try:
             times = time_folder(folder.storage, folder.root, PROBE_BYTES)
+            write_s = times.write
+            read_s = times.read
         except (OSError, UserError) as error:
-            problem = str(error).partition("\n")[0]
-        message = [problem, times and times.write, times and times.read]
-        answers = self.exchange.broadcast(self.exchange.gather(message))
+            problem = _first_line(error)
+        message = [problem, write_s, read_s]
+        answers = gather_on_all_ranks(self.exchange, message)
         return judge_rates(self.places, answers)
 
 
@@ -152,8 +156,13 @@ def _problem_of_writing(storage: Storage, path: str) -> str:
     try:
         storage.create(path).finish()
     except (OSError, UserError) as error:
-        return str(error).partition("\n")[0]
+        return _first_line(error)
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    line, _, _ = str(error).partition("\n")
+    return line
 
 
 def _appears(storage: Storage, path: str) -> bool:
@@ -247,31 +256,40 @@ def read_only_results(
     for name, folder in folders.items():
         if folder is not None and config.data.type != "streaming":
             listing = digest_of_listing(folder)
-            answers = exchange.broadcast(exchange.gather(listing))
+            answers = gather_on_all_ranks(exchange, listing)
             results.append(judge_listing(name, folder, answers, places))
     if any(result.status == "fail" for result in results):
         return results
-    facts = exchange.broadcast(exchange.gather(_data_facts(config)))
+    facts = gather_on_all_ranks(exchange, _data_facts(config))
     return [*results, judge_data(facts, places)]
 
 
 def digest_of_listing(path: str) -> str:
     """Return a digest of names and sizes of a file or of all files below a folder, "" where it cannot be read."""
     root = expand_home(path)
-    entries = []
-    if os.path.isfile(root):
-        entries.append(("", os.path.getsize(root)))
-    for folder, _, names in os.walk(root):
-        inside = os.path.relpath(folder, root)
-        for name in names:
-            file = os.path.join(folder, name)
-            with contextlib.suppress(OSError):
-                size = os.path.getsize(file)
-                entries.append((os.path.join(inside, name), size))
-    if not entries or not os.access(root, os.R_OK):
+    entries = sorted(_names_and_sizes(root))
+    can_read = os.access(root, os.R_OK)
+    if not entries or not can_read:
         return ""
-    text = repr(sorted(entries)).encode(errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()[:12]
+    text = repr(entries).encode(errors="surrogateescape")
+    digest = hashlib.sha256(text).hexdigest()
+    return digest[:12]
+
+
+def _names_and_sizes(root: Path) -> Iterator[tuple[str, int]]:
+    """Yield the path below ``root`` and the size of each file; "" is the path of a file itself."""
+    if root.is_file():
+        yield "", root.stat().st_size
+    for folder, _, names in os.walk(root):
+        for name in names:
+            file = Path(folder, name)
+            # A file may go while the folder is read, and a link may lead nowhere.
+            try:
+                size = file.stat().st_size
+            except OSError:
+                continue
+            name_inside = file.relative_to(root)
+            yield str(name_inside), size
 
 
 def judge_listing(

@@ -16,10 +16,11 @@ from evomesh.diagnose.parity.run import (
     train_alone,
 )
 from evomesh.diagnose.parity.shrink import shrink, with_dtype
-from evomesh.diagnose.results import CheckResult, Report
+from evomesh.diagnose.results import CheckResult, Report, report_on_rank_0
 from evomesh.diagnose.session import Session, session
 from evomesh.errors import UserError
 from evomesh.parallel.build import build_grid
+from evomesh.parallel.exchange import gather_on_all_ranks
 
 # Short names of what a layout is made of, and the keys of a config that they set.
 KEYS = {
@@ -118,15 +119,17 @@ def compare_layouts(
         UserError: a layout does not fit the number of processes, or the ranks cannot meet.
     """
     with session(Config(), launcher, port) as joined:
-        process = joined.process
-        report = Report(show if process.rank == 0 else lambda result: None)
+        rank = joined.process.rank
+        world_size = joined.process.world_size
+        report = report_on_rank_0(rank, show)
         for layout in layouts:
-            check_world(layout.config, process.world_size)
-            parallel = layout.config.parallel
-            grid = build_grid(parallel, process.world_size, process.rank)
-            for result in parity_results(layout.config, replace(joined, grid=grid)):
-                report.add(replace(result, check=layout.name))
-    return LayoutsOutcome(report, process.rank, process.world_size)
+            check_world(layout.config, world_size)
+            grid = build_grid(layout.config.parallel, world_size, rank)
+            in_layout = replace(joined, grid=grid)
+            for result in parity_results(layout.config, in_layout):
+                named = replace(result, check=layout.name)
+                report.add(named)
+    return LayoutsOutcome(report, rank, world_size)
 
 
 def parity_results(config: Config, joined: Session) -> list[CheckResult]:
@@ -155,7 +158,7 @@ def _parity_result(small: Config, joined: Session) -> CheckResult:
         whole = train_alone(small, joined.grid, joined.device)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    reasons = exchange.broadcast(exchange.gather(reason))
+    reasons = gather_on_all_ranks(exchange, reason)
     for text in reasons:
         if text:
             return _not_compared(text)

@@ -10,7 +10,7 @@ import torch
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.diagnose.results import CheckResult, RankPlace, listed
-from evomesh.parallel.exchange import Exchange
+from evomesh.parallel.exchange import Exchange, gather_on_all_ranks
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.probes import MessageTime, time_messages
 
@@ -77,15 +77,19 @@ def groups_to_time(grid: Grid) -> Iterator[Axis]:
 
 
 def time_groups(
-    grid: Grid, device: torch.device, exchange: Exchange, places: Sequence[RankPlace]
+    grid: Grid,
+    device: torch.device,
+    exchange: Exchange,
+    places: Sequence[RankPlace],
 ) -> list[CheckResult]:
     """Time messages on each axis and judge them; every rank calls it."""
     results = []
     for axis in groups_to_time(grid):
         times = time_messages(axis, device, MESSAGES)
         seconds = [time.seconds for time in times]
-        answers = exchange.broadcast(exchange.gather(seconds))
-        results.append(judge_axis(axis.name, axis.size, answers, places))
+        answers = gather_on_all_ranks(exchange, seconds)
+        result = judge_axis(axis.name, axis.size, answers, places)
+        results.append(result)
     return results
 
 

@@ -103,3 +103,12 @@ def by_value(values: Sequence[str], places: Sequence[RankPlace]) -> str:
         ranks.setdefault(value, []).append(place)
     parts = [f"{value} ({listed(where)})" for value, where in ranks.items()]
     return ", ".join(parts)
+
+
+def report_on_rank_0(rank: int, show: Callable[[CheckResult], None]) -> Report:
+    """Return a report that shows its results on rank 0 only: they are the same on all ranks."""
+    return Report(show if rank == 0 else _show_nothing)
+
+
+def _show_nothing(_: CheckResult) -> None:
+    return

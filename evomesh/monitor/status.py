@@ -27,6 +27,7 @@ from evomesh.monitor.optional_output import OptionalOutput
 
 FOLDER = "status"
 RECORD_BYTES = 512
+COMPACT = (",", ":")  # separators without blanks
 EVERY_S = 1.0
 # Phases that a rank does not leave.
 ENDED = ("done", "stopped", "failed")
@@ -180,11 +181,14 @@ def encode(status: RankStatus) -> bytes:
     figures = asdict(status)
     for name, value in figures.items():
         if isinstance(value, float):
-            figures[name] = round(value, 3)
+            rounded = round(value, 3)
+            figures[name] = rounded
     figures["host"] = status.host[:100]
-    compact = (",", ":")
-    text = json.dumps(figures, separators=compact)
-    padded = text.encode().ljust(RECORD_BYTES - 1)
+    text = json.dumps(figures, separators=COMPACT)
+    # All records are equally long, so that a rank finds its own by its place, and writes
+    # it while others write theirs.
+    data = text.encode()
+    padded = data.ljust(RECORD_BYTES - 1)
     return padded + b"\n"
 
 

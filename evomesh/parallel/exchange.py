@@ -148,19 +148,24 @@ class GroupExchange:
         return _decode(data)
 
     def _scatter(self, messages: list[Any] | None) -> Any:
+        encoded = []
+        for message in messages or []:
+            data = _encode(message)
+            encoded.append(data)
         # gloo scatters tensors of equal size: all are padded to that of the longest, with
         # blanks, which JSON may have at its end.
-        encoded = [] if messages is None else [_encode(row) for row in messages]
-        longest = torch.tensor([max(map(len, encoded), default=0)])
+        sizes = map(len, encoded)
+        longest = torch.tensor([max(sizes, default=0)])
         dist.broadcast(longest, src=0, group=self._group)
-        received = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
+        blanks = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
         padded = None  # only rank 0 sends
         if self.rank == 0:
             padded = []
             for data in encoded:
-                room = received.clone()
-                room[: len(data)] = data
-                padded.append(room)
+                row = blanks.clone()
+                row[: len(data)] = data
+                padded.append(row)
+        received = blanks
         dist.scatter(received, padded, src=0, group=self._group)
         return _decode(received)
 
@@ -186,6 +191,13 @@ def _decode_padded(data: torch.Tensor, size: int) -> Any:
 
 def _decode(data: torch.Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
+
+
+def gather_on_all_ranks(exchange: Exchange, message: Any) -> list[Any]:
+    """Return the messages of all ranks, by rank, on every rank."""
+    gathered = exchange.gather(message)
+    answers: list[Any] = exchange.broadcast(gathered)
+    return answers
 
 
 def default_exchange() -> Exchange:

@@ -152,16 +152,20 @@ class CheckpointReader:
         # that overlap its own boxes. Only whether a tensor is wanted by nobody needs all
         # ranks, since a pipeline stage wants some layers only.
         local = describe(tensors, self.grid)
-        names = self.exchange.gather(list(local))
+        names_by_rank = self.exchange.gather(list(local))
+        wanted: set[str] | None = None  # by any rank; only rank 0 knows
+        if strict and names_by_rank is not None:
+            wanted = set().union(*names_by_rank)
 
         def fill() -> None:
             index = checkpoint.index()
             records = index.records(local)
             match(records, local, cast, checkpoint.folder, index.names)
-            if strict and names is not None:
-                wanted = set().union(*names)
-                refuse_unwanted(index.names(), wanted, checkpoint.folder)
-            read_items(checkpoint, items_for(records, local))
+            if wanted is not None:
+                stored = index.names()
+                refuse_unwanted(stored, wanted, checkpoint.folder)
+            items = items_for(records, local)
+            read_items(checkpoint, items)
 
         run_on_all_ranks(self.exchange, fill)
         return checkpoint.state
@@ -180,8 +184,9 @@ class CheckpointReader:
         def look_up_on_rank_0() -> CheckpointLookup | None:
             return look_up() if self.exchange.rank == 0 else None
 
+        # 1. Rank 0 looks. A storage cannot be sent to another rank; its number in
+        #    ``storages`` can.
         lookup = run_on_all_ranks(self.exchange, look_up_on_rank_0)
-        # A storage cannot be sent to another rank; its number in ``storages`` can.
         message = None
         if lookup is not None:
             rows = []
@@ -190,12 +195,15 @@ class CheckpointReader:
                 row = [number, found.folder, found.step, found.committed]
                 rows.append(row)
             message = [rows, lookup.problem, lookup.fix]
+
+        # 2. Every rank makes its own candidates of the answer.
         answer = self.exchange.broadcast(message)
         rows, problem, fix = answer
         candidates = []
         for number, *fields in rows:
             storage = storages[number]
-            candidates.append(Candidate(storage, *fields))
+            candidate = Candidate(storage, *fields)
+            candidates.append(candidate)
         return CheckpointLookup(storages[0], candidates, problem, fix)
 
     def _first_intact(
@@ -274,17 +282,21 @@ class CheckpointReader:
         def open_on_rank_0() -> Checkpoint | None:
             return open_records(candidate) if exchange.rank == 0 else None
 
+        # Thousands of ranks that read one file at once would be a load for the storage:
+        # one reads, and the bytes of the index travel as text that restores them exactly.
         checkpoint = run_on_all_ranks(exchange, open_on_rank_0)
         message = None
         if checkpoint is not None and checkpoint.index_data is not None:
-            lines = checkpoint.index_data.decode("utf-8", "surrogateescape")
-            message = [checkpoint.record.to_json(), lines]
-        body, lines = exchange.broadcast(message)
+            text = checkpoint.index_data.decode("utf-8", "surrogateescape")
+            record_fields = checkpoint.record.to_json()
+            message = [record_fields, text]
+        answer = exchange.broadcast(message)
         if checkpoint is not None:
             return checkpoint
-        data = lines.encode("utf-8", "surrogateescape")
-        record = CommitRecord.from_json(body)
-        return Checkpoint(candidate.storage, candidate.folder, record, data)
+        record_fields, text = answer
+        record = CommitRecord.from_json(record_fields)
+        index_data = text.encode("utf-8", "surrogateescape")
+        return Checkpoint(candidate.storage, candidate.folder, record, index_data)
 
 
 def resolve(

@@ -73,20 +73,30 @@ def verify_data(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None
 
 
 def _verify_data(checkpoint: Checkpoint, share: int, shares: int) -> None:
+    index = checkpoint.index()
     items = []
-    for record in checkpoint.index().records_of_files(share, shares):
+    for record in index.records_of_files(share, shares):
         for piece in record.pieces:
-            items.append(ReadItem(record, piece))
+            item = ReadItem(record, piece)
+            items.append(item)
+    header_bytes = _header_bytes(items)
+    for number, size in header_bytes.items():
+        file = checkpoint.files[number]
+        _verify_header(checkpoint, file, size)
+    read_items(checkpoint, items)
+
+
+def _header_bytes(items: list[ReadItem]) -> dict[int, int]:
+    """Return the length of each file's header, by the number of the file."""
     # The header of a file ends where its first piece begins. It has a hash in the commit
     # record, since no piece covers it: other programs find the tensors by it alone.
-    header_bytes: dict[int, int] = {}
+    first_starts: dict[int, int] = {}
     for item in items:
         file = item.piece.file
         start = item.piece.start
-        header_bytes[file] = min(header_bytes.get(file, start), start)
-    for number, size in header_bytes.items():
-        _verify_header(checkpoint, checkpoint.files[number], size)
-    read_items(checkpoint, items)
+        lowest = first_starts.get(file, start)
+        first_starts[file] = min(lowest, start)
+    return first_starts
 
 
 def _verify_header(checkpoint: Checkpoint, file: FileRecord, size: int) -> None:

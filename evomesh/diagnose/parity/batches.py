@@ -38,22 +38,26 @@ def _pack(
     vocab_size: int, tokens: int, step: int, index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ids, labels and positions [T] and the bounds [K] of one pack."""
-    draw = torch.Generator().manual_seed(1_000_003 * step + index)
+    # One seed for each pack of each step: a rank draws its packs and no others, and they
+    # are the same in every layout.
+    draw = torch.Generator()
+    draw.manual_seed(1_000_003 * step + index)
     ids = torch.randint(0, vocab_size, (tokens,), generator=draw)
     bounds = _segment_bounds(tokens, index, draw)
 
     # A token predicts the next one of its segment; the last one of a segment nothing.
-    labels = torch.full((tokens,), IGNORE)
-    positions = torch.zeros(tokens, dtype=torch.long)
+    # Positions count from the start of a segment.
+    labels = ids.roll(-1)
+    positions = torch.arange(tokens)
     for start, stop in pairwise(bounds):
-        last = stop - 1
-        labels[start:last] = ids[start + 1 : stop]
-        positions[start:stop] = torch.arange(stop - start)
+        labels[stop - 1] = IGNORE
+        positions[start:stop] -= start
 
     # All packs have as many bounds, the last of which repeat the end.
     missing = MOST_SEGMENTS + 1 - len(bounds)
     bounds += [tokens] * missing
-    return ids, labels, positions, torch.tensor(bounds, dtype=torch.int32)
+    padded_bounds = torch.tensor(bounds, dtype=torch.int32)
+    return ids, labels, positions, padded_bounds
 
 
 def _segment_bounds(tokens: int, index: int, draw: torch.Generator) -> list[int]:

@@ -143,15 +143,18 @@ class _Order:
 
     def position(self, key: Key) -> int:
         """Return where a tensor comes within its step and phase."""
+        # Backward goes through the modules in reverse, so what it computes counts down.
+        positions = self._positions
         if key.kind == "input":
-            return self._positions[key.name, "input"]
+            return positions[key.name, "input"]
         if key.kind in ("output", "token losses"):
-            return self._positions[key.name, "output"]
+            return positions[key.name, "output"]
         if key.kind == "output gradient":
-            return -self._positions[key.name, "output"]
+            return -positions[key.name, "output"]
         if key.kind == "input gradient":
-            return -self._positions[key.name, "input"]
-        return -self._of_module(key.name)
+            return -positions[key.name, "input"]
+        module_position = self._of_module(key.name)
+        return -module_position
 
     def _of_module(self, parameter: str) -> int:
         """Return the position of the innermost module around a parameter that was called."""
@@ -179,15 +182,23 @@ def _same_part(
     """
     if key not in whole.tensors:
         return None
+    own = observed.tensor
     of_one_process = whole.tensors[key].tensor
+    # 1. A parameter has a description of which part is here.
     if observed.spec is not None:
-        return _part_of_parameter(observed.tensor, observed.spec, of_one_process, grid)
+        return _part_of_parameter(own, observed.spec, of_one_process, grid)
+
+    # 2. A number is the same everywhere.
     if of_one_process.dim() == 0:
-        return observed.tensor, of_one_process
+        return own, of_one_process
+
+    # 3. An activation has one row per token.
     if of_one_process.shape[0] != whole.tokens:
         return None
-    part = _part_of_activation(of_one_process, observed.tensor.shape, grid.tp)
-    return None if part is None else (observed.tensor, part)
+    part = _part_of_activation(of_one_process, own.shape, grid.tp)
+    if part is None:
+        return None
+    return own, part
 
 
 def _part_of_parameter(
@@ -223,9 +234,15 @@ def _distance(own: Tensor, part: Tensor, whole: Tensor) -> float:
     """Return ``max |own - part| / max |whole|``, inf where a number is not finite in one of them only."""
     if own.numel() == 0:
         return 0.0
-    difference = float((own.double() - part.double()).abs().max())
-    size = float(whole.double().abs().max())
+    differences = own.double() - part.double()
+    difference = float(differences.abs().max())
     if difference == 0.0:
         return 0.0
-    distance = difference / size if size else math.inf
-    return distance if math.isfinite(distance) else math.inf
+    # The scale is that of the whole tensor: a part may be all zeros but for rounding.
+    size = float(whole.double().abs().max())
+    if size == 0.0:
+        return math.inf
+    distance = difference / size
+    if not math.isfinite(distance):
+        return math.inf
+    return distance

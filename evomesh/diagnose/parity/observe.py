@@ -12,7 +12,7 @@ weights after the update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,12 +100,14 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
     Raises:
         UserError: the model cannot be built in this layout.
     """
+    # 1. A model and an optimizer, as a run makes them.
     torch.manual_seed(config.run.seed)
     mode = MODES[config.parallel.tensor.mode]
     stages = build_stages(config, grid, mode, device)
     stages.initialize(config.run.seed, grid)
+    parameters = stages.parameters()
     optimizer = ZeroOptimizer(
-        stages.parameters().items(),
+        parameters.items(),
         config.adam,
         config.hybrid_zero_optimizer,
         grid,
@@ -113,23 +115,37 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
     )
     optimizer.refresh_masters()
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
+
+    # 2. Steps, during which hooks see the activations and the profile the gradients.
     seen = Observations(config.data.packed_length)
     with _watched(stages, grid, seen) as clock:
         for step in range(STEPS):
             clock.begin(step)
             output = _train(config, stages, optimizer, scaler, grid, seen, step)
-            seen.add(Key(step, "loss", WHOLE), _number(output.loss))
-            norm = _number(output.update.grad_norm)
-            seen.add(Key(step, "gradient norm", WHOLE), norm)
             optimizer.wait_for_parameters()
-            for name, parameter in stages.parameters().items():
-                key = Key(step, "weight", name)
-                seen.add(key, local_shard(parameter), spec_of(parameter))
+            _add_results(seen, step, output)
+            _add_weights(seen, step, stages)
     return seen
+
+
+def _add_results(seen: Observations, step: int, output: StepOutput) -> None:
+    """Keep the two numbers of a step that all ranks have in common."""
+    loss = _number(output.loss)
+    seen.add(Key(step, "loss", WHOLE), loss)
+    norm = _number(output.update.grad_norm)
+    seen.add(Key(step, "gradient norm", WHOLE), norm)
 
 
 def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _add_weights(seen: Observations, step: int, stages: ModelStages) -> None:
+    """Keep this rank's shards of the weights after a step."""
+    for name, parameter in stages.parameters().items():
+        key = Key(step, "weight", name)
+        shard = local_shard(parameter)
+        seen.add(key, shard, spec_of(parameter))
 
 
 def _train(
@@ -251,11 +267,11 @@ class _ModuleWatch:
     def _observe(self, kind: Kind, gradient_kind: Kind, tensor: Tensor) -> None:
         """Keep an activation now, and its gradient once backward has it; token ids are none."""
         if tensor.is_floating_point():
-            self.seen.add(self._key(kind), tensor)
+            key = self._key(kind)
+            self.seen.add(key, tensor)
         if tensor.requires_grad:
-            keep: Callable[[Tensor], None] = partial(
-                self._add, self._key(gradient_kind)
-            )
+            gradient_key = self._key(gradient_kind)
+            keep = partial(self._add, gradient_key)
             tensor.register_hook(keep)  # type: ignore[no-untyped-call]
 
     def _add(self, key: Key, gradient: Tensor) -> None:

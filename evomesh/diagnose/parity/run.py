@@ -100,13 +100,17 @@ def _of_all_ranks(exchange: Exchange, dtype: str, found: Comparison) -> Parity:
 
 def _joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the findings of all ranks as one, with the first difference of any."""
+    compared = 0
+    largest = 0.0
     differences = []
     for rank in ranks:
-        if rank["first"] is not None:
-            differences.append(Difference(**rank["first"]))
-    first = min(differences, default=None)
-    return {
-        "compared": sum(rank["compared"] for rank in ranks),
-        "largest": max(rank["largest"] for rank in ranks),
-        "first": None if first is None else asdict(first),
-    }
+        compared += rank["compared"]
+        largest = max(largest, rank["largest"])
+        fields = rank["first"]
+        if fields is not None:
+            difference = Difference(**fields)
+            differences.append(difference)
+    first = None
+    if differences:
+        first = asdict(min(differences))
+    return {"compared": compared, "largest": largest, "first": first}

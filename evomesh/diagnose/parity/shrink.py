@@ -96,18 +96,28 @@ def _unit(sizes: AxisSizes) -> int:
 def _small_model(config: Config, sizes: AxisSizes) -> ModelConfig:
     model = config.model
     unit = _unit(sizes)
-    head_dim = shrunk(model.head_dim, unit, max(2 * ALIGNMENT // unit, 1))
+    # 1. Heads: fewer and narrower, but shared by queries as in the large model.
+    head_dim = _shrunk_to(2 * ALIGNMENT, model.head_dim, unit)
     kv_heads = _kv_heads(model, head_dim, sizes)
     group = model.num_attention_heads // model.kv_heads
     heads = kv_heads * min(group, 2)
+
+    # 2. Widths. That of the model is that of its heads, unless it is so in the large
+    #    model neither.
     hidden = heads * head_dim
     if model.hidden_size != model.num_attention_heads * model.head_dim:
-        hidden = shrunk(model.hidden_size, unit, max(TOKENS // unit, 1))
-    width = shrunk(model.mlp_width, unit, max(TOKENS // unit, 1))
+        hidden = _shrunk_to(TOKENS, model.hidden_size, unit)
+    width = _shrunk_to(TOKENS, model.mlp_width, unit)
+    rows = max(ROWS // unit, 2)
+    vocab_size = shrunk(model.vocab_size, unit, rows)
+
+    # 3. Layers, of which some have a kind of their own.
     layers = _layers(config)
+    nope_layers = [layer for layer in model.nope_layers if layer < layers]
+    lengths = _small_lengths(config, _tokens(config, sizes), head_dim)
     values = model.model_dump()
     values |= INITIAL_STDS
-    values |= _small_lengths(config, _tokens(config, sizes), head_dim)
+    values |= lengths
     values |= {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -116,8 +126,8 @@ def _small_model(config: Config, sizes: AxisSizes) -> ModelConfig:
         # int(hidden * ratio) is the width, whatever its last binary digit.
         "mlp_ratio": (width + 0.5) / hidden,
         "multiple_of": 1,
-        "vocab_size": shrunk(model.vocab_size, unit, max(ROWS // unit, 2)),
-        "nope_layers": tuple(layer for layer in model.nope_layers if layer < layers),
+        "vocab_size": vocab_size,
+        "nope_layers": tuple(nope_layers),
         "compile": False,
     }
     if model.num_kv_attention_heads is not None:
@@ -127,18 +137,30 @@ def _small_model(config: Config, sizes: AxisSizes) -> ModelConfig:
     return ModelConfig.model_validate(values)
 
 
+def _shrunk_to(size: int, large: int, unit: int) -> int:
+    """Return a width of about ``size`` that the axes divide as they divide ``large``."""
+    units = max(size // unit, 1)
+    return shrunk(large, unit, units)
+
+
 def _kv_heads(model: ModelConfig, head_dim: int, sizes: AxisSizes) -> int:
     """Return the fewest key/value heads, two for each tensor rank if there are as many, that keep what divides."""
-    axes = (sizes.tp, sizes.wp, sizes.zero)
     group = model.num_attention_heads // model.kv_heads
     small_group = min(group, 2)
     per_rank = model.kv_heads // sizes.tp
-    for count in range(min(2, per_rank), per_rank):
+    fewest = min(2, per_rank)
+    for count in range(fewest, per_rank):
         kv_heads = count * sizes.tp
         width = kv_heads * small_group * head_dim
-        if all(_divides(axis, width, model.attention_width) for axis in axes):
+        if _axes_divide(sizes, width, model.attention_width):
             return kv_heads
     return model.kv_heads
+
+
+def _axes_divide(sizes: AxisSizes, small: int, large: int) -> bool:
+    """Return whether each axis over which weights are sharded divides both widths or none of them."""
+    axes = (sizes.tp, sizes.wp, sizes.zero)
+    return all(_divides(axis, small, large) for axis in axes)
 
 
 def _divides(axis: int, small: int, large: int) -> bool:

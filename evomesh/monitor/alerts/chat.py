@@ -83,11 +83,7 @@ class FeishuChannel:
         self._clock = clock
 
     def send(self, alert: Alert) -> None:
-        text = shortened(alert.body, FEISHU_BYTES)
-        paragraph = [{"tag": "text", "text": text}]
-        post = {"title": alert.title, "content": [paragraph]}
-        content = {"post": {"zh_cn": post}}
-        message: dict[str, Any] = {"msg_type": "post", "content": content}
+        message = _feishu_post(alert)
         if self._secret is not None:
             timestamp = str(int(self._clock()))
             # Feishu signs an empty message with this text as the key.
@@ -96,6 +92,17 @@ class FeishuChannel:
             message["sign"] = _signature(key, "")
         answer = post_json(self._url, message)
         require_code_zero(answer, ("code", "StatusCode"))
+
+
+def _feishu_post(alert: Alert) -> dict[str, Any]:
+    """Return a post with the alert's title and its text as one paragraph."""
+    text = shortened(alert.body, FEISHU_BYTES)
+    element = {"tag": "text", "text": text}
+    post = {"title": alert.title, "content": [[element]]}
+    return {
+        "msg_type": "post",
+        "content": {"post": {"zh_cn": post}},
+    }
 
 
 class DingTalkChannel:

@@ -36,7 +36,9 @@ def append_line(path: Path, text: str) -> None:
     """Add a text with a line break to a file in one write, so that texts of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = f"{text}\n".encode("utf-8", "replace")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    # The system moves to the end and writes in one step, which buffered files do not.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
     try:
         os.write(descriptor, line)
     finally:
