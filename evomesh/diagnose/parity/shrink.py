@@ -111,7 +111,7 @@ def _small_model(config: Config, sizes: AxisSizes) -> ModelConfig:
     rows = max(ROWS // unit, 2)
     vocab_size = shrunk(model.vocab_size, unit, rows)
 
-    # 3. Layers, of which some have a kind of their own.
+    # 3. Layers, some of which may have a special kind.
     layers = _layers(config)
     nope_layers = [layer for layer in model.nope_layers if layer < layers]
     lengths = _small_lengths(config, _tokens(config, sizes), head_dim)
