@@ -239,8 +239,8 @@ def _errors_by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
 def _key_of_error(location: Sequence[int | str], is_unknown: bool) -> str:
     """Return the dotted key in pydantic's location, which also has union members and tuple positions."""
     # ("model", "compile", "bool") and ("model", "compile", "literal['auto']") are both
-    # model.compile, and ("adam", "no_decay", 0) is adam.no_decay. So the schema is
-    # walked along: what is no field where it stands belongs to pydantic.
+    # model.compile, and ("adam", "no_decay", 0) is adam.no_decay. So the
+    # location is followed in the schema: parts that are not a field there are pydantic's.
     key: list[str] = []
     fields: dict[str, FieldInfo] = dict(Config.model_fields)
     for part in location:
