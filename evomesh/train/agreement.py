@@ -82,11 +82,14 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(evomesh.__file__).parent
     for path in sorted(folder.rglob("*.py")):
+        # The zero byte keeps a name apart from what follows it.
         name = path.relative_to(folder).as_posix()
+        header = f"{name}\0".encode()
+        digest.update(header)
         source = path.read_bytes()
-        digest.update(name.encode() + b"\0")
         digest.update(source)
-    return digest.hexdigest()[:12]
+    whole = digest.hexdigest()
+    return whole[:12]
 
 
 def require_agreement(exchange: Exchange, facts: Facts) -> None:

@@ -42,18 +42,20 @@ class TrainingAlerts:
     def __init__(
         self, config: Config, rank: int, center: AlertCenter | None = None
     ) -> None:
-        self.config: AlertConfig = config.monitor.alert
+        settings = config.monitor.alert
+        self.config: AlertConfig = settings
         self.rank = rank
-        self._center = center or AlertCenter.open(self.config, config.run.job_name)
+        if center is None:
+            center = AlertCenter.open(settings, config.run.job_name)
+        self._center = center
         self._is_main = rank == 0
         self._claim: Path | None = None
+        self._spike = LossSpike(settings.loss_spike_ratio)
+        self._disks = DiskCheck(self.raise_alert, settings.min_free_gb)
         self._heartbeats: HeartbeatSender | None = None
-        self._spike = LossSpike(self.config.loss_spike_ratio)
-        self._disks = DiskCheck(self.raise_alert, self.config.min_free_gb)
-        if self.config.light_monitor_address is not None:
-            self._heartbeats = HeartbeatSender(
-                _HEARTBEAT_KEY, self.config.light_monitor_address, self._center.job
-            )
+        address = settings.light_monitor_address
+        if address is not None:
+            self._heartbeats = HeartbeatSender(_HEARTBEAT_KEY, address, center.job)
 
     def __enter__(self) -> TrainingAlerts:
         return self

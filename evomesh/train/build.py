@@ -189,11 +189,17 @@ def build_run(
 
 
 def _open_stream(
-    train_data: TrainData, start: StartPoint, stored: dict[str, Any], grid: Grid
+    train_data: TrainData,
+    start: StartPoint,
+    stored: dict[str, Any],
+    grid: Grid,
 ) -> BatchStream:
     """Return the batches of this rank from where the run starts or continues."""
-    position = stored["sampler"] if start.wants("sampler") else None
+    position = None
+    if start.wants("sampler"):
+        position = stored["sampler"]
     if position is not None:
+        # A position means the same documents only in the same data.
         check_manifest(stored["data"], train_data.manifest)
     stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
     stream.check()

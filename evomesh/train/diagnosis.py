@@ -22,6 +22,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -171,13 +173,14 @@ class Diagnosis:
 
 def gather_over(grid: Grid, figures: RankFigures) -> list[RankFigures]:
     """Return the figures of all ranks, in the order of ranks."""
+    # Along one axis after the other: after tensor ranks have gathered, each data rank
+    # brings a whole tensor group, then each stage a whole pipeline stage.
     rows = [figures]
     for axis in (grid.tp, grid.dp, grid.pp):
-        gathered = all_gather_objects(rows, axis)
-        rows = []
-        for part in gathered:
-            rows += part
-    return sorted(rows, key=lambda row: row.rank)
+        parts = all_gather_objects(rows, axis)
+        rows = list(chain.from_iterable(parts))
+    rows.sort(key=attrgetter("rank"))
+    return rows
 
 
 def is_outlier(seconds: float, usual: float, ratio: float, noise: float) -> bool:
@@ -342,16 +345,18 @@ class DiskProbe:
 
 def first_large_file(folder: Path) -> Path | None:
     """Return the first file of at least ``READ_BYTES`` below a folder, else the largest, None without a file."""
-    largest: tuple[int, Path] | None = None
+    largest: Path | None = None
+    largest_size = -1
     for parent, _, names in os.walk(folder):
         for name in sorted(names):
             path = Path(parent, name)
             size = path.stat().st_size
             if size >= READ_BYTES:
                 return path
-            if largest is None or size > largest[0]:
-                largest = (size, path)
-    return None if largest is None else largest[1]
+            if size > largest_size:
+                largest = path
+                largest_size = size
+    return largest
 
 
 def read_past_cache(path: Path, number: int) -> int:

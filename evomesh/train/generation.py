@@ -151,12 +151,14 @@ def inference_layout(config: Config) -> Config:
     tensor_size = parallel.tensor.size
     if parallel.tensor.mode == "isp":
         tensor_size = _largest_tensor_size(config.model, parallel)
-    tensor = TensorConfig(size=tensor_size)
-    pipeline = PipelineConfig(size=parallel.pipeline.size)
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    layout = ParallelConfig(
+        tensor=TensorConfig(size=tensor_size),
+        pipeline=PipelineConfig(size=parallel.pipeline.size),
+    )
     changes = {"num_chunks": 1, "compile": False}
     model = config.model.model_copy(update=changes)
-    return config.model_copy(update={"parallel": layout, "model": model})
+    sections = {"parallel": layout, "model": model}
+    return config.model_copy(update=sections)
 
 
 def _largest_tensor_size(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -185,8 +187,9 @@ def load_stage(config: Config, context: RunContext) -> LanguageModel:
     """Build this rank's part of the model and fill it from the checkpoint that the config names."""
     grid = context.grid
     stages = build_stages(config, grid, context.mode, context.device)
+    parameters = stages.parameters()
+    load_weights(config, parameters, context)
     (model,) = stages.models  # the layout has one chunk a rank
-    load_weights(config, stages.parameters(), context)
     model.eval()
     if grid.pp.size == 1:
         return model

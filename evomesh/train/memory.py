@@ -29,18 +29,28 @@ def bytes_per_rank(config: Config, world_size: int) -> float | None:
     parameters = parameter_count(config.model)
     if parameters is None:
         return None
-    # 16-bit weights have gradients, masters and two moments in float32.
-    is_half = config.model.dtype in HALF
-    width = 8 if config.model.dtype == "float64" else 4
-    weight = 2 if is_half else width
-    state = 3 * width if is_half else 2 * width
+    # 1. Bytes of each parameter. 16-bit weights have gradients, masters and two moments
+    #    in float32; others are their own masters.
+    is_double = config.model.dtype == "float64"
+    gradient = 8 if is_double else 4
+    weight = gradient
+    state = 2 * gradient
+    if config.model.dtype in HALF:
+        weight = 2
+        state = 3 * gradient
 
+    # 2. Over how many ranks they are sharded: by the model's layout, the state by ZeRO
+    #    too, with FSDP weights and gradients as well.
     sizes = axis_sizes(config.parallel, world_size)
-    shards = sizes.pp * (sizes.wp if sizes.isp else sizes.tp)
+    within_layer = sizes.wp if sizes.isp else sizes.tp
+    shards = sizes.pp * within_layer
     shards_of_state = shards * sizes.zero
-    shards_of_weights = shards_of_state if config.parallel.zero1.fsdp else shards
-    held = (weight + width) / shards_of_weights
-    return parameters * (held + state / shards_of_state)
+    shards_of_weights = shards
+    if config.parallel.zero1.fsdp:
+        shards_of_weights = shards_of_state
+    held = (weight + gradient) / shards_of_weights
+    held += state / shards_of_state
+    return parameters * held
 
 
 def available_bytes() -> int | None:
@@ -115,13 +125,18 @@ def float16_warning(config: Config, ratio: Callable[[], float]) -> str | None:
 
 def product_ratio(size: int = 256, repeats: int = 3) -> float:
     """Return the time of a float16 matrix product as a multiple of the same in float32, the best of a few."""
-    fastest = {}
-    for dtype in (torch.float32, torch.float16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - started)
-        fastest[dtype] = min(times)
-    return fastest[torch.float16] / fastest[torch.float32]
+    half = _product_seconds(torch.float16, size, repeats)
+    single = _product_seconds(torch.float32, size, repeats)
+    return half / single
+
+
+def _product_seconds(dtype: torch.dtype, size: int, repeats: int) -> float:
+    """Return the shortest time of a matrix product."""
+    matrix = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds = time.perf_counter() - started
+        times.append(seconds)
+    return min(times)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from rich.console import Console
 from torch import Tensor
 
 from evomesh.config.redact import REDACTED
@@ -109,21 +110,26 @@ class RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
         self.status.begin(self.state.step)
         self._open_files.enter_context(self.status)
-        if not self.main:
-            return self
+        if self.main:
+            self._open_main_outputs(console)
+        return self
+
+    def _open_main_outputs(self, console: Console | None) -> None:
+        """Open what one rank writes for all, and log what the run is made of."""
         step = self.state.step
+        open_until_end = self._open_files.enter_context
         metrics = MetricsFile(self.folder / "metrics.jsonl", step)
-        self._metrics = self._open_files.enter_context(metrics)
+        self._metrics = open_until_end(metrics)
         if self.config.run.enable_tb:
             self._board = self._open_board(step)
         logger.info("run folder: %s", self.folder)
-        logger.info("training data:\n%s", self.data.table())
+        table = self.data.table()
+        logger.info("training data:\n%s", table)
         for warning in self.data.warnings:
             logger.warning("%s", warning)
-        self._progress = self._open_files.enter_context(
-            ProgressLine(self.config.data.total_steps, step, console)
-        )
-        return self
+        total_steps = self.config.data.total_steps
+        progress = ProgressLine(total_steps, step, console)
+        self._progress = open_until_end(progress)
 
     def __exit__(
         self,
@@ -144,10 +150,12 @@ class RunReporter:
         board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
         attempt = self._board_output.attempt
         self._open_files.callback(attempt, board.close)
-        if step == 0:
-            command = " ".join(sys.argv)
-            attempt(lambda: board.text("cmd", self._without_addresses(command)))
-            attempt(lambda: board.text("config", self._without_addresses(self.text)))
+        if step > 0:
+            return board
+        texts = {"cmd": " ".join(sys.argv), "config": self.text}
+        for name, text in texts.items():
+            shown = self._without_addresses(text)
+            attempt(partial(board.text, name, shown))
         return board
 
     def _without_addresses(self, text: str) -> str:

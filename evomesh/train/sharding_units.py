@@ -54,14 +54,16 @@ def gather_points(
     """Return where in forward the gather of each layer after the first one, or of each module, starts."""
     points: list[GatherPoint] = []
     layers = _layers_in_order(model, axis)
-    # The last layer has none after it.
+    # Each layer starts the gather of the next one; the last layer has none after it.
     for layer, following in zip_longest(layers, layers[1:]):
         next_units = _first_units(following, model, weight)
         if _splits(layer, model, weight):
+            # Two units: attention starts the gather of the network after it.
             block = cast(DecoderBlock, layer)
             in_block = GatherPoint(block.attention, (block.feed_forward,))
+            points.append(in_block)
             at_end = GatherPoint(block.feed_forward, next_units)
-            points += [in_block, at_end]
+            points.append(at_end)
         else:
             module, is_after = _point_in_layer(layer, model, weight)
             point = GatherPoint(module, next_units, is_after)
@@ -80,10 +82,15 @@ def units_read_in_forward_only(
     """
     if not isinstance(model, Decoder):
         return []
+    # A stage of a pipeline may have neither.
     ends: list[nn.Module | None] = [model.embedding]
     if not model.config.norm_head:
         ends.append(model.head)
-    return [end for end in ends if end is not None and end in units]
+    found: list[nn.Module] = []
+    for end in ends:
+        if end is not None and end in units:
+            found.append(end)
+    return found
 
 
 def _first_units(

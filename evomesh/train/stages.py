@@ -124,17 +124,21 @@ def _tie_ends(models: list[LanguageModel]) -> None:
 
 def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[None]:
     """Return the layers of each chunk of this rank; one None, which means all layers, without a pipeline."""
-    pipeline = grid.pp
-    if pipeline.size == 1:
+    pp = grid.pp
+    if pp.size == 1:
         return [None]
+    # The layers are split into stages, of which a rank has one for each of its chunks.
     model = config.model
     chunks = model.num_chunks
     ends = None
     if config.parallel.pipeline.balance:
         ends = end_weights(model)
-    ranges = layer_ranges(model.num_layers, pipeline.size, chunks, ends)
-    stages = stages_of_rank(pipeline.rank, pipeline.size, chunks, kind)
-    return [ranges[stage] for stage in stages]
+    ranges = layer_ranges(model.num_layers, pp.size, chunks, ends)
+    own_stages = stages_of_rank(pp.rank, pp.size, chunks, kind)
+    own_ranges = []
+    for stage in own_stages:
+        own_ranges.append(ranges[stage])
+    return own_ranges
 
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:

@@ -168,21 +168,27 @@ def _read_results(update: StepResult, sums: _LossSums) -> tuple[StepOutput, Tens
     Returns:
         the results, and what a profile measured; empty without one.
     """
-    tally = sums.tally
     # One tensor, so that the host waits once: norm, the two objectives, the sums of the
     # tally, then what a profile measured.
+    tally = sums.tally
     on_device = [update.norm.unsqueeze(0), update.sums]
     if update.profile is not None:
         on_device.append(update.profile)
-    results = copy_to_host(torch.cat(on_device))
-    host_norm, loss, z_loss = results[:3]
-    end_of_tally = 3 + tally.sums.numel()
-    host_sums = results[3:end_of_tally].view_as(tally.sums)
-    host_tally = LossTally(tally.types, results.device, host_sums)
+    joined = torch.cat(on_device)
+    results = copy_to_host(joined)
+
+    # The same parts, back in their shapes.
+    norm, loss, z_loss = results[:3]
+    tally_end = 3 + tally.sums.numel()
+    tally_sums = results[3:tally_end].view_as(tally.sums)
+    profile = results[tally_end:]
     output = StepOutput(
-        float(loss), host_tally, StepResult(host_norm), z_loss=float(z_loss)
+        loss=float(loss),
+        tally=LossTally(tally.types, results.device, tally_sums),
+        update=StepResult(norm),
+        z_loss=float(z_loss),
     )
-    return output, results[end_of_tally:]
+    return output, profile
 
 
 def copy_to_host(results: Tensor) -> Tensor:
@@ -205,11 +211,14 @@ def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> 
     is_target = labels != IGNORE
     targets = is_target.sum(1)  # [M]
     if loss_config.reduction == "micro_batch":
-        num_micro_batches = len(targets) * grid.dp.size
-        divisors = targets.clamp(min=1) * num_micro_batches
-        return 1.0 / divisors.double()
-    # Two ranks with 30 and 10 targets divide by 40 both: a mean of the ranks' means
-    # would weigh the 10 three times.
-    total = all_reduce_no_grad(targets.sum(), grid.dp)
-    weight = 1.0 / total.clamp(min=1).double()
-    return weight.expand(len(targets))
+        # The mean of all micro-batches' means.
+        micro_batches = len(targets) * grid.dp.size
+        divisors = targets.clamp(min=1) * micro_batches
+    else:
+        # One mean over all targets. Two ranks with 30 and 10 of them divide by 40 both:
+        # a mean of the ranks' means would weigh the 10 three times.
+        own_total = targets.sum()
+        total = all_reduce_no_grad(own_total, grid.dp)
+        divisor = total.clamp(min=1)
+        divisors = divisor.expand(len(targets))
+    return 1.0 / divisors.double()

@@ -69,8 +69,10 @@ def _check_parts(state: Mapping[str, Any]) -> None:
     counters = [field.name for field in fields(TrainState)]
     counters.remove("run_folder")
     _check_integers(train, counters, "train")
-    _check_text(train["run_folder"], "train.run_folder")
-    _check_integers(state["optimizer"], ["steps"], "optimizer")
+    run_folder = train["run_folder"]
+    _check_text(run_folder, "train.run_folder")
+    optimizer = state["optimizer"]
+    _check_integers(optimizer, ["steps"], "optimizer")
     _check_scaler(state["scaler"])
     _check_manifest(state["data"])
     position = mapping(state["sampler"], "sampler")

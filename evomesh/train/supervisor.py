@@ -92,20 +92,30 @@ class ExitHistory:
 
     def add(self, ended: RunExit, run_folder: Path | None) -> None:
         """Record an end; a file that cannot be written is logged, and the history is in memory."""
-        path = self._path if run_folder is None else run_folder / HISTORY
         # A run that has saved nothing begins again, in a new folder.
+        path = self._path
+        if run_folder is not None:
+            path = run_folder / HISTORY
         if path is not None and path != self._path:
             self._path = path
-            self.exits = [*read_history(path), *self.exits]
-        self.exits = [*self.exits, ended][-KEPT:]
-        if self._path is None or not self._writes:
-            return
-        lines = "".join(f"{json.dumps(asdict(one))}\n" for one in self.exits)
+            earlier = read_history(path)
+            self.exits = [*earlier, *self.exits]
+        self.exits.append(ended)
+        self.exits = self.exits[-KEPT:]
+        if self._path is not None and self._writes:
+            self._write(self._path)
+
+    def _write(self, path: Path) -> None:
+        """Write the file anew, one line of JSON per end."""
+        lines = []
+        for ended in self.exits:
+            line = json.dumps(asdict(ended))
+            lines.append(f"{line}\n")
         try:
-            with write_atomically(self._path) as file:
-                file.write(lines.encode())
+            with write_atomically(path) as file:
+                file.writelines(line.encode() for line in lines)
         except OSError as error:
-            logger.warning("cannot write %s: %s", self._path, error.strerror)
+            logger.warning("cannot write %s: %s", path, error.strerror)
 
     def repeats_step(self) -> bool:
         """Return whether the last two crashes that had a step were in the same one."""
@@ -115,7 +125,11 @@ class ExitHistory:
                 crashes.clear()
             elif ended.is_curable and ended.step is not None:
                 crashes.append(ended.step)
-        return len(crashes) > 1 and crashes[-1] == crashes[-2]
+        if len(crashes) < 2:
+            return False
+        last = crashes[-1]
+        before = crashes[-2]
+        return last == before
 
 
 def read_history(path: Path) -> list[RunExit]:
