@@ -12,17 +12,12 @@ What is alive in all of them (weights, gradients, masters, moments) is counted o
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config
@@ -34,6 +29,7 @@ from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.pipeline.stages import stages_of_rank
 from evomesh.plan.trace import built_rank, empty_batch, ignore_output
 from evomesh.train.stages import ModelStages
+from evomesh.train.storage_watch import StorageWatch
 
 GIB = 2**30
 # Of a GPU's memory: the context of CUDA, libraries' workspaces, NCCL's buffers, and the
@@ -174,7 +170,7 @@ def _trace_step(
         run = schedule.rehearse
     batch = empty_batch(config, 1)
     terms = LossTerms.of(config.loss)
-    with live.counted():
+    with live.watching():
         optimizer.expect_micro_batches(2)
         run(batch, [1.0], terms, ignore_output)
         live.restart()
@@ -188,11 +184,11 @@ def _trace_step(
     return max(kept), live.peaks
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(StorageWatch):
     """Counts the bytes of tensors that come to life on the meta device, and the peak of each phase."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.alive = Peak()
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
@@ -209,46 +205,25 @@ class LiveBytes(TorchDispatchMode):
         self.alive = Peak()
         self.peaks = {}
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count in the ``with`` block, with the storages that FSDP2 resizes in order to gather into them."""
-        resize = torch.UntypedStorage.resize_
+    def made(self, tensor: Tensor, operator: Any) -> None:
+        if tensor.is_meta:
+            self._count(tensor.untyped_storage())
 
-        def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            self._count(storage)
-            self._gathers.add(storage._cdata)
-            return result
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that FSDP2 gathers into, or has emptied."""
+        self._count(storage)
+        self._gathers.add(storage._cdata)
 
-        with patch.object(torch.UntypedStorage, "resize_", counted_resize), self:
-            yield
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        existing = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            # Views and tensors written in place share the storage of an argument.
-            if storage._cdata not in existing:
-                self._count(storage)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            weakref.finalize(storage, self._forget, key)
-        self._resize(key, storage.nbytes())
-        self._note_peak()
-
-    def _forget(self, key: int) -> None:
+    def freed(self, key: int) -> None:
         self._resize(key, 0)
         del self._sizes[key]
         self._gathers.discard(key)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = self.watch(storage)
+        size = storage.nbytes()
+        self._resize(key, size)
+        self._note_peak()
 
     def _resize(self, key: int, size: int) -> None:
         growth = size - self._sizes.get(key, 0)
@@ -260,15 +235,6 @@ class LiveBytes(TorchDispatchMode):
         highest = self.peaks.get(self._phase, Peak(-1))
         if self.alive.nbytes > highest.nbytes:
             self.peaks[self._phase] = self.alive
-
-
-def _storages(value: Any) -> list[torch.UntypedStorage]:
-    """Return the storages of the tensors on meta in a nest of arguments or results."""
-    storages = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) and leaf.is_meta:
-            storages.append(leaf.untyped_storage())
-    return storages
 
 
 def _micro_batches_in_flight(config: Config, pp: Axis) -> int:

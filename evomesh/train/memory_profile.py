@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import json
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +30,6 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.monitor.optional_output import OptionalOutput
@@ -41,6 +37,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.outside_errors import is_out_of_memory
 from evomesh.parallel.spec import local_shard
 from evomesh.train.stages import ModelStages
+from evomesh.train.storage_watch import StorageWatch, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ class Allocation:
     dtype: str = ""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(StorageWatch):
     """Counts the storages of operators' results by kind, and keeps the kinds of the highest moment.
 
     Args:
@@ -80,7 +77,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, modules: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._modules = modules
         self._entered: list[str] = []
         self._alive: dict[int, Allocation] = {}  # by address of the storage
@@ -107,47 +104,31 @@ class MemoryTracker(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count in the ``with`` block, with the modules' names, and the storages that FSDP2 resizes."""
-        resize = torch.UntypedStorage.resize_
-
-        def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            known = self._alive.get(storage._cdata)
-            if known is not None:
-                self._put(storage._cdata, _resized(known, size))
-            return result
-
         with ExitStack() as stack:
             enter = register_module_forward_pre_hook(self._enter)
             stack.callback(enter.remove)
             leave = register_module_forward_hook(self._leave, always_call=True)
             stack.callback(leave.remove)
-            stack.enter_context(
-                patch.object(torch.UntypedStorage, "resize_", counted_resize)
-            )
-            stack.enter_context(self)
+            stack.enter_context(super().watching())
             yield
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        try:
-            result = func(*args, **(kwargs or {}))
-        except Exception as error:
-            # The last one counts: a probe that found no memory has ended no run.
-            if is_out_of_memory(error):
-                self.at_failure = self.largest()
-            raise
+    def made(self, tensor: Tensor, operator: Any) -> None:
         kind, module = self._place()
-        for leaf in tree_leaves(result):
-            # Views and tensors written in place share a storage that is counted, or that
-            # was there before.
-            if isinstance(leaf, Tensor) and not _shares_storage(leaf, args):
-                self._count(leaf, kind, f"{module}: {func}")
-        return result
+        self._count(tensor, kind, f"{module}: {operator}")
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        known = self._alive.get(storage._cdata)
+        if known is not None:
+            resized = replace(known, nbytes=storage.nbytes())
+            self._put(storage._cdata, resized)
+
+    def freed(self, key: int) -> None:
+        self._remove(key)
+
+    def failed(self, error: Exception) -> None:
+        # The last one counts: a probe that found no memory has ended no run.
+        if is_out_of_memory(error):
+            self.at_failure = self.largest()
 
     def _place(self) -> tuple[str, str]:
         """Return the kind of what is made now, and the module that makes it."""
@@ -166,16 +147,14 @@ class MemoryTracker(TorchDispatchMode):
             self._entered.pop()
 
     def _count(self, tensor: Tensor, kind: str, name: str) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except NotImplementedError:  # a tensor without memory, such as a wrapper
+        storage = storage_of(tensor)
+        if storage is None:
             return
-        key = storage._cdata
-        if key not in self._alive:
-            weakref.finalize(storage, self._forget, key)
+        key = self.watch(storage)
         shape = tuple(tensor.shape)
         dtype = str(tensor.dtype)
-        self._put(key, Allocation(storage.nbytes(), kind, name, shape, dtype))
+        allocation = Allocation(storage.nbytes(), kind, name, shape, dtype)
+        self._put(key, allocation)
 
     def _put(self, key: int, allocation: Allocation) -> None:
         self._remove(key)
@@ -183,9 +162,6 @@ class MemoryTracker(TorchDispatchMode):
         self._bytes[allocation.kind] += allocation.nbytes
         self._total += allocation.nbytes
         self._note_peak()
-
-    def _forget(self, key: int) -> None:
-        self._remove(key)
 
     def _remove(self, key: int) -> None:
         allocation = self._alive.pop(key, None)
@@ -197,21 +173,6 @@ class MemoryTracker(TorchDispatchMode):
         if self._total > self.peak:
             self.peak = self._total
             self.peak_kinds = {kind: n for kind, n in self._bytes.items() if n}
-
-
-def _shares_storage(tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    try:
-        key = tensor.untyped_storage()._cdata
-    except NotImplementedError:
-        return True
-    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-    return key in {one.untyped_storage()._cdata for one in tensors}
-
-
-def _resized(allocation: Allocation, size: int) -> Allocation:
-    return Allocation(
-        size, allocation.kind, allocation.name, allocation.shape, allocation.dtype
-    )
 
 
 class MemoryProfile:
