@@ -11,13 +11,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.support.local_http import LocalHttpServer
 
 TOKEN = "hf_aSecretThatNobodyMayRead"
 USER = "me"
@@ -32,7 +32,7 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
 
-class FakeHub:
+class FakeHub(LocalHttpServer):
     """Attributes:
     refuse: path -> status; a request to a path that begins so is answered with it.
     requests: "METHOD path" of all requests.
@@ -44,25 +44,7 @@ class FakeHub:
         self.refuse: dict[str, int] = {}
         self.requests: list[str] = []
         self.answers_html = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> FakeHub:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_handler(self))
 
     def create(self, body: dict[str, Any]) -> tuple[int, Any]:
         name = f"{body.get('organization') or USER}/{body['name']}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any
+
+from tests.support.local_http import LocalHttpServer
 
 OK = b'{"code": 0, "errcode": 0}'
 
 
-class WebhookServer:
+class WebhookServer(LocalHttpServer):
     """Context manager: a server on a free port of this machine, and what it received.
 
     Attributes:
@@ -41,15 +43,7 @@ class WebhookServer:
             def log_message(self, *words: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.01,), daemon=True
-        )
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(Handler)
 
     @property
     def documents(self) -> list[Any]:
@@ -73,10 +67,6 @@ class WebhookServer:
         request.end_headers()
         request.wfile.write(text)
 
-    def __enter__(self) -> WebhookServer:
-        self._thread.start()
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -84,8 +74,7 @@ class WebhookServer:
         trace: TracebackType | None,
     ) -> None:
         self.gate.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__(kind, error, trace)
 
 
 class MailServer:

@@ -66,10 +66,11 @@ class SlackChannel:
             raise DeliveryError("the server did not answer ok", is_final=True)
 
 
-class FeishuChannel:
-    """A custom bot of Feishu, with a signature if it asks for one.
+class SignedChannel:
+    """A bot of a chat service, which signs its messages with the time if it has a secret.
 
-    InternEvo sends the same kind of message: a post with a title and one paragraph.
+    Args:
+        clock: returns the seconds since 1970.
     """
 
     def __init__(
@@ -81,6 +82,13 @@ class FeishuChannel:
         self._url = url
         self._secret = secret
         self._clock = clock
+
+
+class FeishuChannel(SignedChannel):
+    """A custom bot of Feishu, with a signature if it asks for one.
+
+    InternEvo sends the same kind of message: a post with a title and one paragraph.
+    """
 
     def send(self, alert: Alert) -> None:
         message = _feishu_post(alert)
@@ -105,18 +113,8 @@ def _feishu_post(alert: Alert) -> dict[str, Any]:
     }
 
 
-class DingTalkChannel:
+class DingTalkChannel(SignedChannel):
     """A custom robot of DingTalk, with a signature in the URL if it asks for one."""
-
-    def __init__(
-        self,
-        url: str,
-        secret: str | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._url = url
-        self._secret = secret
-        self._clock = clock
 
     def send(self, alert: Alert) -> None:
         text = plain_message(alert, DINGTALK_BYTES)
