@@ -33,6 +33,23 @@ class Exchange(Protocol):
     def scatter(self, messages: list[Any] | None) -> Any:
         """Return on each rank the message that rank 0 has for it; elsewhere ``messages`` is None."""
 
+    def pass_on(
+        self,
+        data: torch.Tensor,
+        to: int,
+        received: torch.Tensor,
+        source: int,
+        ring_name: str,
+    ) -> None:
+        """Send ``data`` to one rank while ``received`` is filled by another; an empty one is left out.
+
+        The one method that only some ranks call: those of a ring, each as often as the others.
+
+        Args:
+            data: bytes in host memory, as is ``received``.
+            ring_name: the same on all ranks of the ring, and on no others.
+        """
+
     def twin(self) -> Exchange:
         """Return a second exchange of the same ranks whose messages cannot mix with those of this one."""
 
@@ -68,6 +85,16 @@ class SingleProcessExchange:
     def scatter(self, messages: list[Any] | None) -> Any:
         assert messages is not None
         return messages[0]
+
+    def pass_on(
+        self,
+        data: torch.Tensor,
+        to: int,
+        received: torch.Tensor,
+        source: int,
+        ring_name: str,
+    ) -> None:
+        raise AssertionError("a ring has at least two ranks")
 
     def twin(self) -> SingleProcessExchange:
         return self
@@ -109,6 +136,27 @@ class GroupExchange:
     def scatter(self, messages: list[Any] | None) -> Any:
         try:
             return self._scatter(messages)
+        except RuntimeError as error:
+            raise PeerLostError(error) from error
+
+    def pass_on(
+        self,
+        data: torch.Tensor,
+        to: int,
+        received: torch.Tensor,
+        source: int,
+        ring_name: str,
+    ) -> None:
+        try:
+            with this_process().collective(Place.SEND, ring_name):
+                works = []
+                if data.numel():
+                    works.append(dist.isend(data, to, group=self._group))
+                if received.numel():
+                    works.append(dist.irecv(received, source, group=self._group))
+                for work in works:
+                    assert work is not None  # this rank is in the group
+                    work.wait()
         except RuntimeError as error:
             raise PeerLostError(error) from error
 

@@ -21,7 +21,13 @@ from evomesh.checkpoint.native.find import (
 from evomesh.checkpoint.native.format import CheckpointError, CommitRecord
 from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.native.plan import describe
-from evomesh.checkpoint.native.read import items_for, match, read_items, refuse_unwanted
+from evomesh.checkpoint.native.read import (
+    ReadItem,
+    items_for,
+    match,
+    refuse_unwanted,
+)
+from evomesh.checkpoint.native.replicas import find_replicas, read_with_replicas
 from evomesh.checkpoint.native.verify import (
     Depth,
     open_records,
@@ -148,8 +154,9 @@ class CheckpointReader:
             CheckpointError: on every rank, for a name, shape, dtype or hash that does not
                 fit; the tensors then hold a mixture and must be loaded again.
         """
-        # The layout that wrote the checkpoint plays no part: each rank reads the pieces
-        # that overlap its own boxes. Only whether a tensor is wanted by nobody needs all
+        # The layout that wrote the checkpoint plays no part: each rank wants the pieces
+        # that overlap its own boxes, and ranks that want the same ones read them once,
+        # together. Only whether a tensor is wanted by nobody needs all
         # ranks, since a pipeline stage wants some layers only.
         local = describe(tensors, self.grid)
         names_by_rank = self.exchange.gather(list(local))
@@ -157,17 +164,21 @@ class CheckpointReader:
         if strict and names_by_rank is not None:
             wanted = set().union(*names_by_rank)
 
-        def fill() -> None:
+        def find_items() -> list[ReadItem]:
             index = checkpoint.index()
             records = index.records(local)
             match(records, local, cast, checkpoint.folder, index.names)
             if wanted is not None:
                 stored = index.names()
                 refuse_unwanted(stored, wanted, checkpoint.folder)
-            items = items_for(records, local)
-            read_items(checkpoint, items)
+            return items_for(records, local)
 
-        run_on_all_ranks(self.exchange, fill)
+        items = run_on_all_ranks(self.exchange, find_items)
+        groups = find_replicas(items, self.exchange)
+        run_on_all_ranks(
+            self.exchange,
+            lambda: read_with_replicas(checkpoint, groups, self.exchange),
+        )
         return checkpoint.state
 
     def _agree_on(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -219,49 +219,65 @@ def read_items(checkpoint: Checkpoint, items: Iterable[ReadItem]) -> int:
     Raises:
         CheckpointError: a piece is damaged; names the tensor, the file and the bytes.
     """
-    in_order = sorted(items, key=_place_in_files)
+    in_order = sorted(items, key=place_in_files)
     # A piece is read whole, since its hash covers all of it, and what is wanted is copied
     # out. One buffer of at most 4 MiB serves all pieces, so that loading needs no more
     # memory than the tensors themselves.
     largest = 0
+    num_bytes = 0
     for item in in_order:
         largest = max(largest, item.size)
+        num_bytes += item.size
     buffer = torch.empty(largest, dtype=torch.uint8)
-    num_bytes = 0
-    for _, group in itertools.groupby(in_order, key=_file_number):
-        in_file = list(group)
-        num_bytes += _read_file(checkpoint, in_file, buffer)
+    with closing(PieceReader(checkpoint, in_order)) as reader:
+        for item in in_order:
+            data = buffer[: item.size]
+            reader.read(item, data)
+            copy_piece(item, data)
     return num_bytes
 
 
-def _file_number(item: ReadItem) -> int:
-    return item.piece.file
-
-
-def _place_in_files(item: ReadItem) -> tuple[int, int]:
+def place_in_files(item: ReadItem) -> tuple[int, int]:
+    """Return the key by which items are sorted to be read."""
     return item.piece.file, item.piece.start
 
 
-def _read_file(
-    checkpoint: Checkpoint, items: Sequence[ReadItem], buffer: Tensor
-) -> int:
-    """Read items of one file."""
-    memory = as_bytes(buffer)
-    reader = _open(checkpoint, items[0])
-    try:
-        # A store can then answer many small reads with one large request.
-        ranges = []
+class PieceReader:
+    """Reads pieces; the file of the last one stays open.
+
+    Args:
+        items: all that will be read, in file order.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, items: Iterable[ReadItem]) -> None:
+        self._checkpoint = checkpoint
+        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of bytes, by file
         for item in items:
+            ranges = self._ranges.setdefault(item.piece.file, [])
             start = item.piece.start
             ranges.append((start, start + item.size))
-        reader.expect(ranges)
+        self._file: int | None = None
+        self._reader: StorageReader | None = None
 
-        for item in items:
-            _read_piece(checkpoint, item, reader, memory[: item.size])
-            _copy(item, buffer[: item.size])
-    finally:
-        reader.close()
-    return sum(item.size for item in items)
+    def read(self, item: ReadItem, data: Tensor) -> None:
+        """Fill ``data`` with the bytes of a piece, and check their hash.
+
+        Raises:
+            CheckpointError: damaged; names the tensor, the file and the bytes.
+        """
+        if self._reader is None or self._file != item.piece.file:
+            self.close()
+            self._file = item.piece.file
+            self._reader = _open(self._checkpoint, item)
+            # A store can then answer many small reads with one large request.
+            self._reader.expect(self._ranges[self._file])
+        _read_piece(self._checkpoint, item, self._reader, as_bytes(data))
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 def _open(checkpoint: Checkpoint, item: ReadItem) -> StorageReader:
@@ -305,7 +321,7 @@ def _described(checkpoint: Checkpoint, item: ReadItem) -> str:
     return f"{item.record.name}: piece at {list(piece.box.offsets)} in {name} ({span})"
 
 
-def _copy(item: ReadItem, data: Tensor) -> None:
+def copy_piece(item: ReadItem, data: Tensor) -> None:
     """Copy the elements that the targets want from the bytes of a piece."""
     if not item.targets:
         return

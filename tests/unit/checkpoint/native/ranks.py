@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from evomesh.parallel.grid import Axis, Grid
 
@@ -39,6 +42,21 @@ class ThreadExchange:
         messages = self.broadcast(messages)
         assert messages is not None
         return messages[self.rank]
+
+    def pass_on(
+        self, data: Tensor, to: int, received: Tensor, source: int, ring_name: str
+    ) -> None:
+        if data.numel():
+            self._mailbox(self.rank, to).put(data.clone())
+        if received.numel():
+            arrived = self._mailbox(source, self.rank).get(timeout=20)
+            received.copy_(arrived)
+
+    def _mailbox(self, source: int, to: int) -> queue.Queue[Tensor]:
+        box: queue.Queue[Tensor] = self._board.setdefault(
+            f"{source} to {to}", queue.Queue()
+        )
+        return box
 
     def twin(self) -> ThreadExchange:
         twin = self._board.setdefault(
