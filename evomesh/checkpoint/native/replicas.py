@@ -165,7 +165,7 @@ class ReplicaRing:
         self._rank_before = members[position - 1]
         self._name = f"replicas:{sha256(canonical(members))[:8]}"
         self._chunks = split_into_chunks(group.items)
-        own = []
+        own: list[ReadItem] = []
         for number in self._share(position):
             own += self._chunks[number].items
         self._reader = PieceReader(checkpoint, own)
