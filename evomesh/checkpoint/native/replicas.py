@@ -77,7 +77,7 @@ def find_replicas(items: Iterable[ReadItem], exchange: Exchange) -> list[Replica
         answers = _group_by_members(keys_by_rank)
     answer = exchange.scatter(answers)
 
-    # 3. Every rank makes the groups of its own items.
+    # 3. Every rank makes the groups of the items that it wants.
     groups = []
     for members, positions in answer:
         in_group = []
