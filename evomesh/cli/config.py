@@ -137,6 +137,10 @@ def show(
     typer.echo()
     figure_rows = [(name, _format_value(value)) for name, value in figures.items()]
     _print_table(("derived", "value"), figure_rows)
+    stages = _stage_rows(loaded, int(figures["data-parallel size"]))
+    if stages:
+        typer.echo()
+        _print_table(stages[0], stages[1:])
     if gpus is None:
         typer.echo(
             "derived for the fewest gpus of this layout; --gpus sets another number"
@@ -318,8 +322,28 @@ def _base_files(config: Path) -> list[Path]:
     return []
 
 
+def _stage_rows(loaded: LoadedConfig, dp_size: int) -> list[tuple[str, ...]]:
+    """Return the table of data stages with its head first, and a last row for what is wrong with them."""
+    from evomesh.config.data_stages import (
+        data_stage_problem,
+        resolve_data_stages,
+        stage_rows,
+    )
+
+    data = loaded.config.data
+    stages = resolve_data_stages(data, dp_size)
+    if not stages:
+        return []
+    rows = stage_rows(stages)
+    problem = data_stage_problem(stages, data.total_steps)
+    if problem:
+        rows.append(("", f"problem: {problem}", *[""] * (len(rows[0]) - 2)))
+    return rows
+
+
 def derived(loaded: LoadedConfig, gpus: int | None) -> dict[str, Any]:
     """Return the sizes derived from the config for ``gpus`` processes; None: the fewest that hold one copy."""
+    from evomesh.config.data_stages import resolve_data_stages
     from evomesh.config.layout import data_parallel_size, smallest_world
     from evomesh.config.size import parameter_count, parameter_counts, tokens_per_step
 
@@ -335,6 +359,10 @@ def derived(loaded: LoadedConfig, gpus: int | None) -> dict[str, Any]:
         "head width": config.model.head_dim,
         "feed-forward width": config.model.mlp_width,
     }
+    stages = resolve_data_stages(config.data, dp)
+    if stages:
+        figures["tokens in total"] = sum(stage.tokens for stage in stages)
+        del figures["tokens per step"]
     if config.data.epochs is not None:  # the data decides, and it is not open
         del figures["tokens in total"]
         figures["passes over the data"] = config.data.epochs

@@ -102,8 +102,8 @@ def ledger(
 
 def _open_ledger(settings: Config, gpus: int | None) -> StepLedger:
     from evomesh.config.layout import axis_sizes
-    from evomesh.data.packing.corpus import open_corpus
     from evomesh.data.packing.ledger import StepLedger
+    from evomesh.data.packing.staged import open_training_corpus
 
     if settings.data.type == "streaming":
         raise UserError(
@@ -113,7 +113,7 @@ def _open_ledger(settings: Config, gpus: int | None) -> StepLedger:
         )
     parallel = settings.parallel
     processes = gpus or parallel.tensor.size * parallel.pipeline.size
-    corpus = open_corpus(settings.data, settings.model.vocab_size)
+    corpus = open_training_corpus(settings.data, settings.model.vocab_size)
     return StepLedger(corpus, axis_sizes(parallel, processes).dp)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from evomesh.config.data_stages import StagesSetting
 from evomesh.config.section import Section
 from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 
@@ -60,6 +61,10 @@ class DataConfig(Section):
     )
     dataset_weights: dict[str, float] | None = Field(
         None, description="Shares of the packs, by part of the path."
+    )
+    stages: StagesSetting = Field(
+        (),
+        description="Parts of the run with their own data, each until a step or a number of tokens.",
     )
     skip_batches: StepsSetting = Field(
         StepRanges(), description="Steps whose data is consumed without training on it."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from evomesh.config.data import DataConfig
+from evomesh.config.data_stages import data_stage_problem, resolve_data_stages
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.schema import Config
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
@@ -49,6 +50,8 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
         yield from _streaming_findings(data)
     if data.rampup_batch_size is not None:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
+    if data.stages:
+        yield from _stages_findings(config)
 
 
 def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
@@ -68,6 +71,74 @@ def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
             'data.type="streaming" needs a fixed number of packs per step',
             fix="remove rampup_batch_size, or tokenize the text first",
         )
+
+
+def _stages_findings(config: Config) -> Iterator[ConfigFinding]:
+    """Yield what is wrong with data stages; what depends on the number of ranks is checked when a run starts."""
+    data = config.data
+    others = {
+        "data.rampup_batch_size": (data.rampup_batch_size, "set micro_num in stages"),
+        "data.epochs": (data.epochs, "set data.total_steps"),
+        "ckpt.checkpoint_every_epochs": (
+            config.ckpt.checkpoint_every_epochs,
+            "set ckpt.checkpoint_every",
+        ),
+    }
+    for key, (value, fix) in others.items():
+        if value is not None:
+            yield ConfigFinding(
+                ("data.stages", key),
+                f"data.stages together with {key}",
+                fix=f"{fix} instead of {key}",
+            )
+    if data.type == "streaming":
+        yield ConfigFinding(
+            ("data.stages", "data.type"),
+            'data.stages with data.type="streaming"',
+            fix="tokenize the text first: evomesh tokenize",
+        )
+    yield from _stage_ends(data)
+    for number, item in enumerate(data.stages, 1):
+        section = item.section(data)
+        if section.seq_len > data.seq_len or section.packed_length > data.packed_length:
+            yield ConfigFinding(
+                ("data.stages",),
+                f"data stage {number} has seq_len {section.seq_len} and packs of {section.packed_length} tokens",
+                expected=f"at most data.seq_len={data.seq_len} and seq_len * micro_bsz={data.packed_length}: "
+                "the data section has the largest, which memory and positions are planned for",
+            )
+
+
+def _stage_ends(data: DataConfig) -> Iterator[ConfigFinding]:
+    """Yield ends that are wrong in every layout: those by step."""
+    last_step = 0
+    last_tokens = 0
+    for number, item in enumerate(data.stages, 1):
+        name = f"data stage {number}"
+        found = ""
+        if item.until is not None and item.until_tokens is not None:
+            found = f"{name} has until and until_tokens"
+        elif item.until is not None and item.until <= last_step:
+            found = f"{name} ends at step {item.until}, data stage {number - 1} at step {last_step} or later"
+        elif item.until_tokens is not None and item.until_tokens <= last_tokens:
+            found = f"{name} ends at {item.until_tokens:,} tokens, an earlier one at {last_tokens:,}"
+        if found:
+            yield ConfigFinding(
+                ("data.stages",),
+                found,
+                expected="one end for each data stage, after that of the one before",
+            )
+            return
+        last_step = item.until or last_step
+        last_tokens = item.until_tokens or last_tokens
+    if all(item.until_tokens is None for item in data.stages):
+        problem = data_stage_problem(resolve_data_stages(data, 1), data.total_steps)
+        if problem:
+            yield ConfigFinding(
+                ("data.stages", "data.total_steps"),
+                problem,
+                expected="stages that follow each other from step 0 to data.total_steps; the last needs no end",
+            )
 
 
 def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:

@@ -118,6 +118,18 @@ def layout_findings(config: Config) -> Iterator[ConfigFinding]:
         yield from _schedule_findings(config)
 
 
+def data_stage_layout_findings(config: Config) -> Iterator[ConfigFinding]:
+    """Yield the problems of the parallel sizes that only a data stage has."""
+    known = [finding.found for finding in layout_findings(config)]
+    for number, item in enumerate(config.data.stages, 1):
+        section = item.section(config.data)
+        of_stage = config.model_copy(update={"data": section})
+        for finding in layout_findings(of_stage):
+            if finding.found not in known:
+                found = f"data stage {number}: {finding.found}"
+                yield ConfigFinding(("data.stages",), found, finding.expected)
+
+
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
     """Return the largest zero axis: the ranks of a stage that hold the same shard of the weights."""
     ranks_per_stage = world_size // parallel.pipeline.size

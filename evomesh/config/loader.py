@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -167,6 +167,8 @@ def _keys_below(annotation: Any, key: str) -> Iterator[str]:
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section in a field's type, such as ``LoadConfig`` in ``LoadConfig | None``; None without one."""
+    if get_origin(annotation) is tuple:  # a list of sections has no keys of its own
+        return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

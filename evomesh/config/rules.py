@@ -14,7 +14,7 @@ from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
 from evomesh.config.grad_profiling import profiling_findings
-from evomesh.config.layout import layout_findings
+from evomesh.config.layout import data_stage_layout_findings, layout_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
@@ -64,6 +64,7 @@ def check(
         *_learning_rate_findings(config),
         *_job_name_findings(config),
         *layout_findings(config),
+        *data_stage_layout_findings(config),
         *_checkpoint_findings(config),
         *profiling_findings(config.grad_profiling, config.model),
         *alert_findings(config.monitor.alert),

@@ -13,6 +13,7 @@ from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.loader import BatchStream
 from evomesh.data.packing.packs import PackRule
 from evomesh.data.packing.report import check_manifest
+from evomesh.data.packing.staged import open_training_corpus
 from evomesh.data.packing.streaming import open_streaming
 from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.packing.text_documents import read_documents
@@ -37,7 +38,7 @@ __all__ = [
 
 
 class TrainData(Protocol):
-    """Training data of a run: a ``Corpus`` of token files, or ``StreamingData``.
+    """Training data of a run: a ``Corpus`` of token files, one of data stages, or ``StreamingData``.
 
     Attributes:
         types: type names; ``Batch.type_ids`` index into it.
@@ -83,7 +84,7 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     """
     if config.type == "streaming":
         return open_streaming(config, vocab_size)
-    corpus = open_corpus(config, vocab_size)
+    corpus = open_training_corpus(config, vocab_size)
     # All sources together, since the share of each that is read depends on the size of all.
     sources: list[DocumentSource] = []
     for plan in corpus.plans:

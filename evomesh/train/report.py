@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
+from evomesh.config.data_stages import resolve_data_stages, stage_at, stage_table
 from evomesh.config.redact import REDACTED
 from evomesh.config.schema import Config
 from evomesh.config.user import expand_home
@@ -68,6 +69,7 @@ class RunReporter:
         self.data = data
         self.world_size = context.world_size
         self.dp_size = grid.dp.size
+        self._stages = resolve_data_stages(config.data, self.dp_size)
         self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
 
@@ -125,6 +127,8 @@ class RunReporter:
         logger.info("run folder: %s", self.folder)
         table = self.data.table()
         logger.info("training data:\n%s", table)
+        if self._stages:
+            logger.info("data stages:\n%s", stage_table(self._stages))
         for warning in self.data.warnings:
             logger.warning("%s", warning)
         total_steps = self.config.data.total_steps
@@ -176,6 +180,7 @@ class RunReporter:
         seconds: float,
     ) -> StepRecord:
         """Log the line of one step and return its record for ``write``."""
+        self._announce_stage(step)
         record = self._record(
             step,
             batch,
@@ -205,6 +210,17 @@ class RunReporter:
         if self._progress is not None:
             self._progress.update(step + 1, record.loss, record.tgs * self.world_size)
         return record
+
+    def _announce_stage(self, step: int) -> None:
+        """Log the border of two data stages."""
+        stage = stage_at(self._stages, step)
+        if self.main and stage is not None and 0 < step == stage.first_step:
+            logger.info(
+                "data stage %d of %d begins with step %d",
+                stage.number,
+                len(self._stages),
+                step,
+            )
 
     def validation(self, record: StepRecord, results: dict[str, float]) -> StepRecord:
         """Log one line per validation set and return the record with the results added."""
@@ -243,7 +259,9 @@ class RunReporter:
         loss_scale: float,
         seconds: float,
     ) -> StepRecord:
-        data, model = self.config.data, self.config.model
+        stage = stage_at(self._stages, step)
+        data = self.config.data if stage is None else stage.data
+        model = self.config.model
         # [M, K - 1]; 0 where the bounds are padded.
         segment_lengths = batch.cu_seqlens.diff(dim=1)
         segments_per_micro_batch = (segment_lengths > 0).sum(1)

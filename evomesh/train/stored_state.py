@@ -17,6 +17,11 @@ from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.sampler import SamplerPosition
+from evomesh.data.packing.staged_sampler import (
+    CURSOR_FIELDS,
+    POSITION_FIELDS,
+    STAGE_FIELDS,
+)
 from evomesh.data.records.rows import RowCursor
 from evomesh.train.state import TrainState
 
@@ -133,6 +138,9 @@ def _check_position(sampler: Mapping[str, Any]) -> None:
             integer(row, "sampler.lanes")
             integer(used, "sampler.lanes")
         return
+    if "stages" in sampler:
+        _check_staged_position(sampler)
+        return
     _check_fields(sampler["position"], SamplerPosition, "sampler.position")
     if sampler["rampup"] is not None:
         _check_fields(sampler["rampup"], BatchSizeRampup, "sampler.rampup")
@@ -142,3 +150,18 @@ def _check_position(sampler: Mapping[str, Any]) -> None:
         return
     _check_integers(sampler, ["num_packs", "seed", "unit"], "sampler")
     _check_text(sampler["order"], "sampler.order")
+
+
+def _check_staged_position(sampler: Mapping[str, Any]) -> None:
+    """Check the position in a run with data stages."""
+    _check_integers(sampler["position"], list(POSITION_FIELDS), "sampler.position")
+    for name, cursor in mapping(sampler["cursors"], "sampler.cursors").items():
+        _check_integers(cursor, list(CURSOR_FIELDS), f"sampler.cursors.{name}")
+    _check_integers(sampler, ["seed", "unit"], "sampler")
+    _check_text(sampler["order"], "sampler.order")
+    stages = array(sampler["stages"], "sampler.stages")
+    for stage in stages:
+        for key in STAGE_FIELDS:
+            mapping(stage, "sampler.stages")[key]
+    if len(stages) != sampler["position"]["stage"] + 1:
+        raise ValueError("sampler.stages are not those up to sampler.position.stage")

@@ -110,6 +110,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.order", "xtuner", E),
     CompatibilityRow("data.data_order_path", "order.txt", E),
     CompatibilityRow("data.dataset_weights", {"cn": 2.0}, E),
+    CompatibilityRow("data.stages", [{"until": 9, "micro_num": 2}, {}], E),
     CompatibilityRow("data.skip_batches", "1,3-5", E),
     CompatibilityRow("data.rampup_batch_size", "1 1 10", E, ("data.micro_num=4",)),
     CompatibilityRow("data.seed", 3, E),

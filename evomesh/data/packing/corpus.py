@@ -78,6 +78,15 @@ class Corpus:
         """Description of the data, as JSON: files with their sizes, documents, tokens and hashes, in order."""
         return make_manifest(self.report, self.types)
 
+    def with_config(self, config: DataConfig) -> Corpus:
+        """Return the same packs in the order, and the batches, of another section."""
+        warnings = list(self.warnings)
+        if config.dataset_weights and config is not self.config:
+            for warning in _unmatched(self.report, config.dataset_weights):
+                if warning not in warnings:
+                    warnings.append(warning)
+        return Corpus(config, self.plans, self.types, self.report, warnings)
+
     def read(self, pack: int) -> Pack:
         """Read a pack by its number in the corpus; any thread may call this."""
         plan, number = self.locate(pack)
@@ -169,6 +178,13 @@ def _resume_position(
     """
     if "xtuner" in state:
         return sampler.seek(int(state["xtuner"]["step"]))
+    if "stages" in state:
+        raise UserError(
+            "the checkpoint was trained with data.stages, and this config has none",
+            where="resuming the data position",
+            fix="restore data.stages, or load only the weights: "
+            'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+        )
     theirs = state.get("internevo")
     if theirs is None:
         return sampler.resume(state)
@@ -227,12 +243,19 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         report += [file_row(source, types, plan) for source in stream]
     warnings = find_warnings(report, sources, config)
     if config.dataset_weights:
-        _, unmatched = group_packs(report, config.dataset_weights)
-        for name in unmatched:
-            warnings.append(
-                f"{name} matches no key of data.dataset_weights and is not trained on"
-            )
+        warnings += _unmatched(report, config.dataset_weights)
     return Corpus(config, plans, types, report, warnings)
+
+
+def _unmatched(
+    report: Sequence[dict[str, Any]], weights: dict[str, float]
+) -> list[str]:
+    """Return a warning for each file that no weight is for."""
+    _, unmatched = group_packs(report, weights)
+    return [
+        f"{name} matches no key of data.dataset_weights and is not trained on"
+        for name in unmatched
+    ]
 
 
 def _shared_folder(config: DataConfig) -> Path | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.packing.corpus import Corpus
+from evomesh.data.packing.staged import StagedCorpus
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
 from evomesh.errors import UserError
 
@@ -53,7 +54,7 @@ class StepLedger:
         UserError: the data is smaller than one step.
     """
 
-    def __init__(self, corpus: Corpus, dp_size: int) -> None:
+    def __init__(self, corpus: Corpus | StagedCorpus, dp_size: int) -> None:
         self.corpus = corpus
         self.dp_size = dp_size
         self.sampler = corpus.sampler(dp_size)
@@ -118,18 +119,26 @@ class StepLedger:
 
     def _packs_of(self, file: str, row: int) -> list[int]:
         """Return the numbers in the corpus of the packs that hold a part of a document."""
-        plan_number, source_number, document = self._find(file, row)
-        first = self.corpus.first_pack(plan_number)
-        plan = self.corpus.plans[plan_number]
-        return [first + pack for pack in plan.packs_of(source_number, document)]
+        packs = []
+        for plan_number, source_number, document in self._find(file, row):
+            first = self.corpus.first_pack(plan_number)
+            plan = self.corpus.plans[plan_number]
+            packs += [first + pack for pack in plan.packs_of(source_number, document)]
+        return packs
 
-    def _find(self, file: str, row: int) -> tuple[int, int, int]:
-        """Return the stream, the source in it and the number among its kept documents of a file's row."""
+    def _find(self, file: str, row: int) -> list[tuple[int, int, int]]:
+        """Return the stream, the source in it and the number among its kept documents of a file's row.
+
+        Data stages with packs of several lengths have the file in several streams.
+        """
+        found = []
         for plan_number, plan in enumerate(self.corpus.plans):
             for source_number, source in enumerate(plan.sources):
                 if source.name == file:
                     document = _document(source, row)
-                    return plan_number, source_number, document
+                    found.append((plan_number, source_number, document))
+        if found:
+            return found
         some_names: list[str] = []
         for plan in self.corpus.plans[:8]:
             some_names += [source.name for source in plan.sources[:8]]

@@ -140,19 +140,30 @@ class MixedSampler:
     ) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of the step at ``position``, and the position after it."""
         size = self.size(position.step)
-        # The schedule depends on the packs consumed so far alone: it names the source
-        # of each of the next ones.
         counts = self.schedule.counts(position.consumed)
-        drawn_from = self.schedule.take(position.consumed, size)
-        packs = []
-        for source in drawn_from:
-            packs.append(self._pack(source, counts[source]))
-            counts[source] += 1
+        packs, _ = self.draw(position.consumed, counts, size)
         after = self._position(
             position.step + 1,
             position.consumed + size,
         )
-        return np.array(packs, np.int64), after
+        return packs, after
+
+    def draw(
+        self, drawn: int, counts: Sequence[int], size: int
+    ) -> tuple[NDArray[np.int64], list[int]]:
+        """Return packs ``[drawn, drawn + size)`` of the mixture, and the counts after them.
+
+        Args:
+            counts: packs that each source has given, in this mixture or before it.
+        """
+        # The schedule depends on the packs drawn so far alone: it names the source of
+        # each of the next ones.
+        counts_after = list(counts)
+        packs = []
+        for source in self.schedule.take(drawn, size):
+            packs.append(self._pack(source, counts_after[source]))
+            counts_after[source] += 1
+        return np.array(packs, np.int64), counts_after
 
     def _pack(self, source: int, number: int) -> int:
         """Return pack ``number`` of the endless passes over a source."""

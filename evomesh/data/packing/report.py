@@ -146,6 +146,11 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
     saved_hash = saved.get("hash") if isinstance(saved, dict) else saved
     if saved is None or saved_hash == current["hash"]:
         return
+    # Data stages may have been added, with folders of their own.
+    present_parts = current.get("parts", [])
+    saved_parts = saved.get("parts", []) if isinstance(saved, dict) else []
+    if set(saved_parts or [saved_hash]) <= set(present_parts):
+        return
     lines = [
         f"the data changed since the checkpoint ({saved_hash} -> {current['hash']})"
     ]

@@ -160,15 +160,19 @@ class PackSampler:
         # looking at packs.
         position = SamplerPosition()
         while position.step < step:
-            size = self.size(position.step)
-            consumed = position.consumed + size
-            if self.order == "xtuner":
-                epoch, offset = divmod(consumed, self.pass_packs)
-            else:
-                epoch, start = self._start_of_step(position, size)
-                offset = start + size
-            position = SamplerPosition(position.step + 1, epoch, offset, consumed)
+            position = self.after(position)
         return position
+
+    def after(self, position: SamplerPosition) -> SamplerPosition:
+        """Return the position after the step at ``position``, without looking at packs."""
+        size = self.size(position.step)
+        consumed = position.consumed + size
+        if self.order == "xtuner":
+            epoch, offset = divmod(consumed, self.pass_packs)
+        else:
+            epoch, start = self._start_of_step(position, size)
+            offset = start + size
+        return SamplerPosition(position.step + 1, epoch, offset, consumed)
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of all packs in pass ``epoch``."""

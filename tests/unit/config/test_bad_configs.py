@@ -39,6 +39,38 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["grad_profiling.interval_steps", "found 0", ">= 1"],
     ),
     (["grad_profiling=dict(layer=['head'])"], ["did you mean grad_profiling.layers?"]),
+    *[
+        ([f"data.stages={stages}", "data.total_steps=90", *sets], words)
+        for stages, sets, *words in (
+            ("dict(until=5)", [], ["found {'until': 5}", "a list of dicts"]),
+            ("[5, {}]", [], ["item 1 is 5", "a list of dicts"]),
+            ("[dict(untill=5), {}]", [], ["unknown key 'untill'", "any of until, "]),
+            ("[dict(until=0), {}]", [], ["data.stages", "found 0", ">= 1"]),
+            ("[dict(until=9), dict(until=9), {}]", [], ["stage 2 ends at step 9"]),
+            ("[dict(until=9), dict(until=4), {}]", [], ["stage 2 ends at step 4"]),
+            ("[dict(until_tokens=9), dict(until_tokens=4), {}]", [], ["ends at 4 tok"]),
+            ("[dict(until=9, until_tokens=4), {}]", [], ["until and until_tokens"]),
+            ("[dict(until=9), {}, {}]", [], ["data stage 2 has no end, and"]),
+            ("[dict(until=91), {}]", [], ["at step 91, after the last step"]),
+            ("[dict(until=90), {}]", [], ["step 90, which is the end of the run"]),
+            ("[dict(until=9), dict(until=50)]", [], ["stage 2 ends at step 50: no"]),
+            ("[dict(seq_len=4096)]", [], ["data stage 1 has seq_len 4096", "2048"]),
+            ("[dict(micro_bsz=2)]", [], ["packs of 4096 tokens", "at most"]),
+            ("[{}]", ["data.rampup_batch_size='1 1 1'"], ["together with data.rampup"]),
+            (
+                "[dict(seq_len=2047)]",
+                ["parallel.tensor=dict(size=2, mode='msp')"],
+                ["data stage 1: 2 does not divide the packed length 2047"],
+            ),
+            (
+                "[{}]",
+                ["data.type='streaming'", "data.tokenizer_path='x'"],
+                ["data.type", "tokenize the text first"],
+            ),
+        )
+        for words in words
+    ],
+    (["data.stages=[{}]", "data.epochs=2"], ["data.stages together with data.epochs"]),
     (["modle={}"], ["modle", "unknown key", "did you mean model?"]),
     (["data.micro_bzs=2"], ["data.micro_bzs", "did you mean data.micro_bsz?"]),
     (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from evomesh.cli.app import app
 from evomesh.config.data import DataConfig
 from evomesh.config.step_values import BatchSizeRampup
-from evomesh.data.packing.corpus import Corpus, open_corpus
+from evomesh.data.packing.corpus import Corpus
 from evomesh.data.packing.ledger import LedgerEntry, StepLedger
+from evomesh.data.packing.staged import StagedCorpus, open_training_corpus
 from evomesh.errors import UserError
 from tests.support.golden import write_bin
 
@@ -41,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_data(folder: Path, **values: Any) -> Corpus:
+def open_data(folder: Path, **values: Any) -> Corpus | StagedCorpus:
     options = {
         "seq_len": 8,
         "micro_bsz": 2,
@@ -49,7 +50,7 @@ def open_data(folder: Path, **values: Any) -> Corpus:
         "num_worker": 0,
         "train_folder": str(folder),
     }
-    return open_corpus(DataConfig(**(options | values)), None)
+    return open_training_corpus(DataConfig(**(options | values)), None)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"remainder": "pad"},
     "xtuner": {"order": "xtuner"},
     "one sample": {"pack_sample_into_one": True},
+    "stages": {
+        "total_steps": STEPS,
+        "stages": [
+            {"until": 2, "dataset_weights": {"en/": 0.7, "cn/": 0.2, "code/": 0.1}},
+            {"until": 9, "seq_len": 4, "micro_num": 3},
+            {},
+        ],
+    },
 }
 
 
