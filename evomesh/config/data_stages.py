@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from evomesh.config.section import Section
 from evomesh.config.step_values import SettingError
@@ -65,8 +65,16 @@ def _parse_stages(value: Any) -> Any:
     return tuple(value)
 
 
-# The field type of the schema.
-StagesSetting = Annotated[tuple[DataStageConfig, ...], BeforeValidator(_parse_stages)]
+def _as_written(stages: tuple[DataStageConfig, ...]) -> list[dict[str, Any]]:
+    return [stage.model_dump(exclude_none=True) for stage in stages]
+
+
+# The field type of the schema: a stage is written with the keys that it has.
+StagesSetting = Annotated[
+    tuple[DataStageConfig, ...],
+    BeforeValidator(_parse_stages),
+    PlainSerializer(_as_written),
+]
 
 
 @dataclass(frozen=True)

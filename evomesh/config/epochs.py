@@ -25,6 +25,12 @@ def steps_per_epoch(config: Config, num_packs: int, dp_size: int) -> float:
     return float(num_packs // packs_per_step)
 
 
+def packs_left_out(config: Config, num_packs: int, dp_size: int) -> int:
+    """Return the packs of a pass that are in no step, because they do not fill one or cannot be divided among ranks."""
+    per_epoch = steps_per_epoch(config, num_packs, dp_size)
+    return num_packs - round(per_epoch * config.data.micro_num * dp_size)
+
+
 def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
     """Return the config with ``total_steps`` and ``checkpoint_every`` set from its epochs, if it has any.
 

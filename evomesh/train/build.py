@@ -16,7 +16,8 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import check_config, decide, restore
 from evomesh.checkpoint.start_point import StartPoint
-from evomesh.config.epochs import resolve_epochs, steps_per_epoch
+from evomesh.config.data_stages import check_data_stages
+from evomesh.config.epochs import packs_left_out, resolve_epochs, steps_per_epoch
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
 from evomesh.data.batch import Batch
@@ -144,6 +145,7 @@ def build_run(
     # 1. Data first, because it is what most often cannot be used.
     train_data, valid_sets = _build_data(config)
     config = _resolve_epochs(config, train_data, context)
+    check_data_stages(config.data, grid.dp.size)
 
     # 2. What the run starts from, before a large model is built.
     exchange = default_exchange()
@@ -246,9 +248,15 @@ def _resolve_epochs(
 
 def _describe_epochs(config: Config, num_packs: int, dp_size: int) -> str:
     per_epoch = steps_per_epoch(config, num_packs, dp_size)
+    left_out = packs_left_out(config, num_packs, dp_size)
+    remark = ""
+    if left_out:
+        remark = (
+            f" ({left_out} packs of each pass, other ones each time, are in no step)"
+        )
     return (
         f"one pass is {num_packs} packs = {per_epoch:g} steps of {config.data.micro_num} micro-batches on {dp_size} "
-        f"data-parallel ranks: total_steps={config.data.total_steps}, "
+        f"data-parallel ranks{remark}: total_steps={config.data.total_steps}, "
         f"checkpoint_every={config.ckpt.checkpoint_every:g}"
     )
 

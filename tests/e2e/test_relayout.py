@@ -23,10 +23,18 @@ parallel = dict({parallel})
 """
 
 
+# Steps 0 to 3, 4 to 8 and the rest.
+STAGES = """
+data["stages"] = [
+    dict(until=4, seq_len=16, micro_num={half}), dict(until_tokens=1536), dict(dataset_weights={{"en/": 3, "code/": 1}}),
+]
+"""
+
+
 def write(folder: Path, parallel: str, data_ranks: int, steps: int = STEPS) -> None:
-    write_run(
-        folder, COMMON.format(steps=steps, micro=PACKS // data_ranks, parallel=parallel)
-    )
+    micro = PACKS // data_ranks
+    text = COMMON.format(steps=steps, micro=micro, parallel=parallel)
+    write_run(folder, text + STAGES.format(half=micro // 2))
 
 
 def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:

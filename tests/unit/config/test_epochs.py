@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Literal
 
 import pytest
 
 from evomesh.config.data import DataConfig
-from evomesh.config.epochs import resolve_epochs
+from evomesh.config.epochs import packs_left_out, resolve_epochs
 from evomesh.config.loader import load_config
 from evomesh.config.schema import CheckpointConfig, Config
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
@@ -73,3 +76,25 @@ def test_one_length_only(also: str, tmp_path: object) -> None:
         )
     with pytest.raises(UserError, match=r"data\.epochs"):
         load_config(path, ["data.epochs=1", also])
+
+
+@pytest.mark.parametrize("order", ["internevo", "xtuner"])
+@pytest.mark.parametrize(("packs", "dp"), [(48, 1), (48, 2), (51, 2)])
+def test_every_pack_comes_twice_but_those_that_are_counted(
+    packs: int, dp: int, order: Literal["internevo", "xtuner"]
+) -> None:
+    config = Config(data=DataConfig(epochs=2, micro_num=4, order=order))
+    steps = resolve_epochs(config, packs, dp).data.total_steps
+    sampler = PackSampler(packs, 1, 4 * dp, order=order, unit=dp)
+    position = SamplerPosition()
+    uses: Counter[int] = Counter()
+    for _ in range(steps):
+        drawn, position = sampler.take(position)
+        uses.update(drawn.tolist())
+    left_out = packs_left_out(config, packs, dp)
+    assert uses.total() == 2 * (packs - left_out) // (4 * dp) * 4 * dp
+    assert max(uses.values()) == 2
+    if packs == 48:
+        assert set(uses.values()) == {2} and len(uses) == 48 and not left_out
+    else:
+        assert left_out == {"internevo": 3, "xtuner": 1}[order]

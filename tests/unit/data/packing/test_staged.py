@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 
 from evomesh.config.data import DataConfig
+from evomesh.config.data_stages import resolve_data_stages
 from evomesh.data.packing.corpus import open_corpus
+from evomesh.data.packing.mixture import MixtureSchedule
 from evomesh.data.packing.staged import StagedCorpus, open_training_corpus
 from evomesh.data.packing.staged_sampler import StagedPosition
 from evomesh.errors import UserError
@@ -44,9 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def open_data(
     folder: str, stages: list[dict[str, Any]], micro_num: int = 4, **values: Any
 ) -> StagedCorpus:
-    options = dict(
-        seq_len=8, micro_bsz=2, micro_num=micro_num, num_worker=0, seed=SEED
-    )
+    options = dict(seq_len=8, micro_bsz=2, micro_num=micro_num, num_worker=0, seed=SEED)
     options |= {"total_steps": STEPS, "train_folder": folder, "stages": stages}
     corpus = open_training_corpus(DataConfig(**(options | values)), None)
     assert isinstance(corpus, StagedCorpus)
@@ -67,9 +69,7 @@ def steps_of(
 
 def numbers_of(corpus: StagedCorpus) -> dict[int, int]:
     """First token -> number of the pack; the documents of a file are shuffled before they are packed."""
-    return {
-        int(corpus.read(pack).tokens[0]): pack for pack in range(corpus.num_packs)
-    }
+    return {int(corpus.read(pack).tokens[0]): pack for pack in range(corpus.num_packs)}
 
 
 def passes(packs: int, seed: int = SEED) -> Any:
@@ -119,21 +119,52 @@ def test_a_new_mixture_takes_each_source_on_from_where_it_was(
     corpus = open_data(folders[0], stages, micro_bsz=1)
     number_of = numbers_of(corpus)
     drawn = [[number_of[row[0]] for row in step] for step in steps_of(corpus, 1)]
-    for packs, share in ((drawn[:9], 3 / 4), (drawn[9:20], 1 / 5), (drawn[20:], 0)):
-        total = 0
-        english = 0
-        for pack in sum(packs, []):
-            total += 1
-            english += pack >= 7
-            assert abs(english - share * total) < 1
+    # Each mixture begins anew.
+    for steps, weights in ((drawn[:9], [3, 1]), (drawn[9:20], [1, 4])):
+        packs = functools.reduce(operator.iadd, steps, [])
+        chosen = [0 if pack >= 7 else 1 for pack in packs]
+        assert chosen == MixtureSchedule(weights).take(0, len(packs))
+    assert max(functools.reduce(operator.iadd, drawn[20:], [])) < 7
     # "cn" is packs 0 to 6, "en" the other 14.
     for first, count in ((0, 7), (7, 14)):
-        own = [pack - first for pack in sum(drawn, []) if first <= pack < first + count]
+        own = [
+            pack - first
+            for pack in functools.reduce(operator.iadd, drawn, [])
+            if first <= pack < first + count
+        ]
         numbers = passes(count)
         expected: list[int] = []
         while len(expected) < len(own):
             expected += next(numbers)
         assert own == expected[: len(own)]
+
+
+@pytest.mark.parametrize("tokens", [400, 415, 416, 417, 447, 448, 449])
+def test_the_table_has_the_steps_that_are_taken(
+    folders: tuple[str, str], tokens: int
+) -> None:
+    stages = [
+        dict(until=5, micro_num=1),
+        dict(until_tokens=tokens, micro_num=2),
+        dict(until=30),
+        dict(),
+    ]
+    corpus = open_data(folders[0], stages)
+    sizes = [len(step) for step in steps_of(corpus, 1)]
+    expected = []
+    consumed = 0
+    for step in range(STEPS):
+        size = 1 if step < 5 else 2 if consumed < tokens else 4
+        consumed += 16 * size
+        expected.append(size)
+    assert sizes == expected
+    table = resolve_data_stages(corpus.config, 1)
+    assert [stage.end_step for stage in table] == [5, 5 + sizes.count(2), 30, STEPS]
+    assert sum(stage.tokens for stage in table) == consumed
+    assert [stage.tokens_before for stage in table][1:3] == [
+        5 * 16,
+        5 * 16 + sizes.count(2) * 32,
+    ]
 
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -183,7 +214,9 @@ def test_resumed_anywhere_and_in_another_layout_is_the_run_left_alone(
     for step in range(STEPS):
         sought = sampler.seek(step)
         assert isinstance(sought, StagedPosition)
-        if order == "internevo":  # in XTuner's, the end of a pass is the start of the next
+        if (
+            order == "internevo"
+        ):  # in XTuner's, the end of a pass is the start of the next
             assert sampler.state(sought) == sampler.state(position)
         if step % 4 == 3 or step in (4, 7, 10, 17, 33):
             state = sampler.state(position) | {"manifest": alone.manifest["hash"]}
@@ -245,7 +278,10 @@ class TestChangesOnResume:
     @pytest.mark.parametrize(
         "stages, words",
         [
-            ([dict(until=9), *STAGES[1:]], "data stage 1: until: 10 in the checkpoint, 9"),
+            (
+                [dict(until=9), *STAGES[1:]],
+                "data stage 1: until: 10 in the checkpoint, 9",
+            ),
             ([STAGES[0], dict(until=14, micro_num=2), dict()], "steps: 15 in the ch"),
             ([dict(until=40)], "data stage 1: until: 10 in the checkpoint, 40"),
             (
@@ -271,7 +307,11 @@ class TestChangesOnResume:
         )
         sampler = plain.sampler(1)
         state = sampler.state(sampler.seek(step)) | {"manifest": plain.manifest["hash"]}
-        stages = [dict(until=10), dict(until=20), dict(micro_num=2)]
+        stages = [
+            dict(until_tokens=10 * 4 * 16),
+            dict(until=max(step, 11), train_folder=folders[step < 11]),
+            dict(train_folder=folders[1]),
+        ]
         expected = steps_of(open_data(folders[0], stages), 1)
         found = steps_of(open_data(folders[0], stages), 1, STEPS - step, state)
         assert found == expected[step:]
