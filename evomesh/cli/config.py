@@ -135,12 +135,7 @@ def show(
         rows.append((key, _format_value(value), loaded.origins.get(key, "default")))
     _print_table(("key", "value", "from"), rows)
     typer.echo()
-    figure_rows = [(name, _format_value(value)) for name, value in figures.items()]
-    _print_table(("derived", "value"), figure_rows)
-    stages = _stage_rows(loaded, int(figures["data-parallel size"]))
-    if stages:
-        typer.echo()
-        _print_table(stages[0], stages[1:])
+    _print_figures(loaded, figures)
     if gpus is None:
         typer.echo(
             "derived for the fewest gpus of this layout; --gpus sets another number"
@@ -322,8 +317,14 @@ def _base_files(config: Path) -> list[Path]:
     return []
 
 
-def _stage_rows(loaded: LoadedConfig, dp_size: int) -> list[tuple[str, ...]]:
-    """Return the table of data stages with its head first, and a last row for what is wrong with them."""
+def _print_figures(loaded: LoadedConfig, figures: dict[str, Any]) -> None:
+    rows = [(name, _format_value(value)) for name, value in figures.items()]
+    _print_table(("derived", "value"), rows)
+    _print_stages(loaded, int(figures["data-parallel size"]))
+
+
+def _print_stages(loaded: LoadedConfig, dp_size: int) -> None:
+    """Print the table of data stages, if there are any, with what is wrong with them."""
     from evomesh.config.data_stages import (
         data_stage_problem,
         resolve_data_stages,
@@ -333,12 +334,13 @@ def _stage_rows(loaded: LoadedConfig, dp_size: int) -> list[tuple[str, ...]]:
     data = loaded.config.data
     stages = resolve_data_stages(data, dp_size)
     if not stages:
-        return []
-    rows = stage_rows(stages)
+        return
+    head, *rows = stage_rows(stages)
+    typer.echo()
+    _print_table(head, rows)
     problem = data_stage_problem(stages, data.total_steps)
     if problem:
-        rows.append(("", f"problem: {problem}", *[""] * (len(rows[0]) - 2)))
-    return rows
+        typer.echo(f"problem: {problem}")
 
 
 def derived(loaded: LoadedConfig, gpus: int | None) -> dict[str, Any]:

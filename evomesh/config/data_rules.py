@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from evomesh.config.data import DataConfig
-from evomesh.config.data_stages import data_stage_problem, resolve_data_stages
+from evomesh.config.data_stages import (
+    DataStageConfig,
+    data_stage_problem,
+    resolve_data_stages,
+)
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.schema import Config
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
@@ -114,18 +118,11 @@ def _stage_ends(data: DataConfig) -> Iterator[ConfigFinding]:
     last_step = 0
     last_tokens = 0
     for number, item in enumerate(data.stages, 1):
-        name = f"data stage {number}"
-        found = ""
-        if item.until is not None and item.until_tokens is not None:
-            found = f"{name} has until and until_tokens"
-        elif item.until is not None and item.until <= last_step:
-            found = f"{name} ends at step {item.until}, data stage {number - 1} at step {last_step} or later"
-        elif item.until_tokens is not None and item.until_tokens <= last_tokens:
-            found = f"{name} ends at {item.until_tokens:,} tokens, an earlier one at {last_tokens:,}"
+        found = _wrong_end(item, last_step, last_tokens)
         if found:
             yield ConfigFinding(
                 ("data.stages",),
-                found,
+                f"data stage {number} {found}",
                 expected="one end for each data stage, after that of the one before",
             )
             return
@@ -139,6 +136,19 @@ def _stage_ends(data: DataConfig) -> Iterator[ConfigFinding]:
                 problem,
                 expected="stages that follow each other from step 0 to data.total_steps; the last needs no end",
             )
+
+
+def _wrong_end(item: DataStageConfig, last_step: int, last_tokens: int) -> str:
+    """Return what is wrong with the end of a data stage after the ends of earlier ones, "" if nothing is."""
+    if item.until is not None and item.until_tokens is not None:
+        return "has until and until_tokens"
+    if item.until is not None and item.until <= last_step:
+        return f"ends at step {item.until}, an earlier one at step {last_step}"
+    if item.until_tokens is not None and item.until_tokens <= last_tokens:
+        return (
+            f"ends at {item.until_tokens:,} tokens, an earlier one at {last_tokens:,}"
+        )
+    return ""
 
 
 def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:

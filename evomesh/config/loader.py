@@ -167,7 +167,7 @@ def _keys_below(annotation: Any, key: str) -> Iterator[str]:
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section in a field's type, such as ``LoadConfig`` in ``LoadConfig | None``; None without one."""
-    if get_origin(annotation) is tuple:  # a list of sections has no keys of its own
+    if get_origin(annotation) is tuple:  # the sections of a list have no dotted keys
         return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -26,7 +26,9 @@ parallel = dict({parallel})
 # Steps 0 to 3, 4 to 8 and the rest.
 STAGES = """
 data["stages"] = [
-    dict(until=4, seq_len=16, micro_num={half}), dict(until_tokens=1536), dict(dataset_weights={{"en/": 3, "code/": 1}}),
+    dict(until=4, seq_len=16, micro_num={half}),
+    dict(until_tokens=1536),
+    dict(dataset_weights={{"en/": 3, "code/": 1}}),
 ]
 """
 

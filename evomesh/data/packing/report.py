@@ -146,7 +146,7 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
     saved_hash = saved.get("hash") if isinstance(saved, dict) else saved
     if saved is None or saved_hash == current["hash"]:
         return
-    # Data stages may have been added, with folders of their own.
+    # Data stages may have been added, with further folders.
     present_parts = current.get("parts", [])
     saved_parts = saved.get("parts", []) if isinstance(saved, dict) else []
     if set(saved_parts or [saved_hash]) <= set(present_parts):

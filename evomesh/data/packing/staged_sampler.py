@@ -1,7 +1,7 @@
 """Decide which packs make up step s of a run with data stages.
 
 A data stage draws from sources: all packs of its data, or those of each weight. A
-source that an earlier stage drew from goes on where that one stopped, so that no pack
+source that an earlier stage drew from continues where that one stopped, so that no pack
 comes twice before all have come once. Everything follows from the position, which
 holds a cursor for each source of the run.
 """
@@ -48,7 +48,7 @@ class StagedPosition(SamplerPosition):
 
 @dataclass(frozen=True)
 class StageSampler:
-    """What one data stage draws from.
+    """A data stage with the packs that it draws from.
 
     Attributes:
         setting: the item of ``data.stages``.
@@ -159,14 +159,10 @@ class StagedSampler:
             steps = min(steps, stage.steps_left(position))
         cursors = list(position.cursors)
         if isinstance(stage.sampler, MixedSampler):
-            # As many packs of each source as its schedule draws in these steps.
-            after = position.drawn + steps * stage.global_batch
-            counts_before = stage.sampler.schedule.counts(position.drawn)
-            counts_after = stage.sampler.schedule.counts(after)
-            for source, old, new in zip(
-                stage.sources, counts_before, counts_after, strict=True
-            ):
-                consumed = cursors[source].consumed + new - old
+            packs = steps * stage.global_batch
+            drawn = _drawn_packs(stage.sampler, position.drawn, packs)
+            for source, count in zip(stage.sources, drawn, strict=True):
+                consumed = cursors[source].consumed + count
                 cursors[source] = SamplerPosition(consumed=consumed)
         else:
             (source,) = stage.sources
@@ -334,6 +330,13 @@ class StagedSampler:
             drawn=consumed,
             cursors=tuple(cursors),
         )
+
+
+def _drawn_packs(sampler: MixedSampler, start: int, packs: int) -> list[int]:
+    """Return how many packs of each source are drawn as packs ``[start, start + packs)`` of a mixture."""
+    before = sampler.schedule.counts(start)
+    after = sampler.schedule.counts(start + packs)
+    return [new - old for old, new in zip(before, after, strict=True)]
 
 
 def _other_data(what: str, before: object, now: object) -> UserError:

@@ -254,20 +254,21 @@ def test_types_of_all_folders_have_one_numbering(folders: tuple[str, str]) -> No
     assert names == {"en", "code"}
 
 
-class TestChangesOnResume:
-    STAGES = [dict(until=10), dict(until=20, micro_num=2), dict()]
+CHANGED: list[dict[str, Any]] = [{"until": 10}, {"until": 20, "micro_num": 2}, {}]
 
+
+class TestChangesOnResume:
     def state(self, folder: str, step: int) -> dict[str, Any]:
-        corpus = open_data(folder, self.STAGES)
+        corpus = open_data(folder, CHANGED)
         sampler = corpus.sampler(1)
         manifest = {"manifest": corpus.manifest["hash"]}
         return sampler.state(sampler.seek(step)) | manifest
 
     def test_later_stages_may_change(self, folders: tuple[str, str]) -> None:
         state = self.state(folders[0], 15)
-        expected = steps_of(open_data(folders[0], self.STAGES), 1)
+        expected = steps_of(open_data(folders[0], CHANGED), 1)
         stages = [
-            *self.STAGES[:1],
+            *CHANGED[:1],
             dict(until=18, micro_num=2),
             dict(train_folder=folders[1]),
         ]
@@ -279,13 +280,13 @@ class TestChangesOnResume:
         "stages, words",
         [
             (
-                [dict(until=9), *STAGES[1:]],
+                [dict(until=9), *CHANGED[1:]],
                 "data stage 1: until: 10 in the checkpoint, 9",
             ),
-            ([STAGES[0], dict(until=14, micro_num=2), dict()], "steps: 15 in the ch"),
+            ([CHANGED[0], dict(until=14, micro_num=2), dict()], "steps: 15 in the ch"),
             ([dict(until=40)], "data stage 1: until: 10 in the checkpoint, 40"),
             (
-                [STAGES[0], dict(until=20, dataset_weights={"en/": 1.0}), dict()],
+                [CHANGED[0], dict(until=20, dataset_weights={"en/": 1.0}), dict()],
                 "data stage 2: weights: None in the checkpoint",
             ),
         ],
@@ -321,13 +322,15 @@ class TestChangesOnResume:
         plain = open_corpus(
             DataConfig(train_folder=folders[0], seq_len=8, micro_bsz=2), None
         )
-        with pytest.raises(UserError, match="trained with data.stages"):
+        with pytest.raises(UserError, match=r"trained with data\.stages"):
             plain.stream(state=state)
 
 
 def test_a_stage_without_enough_data_is_named(folders: tuple[str, str]) -> None:
     corpus = open_data(folders[0], [dict(until=3), dict(micro_num=64)])
-    with pytest.raises(UserError, match="data stage 2: the data has .* one step needs"):
+    with pytest.raises(
+        UserError, match=r"data stage 2: the data has .* one step needs"
+    ):
         corpus.sampler(1)
 
 
