@@ -18,6 +18,7 @@ from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import LocalTensor, describe
+from evomesh.checkpoint.optimizer_state import refuse_other_optimizer
 from evomesh.checkpoint.start_point import (
     CONTENTS,
     COUNTED,
@@ -117,8 +118,9 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
     one that starts from the weights logs it.
 
     Raises:
-        CheckpointError: naming each such key with both values.
+        CheckpointError: naming each such key with both values; or the optimizer state is of another update rule.
     """
+    refuse_other_optimizer(start, config.optimizer)
     if start.checkpoint is None or not (start.wants("model") or start.resumes):
         return
     _refuse_other_dtype(start, config)

@@ -28,6 +28,7 @@ from evomesh.config.model import (
     ModelFamily,
     RotaryType,
 )
+from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.section import Section
 
 # Imported here and from here.
@@ -40,6 +41,7 @@ __all__ = [
     "ModelConfig",
     "ModelFamily",
     "MonitorConfig",
+    "OptimizerConfig",
     "RotaryType",
     "Section",
 ]
@@ -458,7 +460,12 @@ class Config(Section):
     grad_scaler: ScalerConfig = Field(
         ScalerConfig(), description="Dynamic loss scale (float16 only)."
     )
-    adam: AdamConfig = Field(AdamConfig(), description="AdamW.")
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(), description="Rule that updates the weights."
+    )
+    adam: AdamConfig = Field(
+        AdamConfig(), description="AdamW; learning rate and weight decay of every rule."
+    )
     lr_scheduler: LrConfig = Field(
         LrConfig(), description="Learning rate: linear warm-up, then cosine."
     )

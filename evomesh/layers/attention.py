@@ -30,6 +30,7 @@ from evomesh.layers.scores import (
 )
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
+from evomesh.parallel.spec import spec_of, with_spec
 
 __all__ = [
     "Attention",
@@ -417,6 +418,10 @@ class Attention(nn.Module):
         self.wqkv = ColumnParallelLinear(
             size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
         )
+        # An optimizer of whole matrices takes them apart.
+        head_rows = (heads // kv_heads * self.head_dim, self.head_dim, self.head_dim)
+        packed = replace(spec_of(self.wqkv.weight), packed_rows=head_rows)
+        with_spec(self.wqkv.weight, packed)
         has_out_bias = bias if out_bias is None else out_bias
         self.wo = RowParallelLinear(
             heads * self.head_dim, size, bias=has_out_bias, placement=placement

@@ -81,6 +81,16 @@ class AdamW:
                 maximize=False,
             )
 
+    def communicate(self) -> None:
+        """Do nothing: every element is updated where it is."""
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the moments of a master by kind."""
+        moments = self.moments.get(master)
+        if moments is None:
+            return {}
+        return {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+
     @property
     def steps(self) -> int:
         """Return the number of updates so far; waits for the device."""

@@ -1,9 +1,9 @@
-"""AdamW with its state sharded over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
+"""An optimizer with its state sharded over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
 
 Each rank of the ``zero`` axis keeps moments and float32 master weights for its share of
 the rows of every matrix. In a step, gradients are summed to the rank that owns their
-rows, one norm is computed over all of them, AdamW updates the rows, and the updated
-rows are gathered. With one process none of this communicates or copies.
+rows, one norm is computed over all of them, an update rule (``optim/rules.py``) changes
+the rows, and the updated rows are gathered. With one process none of this communicates or copies.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.schema import AdamConfig, ZeroConfig
-from evomesh.optim.adamw import AdamW
 from evomesh.optim.buckets import (
     GradientSync,
     ParameterSync,
@@ -33,7 +33,7 @@ from evomesh.optim.clip import (
     global_norm_and_sums,
 )
 from evomesh.optim.gradient_profile import GradientObserver
-from evomesh.optim.groups import has_weight_decay
+from evomesh.optim.rules import make_rules
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, is_sharded
@@ -85,6 +85,10 @@ class ZeroOptimizer:
         zero: clipping, bucket sizes and overlap.
         grid: the axes as this rank sees them.
         model: the module they belong to, which ``overlap_sync_param`` needs: without it, gathers finish in ``step``.
+        config: the update rule.
+
+    Raises:
+        UserError: the rule does not fit the parameters.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class ZeroOptimizer:
         zero: ZeroConfig,
         grid: Grid = Grid(),  # noqa: B008 (frozen)
         model: nn.Module | None = None,
+        config: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.adam = adam
         self.zero = zero
@@ -112,12 +117,7 @@ class ZeroOptimizer:
             bucket_size=gather_bucket_size(zero, self.device),
             overlap=zero.overlap_sync_param and model is not None,
         )
-        decays: dict[Tensor, float] = {}
-        for slot in self.slots:
-            decays[slot.master] = adam.weight_decay * has_weight_decay(
-                slot.name, adam.no_decay
-            )
-        self._adamw = AdamW(decays, adam.adam_beta1, adam.adam_eps)
+        self._rules = make_rules(self.slots, adam, config, grid)
         for slot in self.slots:
             if slot.is_half or zero.overlap_sync_grad:
                 hook = partial(self._on_gradient, slot)
@@ -148,7 +148,7 @@ class ZeroOptimizer:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
 
         Only the device knows whether the gradient is finite, so phases 4 to 6 always
-        run. In a skipped step AdamW's kernel changes no master, and what is rounded and
+        run. In a skipped step no rule changes a master, and what is rounded and
         gathered from the masters is what was there before.
 
         Args:
@@ -181,10 +181,11 @@ class ZeroOptimizer:
         norm = scaled_norm * inv_scale
         measured = None if profile is None else profile.measure()
 
-        # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
+        # 4. The rules on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
         divisor = self._scale_gradients(gradients, norm, inv_scale)
         not_finite = (~norm.isfinite()).float()
-        self._adamw.step(lr, beta2, divisor, found_inf=not_finite)
+        for rule in self._rules:
+            rule.step(lr, beta2, divisor, found_inf=not_finite)
 
         # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
         copy_masters_to_parameters(self.slots)
@@ -198,7 +199,7 @@ class ZeroOptimizer:
     def _scale_gradients(
         self, gradients: list[Tensor], norm: Tensor, inv_scale: float
     ) -> Tensor | None:
-        """Apply clipping and loss scale; return the divisor of float32 gradients, which the kernel applies itself.
+        """Apply clipping and loss scale; return the divisor of float32 gradients, which the rules apply themselves.
 
         That saves a pass over all gradients. Other dtypes are multiplied here.
         """
@@ -215,6 +216,8 @@ class ZeroOptimizer:
     def communicate_only(self) -> None:
         """Communicate as a step does, except for the norm, and update nothing: for a trace without numbers."""
         self._gradients.finish()
+        for rule in self._rules:
+            rule.communicate()
         self._parameters.start()
         self._parameters.wait()
 
@@ -241,13 +244,15 @@ class ZeroOptimizer:
     def state_shards(self) -> dict[str, LocalShard]:
         """Return the live tensors of the state with their specs, for checkpoints: write into them to load.
 
-        ``optim.exp_avg.NAME``, ``optim.exp_avg_sq.NAME`` and, for float16 and bfloat16, ``optim.master.NAME``.
+        ``optim.KIND.NAME``: what the rule remembers of each parameter (AdamW's ``exp_avg`` and ``exp_avg_sq``, the
+        ``momentum`` of Muon and Lion) and, for float16 and bfloat16, ``optim.master.NAME``.
         """
         self.wait_for_parameters()
         shards: dict[str, LocalShard] = {}
         for slot in self.slots:
-            moments = self._adamw.moments[slot.master]
-            tensors = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+            tensors: dict[str, Tensor] = {}
+            for rule in self._rules:
+                tensors |= rule.state_of(slot.master)
             if slot.is_half:
                 tensors["master"] = slot.master
             for kind, tensor in tensors.items():
@@ -257,10 +262,11 @@ class ZeroOptimizer:
 
     def state(self) -> dict[str, Any]:
         """Return the number of updates; waits for the device, which counts them."""
-        return {"steps": self._adamw.steps}
+        return {"steps": max(rule.steps for rule in self._rules)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._adamw.set_steps(int(state["steps"]))
+        for rule in self._rules:
+            rule.set_steps(int(state["steps"]))
 
     @property
     def device(self) -> torch.device:

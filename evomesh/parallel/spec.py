@@ -23,6 +23,8 @@ class ShardSpec:
         shape: global shape of the tensor.
         shards: (axis name, tensor dim) pairs, outermost first; each rank holds a contiguous range of the dim.
         partial: axes over which the local gradient is still a partial sum.
+        packed_rows: widths along the rows of several matrices that are packed in turn, such as queries, key and value
+            of a key/value head; empty for one matrix.
         padding: rows at the end of dim 0 that exist in this layout only; checkpoints and exports omit them.
     """
 
@@ -30,6 +32,7 @@ class ShardSpec:
     shards: tuple[tuple[str, int], ...] = ()
     partial: frozenset[str] = frozenset()
     padding: int = 0
+    packed_rows: tuple[int, ...] = ()
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

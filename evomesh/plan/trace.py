@@ -127,6 +127,7 @@ def built_rank(
             config.hybrid_zero_optimizer,
             grid,
             stages.module,
+            config.optimizer,
         )
         yield grid, stages, optimizer
 

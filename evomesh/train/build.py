@@ -211,7 +211,9 @@ def _open_stream(
 def _build_optimizer(config: Config, stages: ModelStages, grid: Grid) -> ZeroOptimizer:
     named_parameters = stages.parameters().items()
     zero = config.hybrid_zero_optimizer
-    return ZeroOptimizer(named_parameters, config.adam, zero, grid, stages.module)
+    return ZeroOptimizer(
+        named_parameters, config.adam, zero, grid, stages.module, config.optimizer
+    )
 
 
 def _gradient_profile(

@@ -18,6 +18,8 @@ from evomesh.outside_errors import read_meminfo
 
 GIB = 1024**3
 HALF = ("float16", "bfloat16")
+# Tensors of a weight's shape that an update rule remembers, at least: Muon's AdamW has two.
+LEAST_STATE = {"adamw": 2, "muon": 1, "lion": 1}
 
 
 def bytes_per_rank(config: Config, world_size: int) -> float | None:
@@ -29,15 +31,16 @@ def bytes_per_rank(config: Config, world_size: int) -> float | None:
     parameters = parameter_count(config.model)
     if parameters is None:
         return None
-    # 1. Bytes of each parameter. 16-bit weights have gradients, masters and two moments
-    #    in float32; others are their own masters.
+    # 1. Bytes of each parameter. 16-bit weights have gradients, masters and what the rule
+    #    remembers in float32; others are their own masters.
     is_double = config.model.dtype == "float64"
     gradient = 8 if is_double else 4
     weight = gradient
-    state = 2 * gradient
+    remembered = LEAST_STATE[config.optimizer.type]
+    state = remembered * gradient
     if config.model.dtype in HALF:
         weight = 2
-        state = 3 * gradient
+        state += gradient
 
     # 2. Over how many ranks they are sharded: by the model's layout, the state by ZeRO
     #    too, with FSDP weights and gradients as well.
@@ -97,8 +100,8 @@ def refuse_too_large(
         return
     parameters = parameter_count(config.model)
     raise UserError(
-        f"the model does not fit: weights, gradients and AdamW's state of its {parameters:,} parameters need at least "
-        f"{needed / GIB:,.1f} GiB on this machine, and {free / GIB:,.1f} GiB are free",
+        f"the model does not fit: weights, gradients and the optimizer's state of its {parameters:,} parameters need "
+        f"at least {needed / GIB:,.1f} GiB on this machine, and {free / GIB:,.1f} GiB are free",
         where="model",
         expected="a model that fits into memory",
         fix="train a smaller one here (evomesh config copy demo .), or shard it over GPUs or more machines: "

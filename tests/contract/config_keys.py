@@ -52,6 +52,7 @@ LONGROPE = (
     f"model.rope_scaling=dict(type='longrope', short_factor={[1.0] * 32}, long_factor={[4.0] * 32}, "
     "original_max_position_embeddings=2048)",
 )
+MUON = ("optimizer.type=muon",)
 FP16 = ("model.dtype=torch.float16",)
 
 ROWS: tuple[CompatibilityRow, ...] = (
@@ -292,6 +293,11 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("grad_scaler.backoff_factor", 0.25, E, FP16),
     CompatibilityRow("grad_scaler.max_scale", 2.0**20, E, FP16),
     CompatibilityRow("grad_scaler.hysteresis", 3, E, FP16),
+    CompatibilityRow("optimizer.type", "muon", E),
+    CompatibilityRow("optimizer.momentum", 0.9, E, MUON),
+    CompatibilityRow("optimizer.nesterov", False, E, MUON),
+    CompatibilityRow("optimizer.ns_steps", 6, E, MUON),
+    CompatibilityRow("optimizer.ns_dtype", "float32", E, MUON),
     CompatibilityRow("adam.lr", 1e-3, E),
     CompatibilityRow("adam.adam_beta1", 0.8, E),
     CompatibilityRow("adam.adam_beta2", 0.9, E),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from evomesh.config.families import architecture_of
+from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
@@ -165,6 +166,7 @@ class Layout:
     z_loss: float = 0.0
     packs: int = 4
     adam: bool = False  # ZeroOptimizer instead of plain SGD
+    rule: str = "adamw"  # of ZeroOptimizer
 
     def __str__(self) -> str:
         data = self.ranks // self.tensor // self.pipeline
@@ -186,6 +188,7 @@ class Layout:
             for key, value in section.items()
         ]
         parts += ["adam"] if self.adam else []
+        parts += [self.rule] if self.rule != "adamw" else []
         parts += [f"packs{self.packs}"] if self.packs != 4 else []
         parts += ["smooth"] if self.smoothing else []
         parts += ["z"] if self.z_loss else []
@@ -304,7 +307,12 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
         update={"clip_grad_norm": 0.3, "reduce_bucket_size": 4000}
     )
     optimizer = ZeroOptimizer(
-        stages.parameters().items(), settings, zero, grid, stages.module
+        stages.parameters().items(),
+        settings,
+        zero,
+        grid,
+        stages.module,
+        OptimizerConfig.model_validate({"type": layout.rule}),
     )
     losses = []
     for step in range(STEPS):

@@ -21,6 +21,7 @@ from evomesh.config.schema import (
     AdamConfig,
     Config,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     ZeroConfig,
 )
@@ -59,6 +60,17 @@ MODEL = ModelConfig(
 
 
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
+# Muon's momenta beside AdamW's moments.
+MUON_LAYOUTS: tuple[dict[str, Any], ...] = tuple(
+    {**layout, "rule": "muon"}
+    for layout in (
+        {"tensor": 2, "zero1": 2},
+        {"tensor": 2, "pipeline": 2},
+        {"mode": "isp", "tensor": 2, "weight": 2},
+        {"tensor": 2, "zero1": 2, "fsdp": True},
+    )
+)
+NOT_OF_THE_GRID = ("fsdp", "rule")
 TIED_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"pipeline": 4},
     {"tensor": 2, "pipeline": 2},
@@ -74,7 +86,9 @@ def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
 
 def grid_for(layout: dict[str, Any]) -> Grid:
-    return grid_of(**{key: value for key, value in layout.items() if key != "fsdp"})
+    return grid_of(
+        **{key: value for key, value in layout.items() if key not in NOT_OF_THE_GRID}
+    )
 
 
 def tensors_of(
@@ -90,8 +104,9 @@ def tensors_of(
     )
     for parameter in stages.parameters().values():
         parameter.data.zero_()
+    rule = OptimizerConfig.model_validate({"type": layout.get("rule", "adamw")})
     optimizer = ZeroOptimizer(
-        stages.parameters().items(), AdamConfig(), ZeroConfig(), grid
+        stages.parameters().items(), AdamConfig(), ZeroConfig(), grid, config=rule
     )
     return stages.parameters() | optimizer.state_shards()
 
@@ -145,8 +160,8 @@ def all_pairs(
 @covers("model.tie_word_embeddings")
 @pytest.mark.parametrize(
     ("model", "layouts", "pairs"),
-    [(MODEL, LAYOUTS, 81), (TIED, TIED_LAYOUTS, 16)],
-    ids=["untied", "tied"],
+    [(MODEL, LAYOUTS, 81), (TIED, TIED_LAYOUTS, 16), (MODEL, MUON_LAYOUTS, 16)],
+    ids=["untied", "tied", "muon"],
 )
 def test_every_pair_of_layouts(
     pool: Pool,
@@ -160,7 +175,8 @@ def test_every_pair_of_layouts(
     )
     # And into one process, that is another world size.
     for number in range(len(layouts)):
-        tensors = tensors_of(Grid(), {}, model)
+        alone = {"rule": layouts[0].get("rule", "adamw")}
+        tensors = tensors_of(Grid(), alone, model)
         found = CheckpointReader().resolve(str(tmp_path / str(number)))
         assert ("head.weight" in found.records()) == (not model.tie_word_embeddings)
         assert found.records().keys() == tensors.keys(), "each tensor is stored once"

@@ -143,7 +143,7 @@ def _boxes_of_rank(
     for name, parameter in built.named_parameters():
         specs[name] = spec_of(parameter)
         state = make_slot(name, parameter, grid).spec
-        for kind in ("exp_avg", "exp_avg_sq", "master"):
+        for kind in ("exp_avg", "exp_avg_sq", "momentum", "master"):
             specs[f"optim.{kind}.{name}"] = state
     boxes = {}
     for name, spec in specs.items():

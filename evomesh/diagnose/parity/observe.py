@@ -112,6 +112,7 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
         config.hybrid_zero_optimizer,
         grid,
         stages.module,
+        config.optimizer,
     )
     optimizer.refresh_masters()
     scaler = LossScaler(config.grad_scaler, config.model.dtype)

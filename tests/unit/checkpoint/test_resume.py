@@ -23,7 +23,7 @@ from evomesh.checkpoint.resume import (
     restore,
 )
 from evomesh.config.record import config_to_dict
-from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
+from evomesh.config.schema import CheckpointConfig, Config, LoadConfig, OptimizerConfig
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.train.stored_state import check_stored_state
@@ -606,3 +606,37 @@ def test_the_restart_line_names_the_checkpoint_that_a_restart_uses(
     )
     (tmp_path / "step-00000005/commit.json").write_text("{}")
     assert "finds no checkpoint" in restart_line(writer.folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "present"), [("adamw", "muon"), ("muon", "adamw"), (None, "lion")]
+)
+def test_optimizer_state_of_another_rule_is_refused(
+    tmp_path: Path, stored: str | None, present: str
+) -> None:
+    """A checkpoint of before the key is AdamW's."""
+    record = config_to_dict(Config())
+    if stored is None:
+        del record["optimizer"]
+    else:
+        record["optimizer"]["type"] = stored
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(5, run(1.0), {"step": 5}, record)
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    now = Config(optimizer=OptimizerConfig.model_validate({"type": present}))
+    with pytest.raises(UserError) as raised:
+        check_config(start, now, CheckpointReader())
+    assert f"{stored or 'adamw'!r} in the checkpoint and {present!r}" in str(
+        raised.value
+    )
+
+    # The way that the message names.
+    info = LoadConfig(
+        path=str(tmp_path / "step-00000005"), content=("model", "scheduler", "sampler")
+    )
+    anew = CheckpointConfig(auto_resume=False, load_ckpt_info=info)
+    start = decide(anew, CheckpointReader(), None)
+    check_config(start, now, CheckpointReader())
+    tensors = {"w": torch.zeros(3), "optim.momentum.w": torch.zeros(3)}
+    assert restore(start, CheckpointReader(), tensors) == {"step": 5}
+    assert tensors["w"].tolist() == [1, 1, 1] and not tensors["optim.momentum.w"].any()

@@ -99,6 +99,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["hidden_size=100", "num_attention_heads=32", "96 or 128", "25 or 50"],
     ),
     (["model.hidden_size=96"], ["odd width 3"]),
+    (["optimizer.type=moun"], ["optimizer.type", "did you mean 'muon'?"]),
+    (["optimizer.momentum=-0.1"], ["optimizer.momentum", "a number >= 0"]),
+    (["optimizer.momentun=0.9"], ["did you mean optimizer.momentum?"]),
+    (["optimizer.ns_steps=0"], ["optimizer.ns_steps", "a number >= 1"]),
     (["data.type=streaming"], ["data.tokenizer_path", "needs data.tokenizer_path"]),
     (
         ["data.type=streaming", "data.tokenizer_path=t", "data.train_folder=None"],

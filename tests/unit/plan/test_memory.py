@@ -13,7 +13,7 @@ from benchmarks._memory import Sizes, bytes_in_16_bits
 from evomesh.cli.app import app
 from evomesh.config.data import DataConfig
 from evomesh.config.loader import load_config
-from evomesh.config.schema import Config, ModelConfig, ParallelConfig
+from evomesh.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from evomesh.layers.loss import MIN_CHUNK_TOKENS
 from evomesh.plan.memory import GIB, peak_memory
 
@@ -50,6 +50,19 @@ def test_the_peak_is_that_of_arithmetic(recompute: float) -> None:
     assert found.kinds["weights"] == weights
     assert found.kinds["gradients"] == found.kinds["masters"] == 2 * weights
     assert found.kinds["moments"] == 4 * weights
+
+
+@pytest.mark.parametrize("rule", ["muon", "lion"])
+def test_each_rule_remembers_its_own(rule: str) -> None:
+    """Lion one float32 number for each weight; Muon one for those of the blocks' matrices, two for the others."""
+    optimizer = OptimizerConfig.model_validate({"type": rule})
+    found = peak_memory(config().model_copy(update={"optimizer": optimizer}), 1)
+    parameters = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS).parameters
+    matrices = L * (4 * D * D + 3 * D * F)
+    once = parameters if rule == "lion" else matrices
+    assert found.kinds["moments"] == 4 * (
+        once + 2 * (parameters - once) * (rule == "muon")
+    )
 
 
 def test_fsdp_holds_a_share_and_gathers_layers() -> None:

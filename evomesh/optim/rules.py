@@ -1,0 +1,105 @@
+"""The update rules by ``optimizer.type``: which rule updates which of a rank's masters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from evomesh.config.optimizer import OptimizerConfig
+from evomesh.config.schema import AdamConfig
+from evomesh.errors import UserError
+from evomesh.optim.adamw import AdamW
+from evomesh.optim.groups import has_weight_decay, is_hidden_matrix
+from evomesh.optim.lion import Lion
+from evomesh.optim.muon import Muon
+from evomesh.optim.rule import UpdateRule
+from evomesh.optim.slot import ParameterSlot
+from evomesh.parallel.grid import Grid
+
+RuleBuilder = Callable[
+    [Sequence[ParameterSlot], AdamConfig, OptimizerConfig, Grid], list[UpdateRule]
+]
+
+
+def make_rules(
+    slots: Sequence[ParameterSlot],
+    adam: AdamConfig,
+    config: OptimizerConfig,
+    grid: Grid,
+) -> list[UpdateRule]:
+    """Return the rules that together update every slot once.
+
+    Raises:
+        UserError: Muon for a model without matrices that it could update.
+    """
+    return RULES[config.type](slots, adam, config, grid)
+
+
+def _decays(slots: Sequence[ParameterSlot], adam: AdamConfig) -> dict[Tensor, float]:
+    """Return the weight decay of every slot's master."""
+    decays: dict[Tensor, float] = {}
+    for slot in slots:
+        decayed = has_weight_decay(slot.name, adam.no_decay)
+        decays[slot.master] = adam.weight_decay * decayed
+    return decays
+
+
+def _adamw(
+    slots: Sequence[ParameterSlot],
+    adam: AdamConfig,
+    config: OptimizerConfig,
+    grid: Grid,
+) -> list[UpdateRule]:
+    return [AdamW(_decays(slots, adam), adam.adam_beta1, adam.adam_eps)]
+
+
+def _muon(
+    slots: Sequence[ParameterSlot],
+    adam: AdamConfig,
+    config: OptimizerConfig,
+    grid: Grid,
+) -> list[UpdateRule]:
+    matrices: list[ParameterSlot] = []
+    others: list[ParameterSlot] = []
+    for slot in slots:
+        is_matrix = is_hidden_matrix(slot.name, slot.spec.shape)
+        group = matrices if is_matrix else others
+        group.append(slot)
+    # A stage of a pipeline may have no block.
+    if not matrices and grid.pp.size == 1:
+        raise _no_matrix(slots)
+    rules: list[UpdateRule] = []
+    if matrices:
+        rules.append(Muon(matrices, _decays(matrices, adam), config, grid))
+    if others:
+        rules += _adamw(others, adam, config, grid)
+    return rules
+
+
+def _no_matrix(slots: Sequence[ParameterSlot]) -> UserError:
+    names = [slot.name for slot in slots]
+    shown = ", ".join(names[:4])
+    return UserError(
+        f"optimizer.type is 'muon', and none of the model's {len(names)} trained parameters is a matrix that it "
+        f"updates: {shown}{', ...' if len(names) > 4 else ''}",
+        where="optimizer.type",
+        expected="weights with two dims in numbered blocks, such as layers.0.feed_forward.w1.weight",
+        fix="optimizer.type='adamw', or unfreeze the blocks",
+    )
+
+
+def _lion(
+    slots: Sequence[ParameterSlot],
+    adam: AdamConfig,
+    config: OptimizerConfig,
+    grid: Grid,
+) -> list[UpdateRule]:
+    return [Lion(_decays(slots, adam), adam.adam_beta1)]
+
+
+RULES: dict[str, RuleBuilder] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "lion": _lion,
+}

@@ -1,0 +1,78 @@
+"""Three steps of every update rule in every kind of layout, against one process, in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.dist.layouts import Layout, Trained, join, train
+from tests.support.covers import covers
+from tests.support.pool import Pool
+from tests.support.tolerances import LAYOUT, assert_close
+
+CUT = {"zero1": {"fsdp": True}}
+# Five blocks: no number of ranks divides the matrices of one kind. The last two shard
+# weights by FSDP2, over wp and over zero.
+MUON = [
+    Layout(model={"num_layers": 5}),
+    Layout(zero1=2, family="internlm2"),
+    Layout(ranks=2, zero1=1, family="internlm"),
+    *(
+        Layout(tensor=2, mode=mode, model={"num_layers": 5})
+        for mode in ("mtp", "msp", "fsp", "isp")
+    ),
+    Layout(tensor=4, mode="fsp", family="qwen3"),
+    Layout(tensor=2, mode="isp", weight=4, family="internlm2"),
+    Layout(mode="isp", weight=2, family="qwen2"),
+    Layout(pipeline=4, family="tied"),
+    Layout(tensor=2, mode="msp", pipeline=2, chunks=2),
+    Layout(pipeline=2, chunks=2, schedule="zbv", family="tied"),
+    Layout(parallel=CUT, family="post_norm"),
+    Layout(tensor=2, mode="mtp", parallel=CUT, model={"num_layers": 5}),
+    Layout(pipeline=2, parallel=CUT, family="gemma"),
+]
+# The sign of an element that is zero but for rounding would differ: no biases.
+LION = [
+    Layout(),
+    Layout(tensor=2, mode="msp", zero1=2),
+    Layout(tensor=2, mode="isp", weight=2),
+    Layout(pipeline=2, parallel=CUT),
+]
+
+
+def with_rule(layout: Layout, rule: str) -> Layout:
+    values = {**vars(layout), "adam": True, "rule": rule}
+    return Layout(**values)
+
+
+ALL = [
+    *(with_rule(layout, "muon") for layout in MUON),
+    *(with_rule(layout, "lion") for layout in LION),
+]
+
+
+@functools.cache
+def one_process(family: str, rule: str, num_layers: int) -> Trained:
+    layout = Layout(
+        ranks=1,
+        family=family,
+        adam=True,
+        rule=rule,
+        model={"num_layers": num_layers},
+    )
+    return join([train(0, layout)])
+
+
+@covers("optimizer.type")
+@pytest.mark.parametrize("layout", ALL, ids=str)
+def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
+    layers = layout.config.model.num_layers
+    whole = one_process(layout.family, layout.rule, layers)
+    found = join(pool.run(train, layout, ranks=layout.ranks))
+    losses = torch.tensor(found.losses, dtype=torch.float64)
+    expected = torch.tensor(whole.losses, dtype=torch.float64)
+    assert_close(losses, expected, LAYOUT, "losses and norms")
+    for name, tensor in whole.final.items():
+        assert_close(found.final[name], tensor, LAYOUT, f"{name} after three steps")

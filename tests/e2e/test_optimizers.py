@@ -1,0 +1,98 @@
+"""A run of each update rule, stopped and resumed, in the same layout to the bit and in another one alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreter import Interpreter
+from tests.support.runs import losses, tensor_hashes, write_run
+
+COMMON = """
+data |= dict(total_steps={steps}, micro_num={micro})
+model |= dict(dtype="{dtype}")
+lr_scheduler["total_steps"] = 6
+optimizer = dict(type="{rule}")
+parallel = dict({parallel})
+"""
+STEPS, PACKS = 6, 4
+
+
+def train(
+    interpreter: Interpreter,
+    folder: Path,
+    rule: str,
+    *,
+    steps: int = STEPS,
+    ranks: int = 1,
+    parallel: str = "",
+    dtype: str = "torch.bfloat16",
+) -> str:
+    data_ranks = ranks if not parallel else 1
+    extra = COMMON.format(
+        steps=steps,
+        micro=PACKS // data_ranks,
+        rule=rule,
+        parallel=parallel,
+        dtype=dtype,
+    )
+    write_run(folder, extra)
+    command = ["evomesh", "train", "config.py"]
+    running = (
+        interpreter.start_ranks(command, ranks, cwd=folder)
+        if ranks > 1
+        else [interpreter.start(command, cwd=folder)]
+    )
+    finished = [one.wait(100) for one in running]
+    texts = [one.stdout + one.stderr for one in finished]
+    assert [one.returncode for one in finished] == [0] * ranks, texts
+    return "".join(texts)
+
+
+@pytest.mark.parametrize("rule", ["muon", "lion"])
+def test_resumes_to_the_bit(
+    tmp_path: Path, interpreter: Interpreter, rule: str
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(interpreter, straight, rule)
+    train(interpreter, stopped, rule, steps=3)
+    assert "resuming step 3" in train(interpreter, stopped, rule)
+    assert losses(stopped) == losses(straight)
+    last = "ckpts/step-00000006"
+    assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
+    names = tensor_hashes(straight / last)
+    assert "optim.momentum.layers.1.attention.wqkv.weight" in names
+
+
+def test_muon_goes_on_in_other_layouts(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    wide = "torch.float64"
+    train(interpreter, straight, "muon", dtype=wide)
+    train(interpreter, moved, "muon", steps=2, ranks=2, parallel="tensor=2", dtype=wide)
+    train(interpreter, moved, "muon", steps=4, ranks=2, dtype=wide)
+    train(interpreter, moved, "muon", dtype=wide)
+    assert losses(moved) == pytest.approx(losses(straight), rel=1e-10)
+
+
+def test_another_rule_is_refused_and_started_anew_on_request(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    train(interpreter, tmp_path, "adamw", steps=2, dtype="torch.float32")
+    config = write_run(
+        tmp_path, 'optimizer = dict(type="muon")\ndata["total_steps"] = 4\n'
+    )
+    refused = interpreter.start(["evomesh", "train", "config.py"], cwd=tmp_path).wait(
+        60
+    )
+    assert refused.returncode == 2
+    assert "optimizer.type is 'adamw' in the checkpoint" in refused.stderr
+    with config.open("a") as file:
+        file.write(
+            'ckpt |= dict(save_ckpt_folder="local:new", auto_resume=False, load_ckpt_info=dict('
+            'path="local:ckpts/2", content=("model", "scheduler", "sampler")))\n'
+        )
+    anew = interpreter.start(["evomesh", "train", "config.py"], cwd=tmp_path).wait(60)
+    assert anew.returncode == 0, anew.stderr
