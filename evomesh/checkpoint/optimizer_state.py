@@ -1,4 +1,4 @@
-"""Whether the optimizer state of a checkpoint is that of the run's own update rule."""
+"""The check that the optimizer state of a checkpoint belongs to the run's update rule."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class MuonMatrix:
 
 @dataclass(frozen=True)
 class MatrixSharding:
-    """How alike matrices are shared out: (axis, dim) pairs, outermost first, and the matrices packed in each."""
+    """The sharding of alike matrices: (axis, dim) pairs, outermost first, and the matrices packed in each."""
 
     shards: tuple[tuple[Axis, int], ...]
     packed_rows: tuple[int, ...]

@@ -46,7 +46,7 @@ def update_directions(
 
     Args:
         packed_rows: widths along the rows of the matrices that are packed in turn (``ShardSpec.packed_rows``), each of
-            which has a direction and a scale of its own; empty for one matrix.
+            which has a separate direction and scale; empty for one matrix.
     """
     *leading, rows, columns = matrices.shape
     if not packed_rows:

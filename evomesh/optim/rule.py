@@ -1,4 +1,4 @@
-"""What every rule that updates weights offers to the optimizer that owns gradients, norm and communication."""
+"""The interface of the rules that update weights, to the optimizer that owns gradients, norm and communication."""
 
 from __future__ import annotations
 

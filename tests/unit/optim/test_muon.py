@@ -151,7 +151,7 @@ def test_packed_rows_reach_the_update() -> None:
     assert distance(values - weight.detach(), expected) < 1e-12
 
 
-def test_experts_of_a_stack_are_matrices_of_their_own() -> None:
+def test_experts_of_a_stack_are_separate_matrices() -> None:
     stack = draw(3, 8, 5)
     found = update_directions(stack, (), 5)
     for expert, direction in zip(stack, found, strict=True):
