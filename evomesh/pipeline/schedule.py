@@ -434,11 +434,9 @@ class PipelineSchedule:
 
     def _build_torch_stages(self, tokens: int) -> Any:
         """Build torch's stages with the shapes of their inputs and outputs, so that ranks need not exchange them."""
-        from torch.distributed.pipelining import PipelineStage
+        from evomesh.pipeline.torch_stages import BoundedStage, ZeroBubbleStage
 
-        from evomesh.pipeline.split import ZeroBubbleStage
-
-        stage_type = ZeroBubbleStage if self._kind == "zbv" else PipelineStage
+        stage_type = ZeroBubbleStage if self._kind == "zbv" else BoundedStage
         # Each stage maps hidden states to hidden states, except that the first one is
         # given the number of the micro-batch and the last one returns the loss.
         hidden = torch.empty(
