@@ -98,12 +98,15 @@ def _highest(peaks: Mapping[str, Peak]) -> str:
 
 
 def _pipeline_buffers(config: Config, stages: ModelStages) -> int:
-    """Return the bytes that torch's stages receive into: of each micro-batch a hidden state and its gradient."""
+    """Return the bytes that stages receive into, beside inputs of micro-batches in flight, which are activations."""
     schedule = stages.schedule
     if not isinstance(schedule, PipelineSchedule):
         return 0
     message = schedule.message_bytes(config.data.packed_length)
-    messages = 2 * len(stages.models) * config.data.micro_num
+    # Of the next micro-batch a hidden state and a gradient; in a zero-bubble schedule
+    # gradients also wait for the backward of weights.
+    per_stage = 3 if pipeline_schedule(config) == "zbv" else 2
+    messages = per_stage * len(stages.models)
     return messages * message
 
 

@@ -91,7 +91,7 @@ def test_a_stage_keeps_the_micro_batches_that_are_in_flight() -> None:
     # What a stage receives is kept too.
     with_input = of_two_layers + 2 * T * D
     assert last["kept activations"] == pytest.approx(with_input, rel=0.01)
-    assert first["pipeline buffers"] == 2 * 4 * (2 * T * D)
+    assert first["pipeline buffers"] == 2 * (2 * T * D)
 
 
 @pytest.mark.slow
