@@ -1,4 +1,4 @@
-"""``evomesh ckpt``: list, verify, compare, rewrite and delete checkpoints."""
+"""``evomesh ckpt``: list, verify, compare, rewrite, average and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PathArgument = Annotated[
 
 @app.callback()
 def ckpt() -> None:
-    """List, verify, compare, reshard and delete checkpoints."""
+    """List, verify, compare, reshard, average and delete checkpoints."""
 
 
 def _candidates(path: str) -> list[Candidate]:
@@ -261,3 +261,43 @@ def reshard(
     model = config_from_dict(source.config).model
     folder = rewrite(source, out, model, layout, gpus)
     print(f"wrote {folder}")
+
+
+@app.command()
+def average(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more checkpoints: save folder, step in it, or step folder."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="Save folder to write to.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="One number for each checkpoint, such as 1,1,2 [default: all the same]."
+        ),
+    ] = None,
+) -> None:
+    """Average the weights of checkpoints of one model, saved in any layouts. Writes weights only."""
+    from evomesh.checkpoint.native.average import average as write_average
+    from evomesh.checkpoint.native.load import resolve
+
+    shares = None if weights is None else _numbers(weights)
+    checkpoints = [resolve(path, "data", report=print) for path in paths]
+    folder = write_average(checkpoints, shares, out)
+    for checkpoint in checkpoints:
+        print(f"read {checkpoint.folder}")
+    print(f"wrote {folder}")
+
+
+def _numbers(text: str) -> list[float]:
+    """Parse ``1,1,2``."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"found {text!r}",
+            where="--weights",
+            expected="numbers, such as 1,1,2",
+        ) from None

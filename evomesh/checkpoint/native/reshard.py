@@ -97,7 +97,7 @@ def reshard(
         parent=ParentRecord(source.step, source.attempt),
         layout=layout_record(world, **axes),
     )
-    contents = _ReshardSource(source, records)
+    contents = BoxReader(source, records)
     commit(storage, folder, files, tensors, record, contents.pieces)
     return folder
 
@@ -108,7 +108,7 @@ def _held(record: TensorRecord, box: Box) -> TensorBoxes:
 
 
 def _item(record: TensorRecord, box: Box) -> WriteItem:
-    # No tensor exists for it: ``_ReshardSource`` yields its bytes piece by piece.
+    # No tensor exists for it: ``BoxReader`` yields its bytes piece by piece.
     part = LocalPart(torch.empty(0), box)
     return WriteItem(record.name, record.dtype, record.shape, part)
 
@@ -153,7 +153,7 @@ def _boxes_of_rank(
     return boxes
 
 
-class _ReshardSource:
+class BoxReader:
     """The bytes of new boxes, assembled from the pieces of the old checkpoint.
 
     Each piece is verified when it is read.
@@ -170,9 +170,9 @@ class _ReshardSource:
         """Yield the pieces of an item of the new checkpoint with their bytes."""
         record = self._records[item.name]
         for box in split_box(item.part.box, record.item_size, fmt.PIECE_BYTES):
-            yield box, as_bytes(self._assemble(record, box))
+            yield box, as_bytes(self.assemble(record, box))
 
-    def _assemble(self, record: TensorRecord, box: Box) -> Tensor:
+    def assemble(self, record: TensorRecord, box: Box) -> Tensor:
         """Take what a new piece needs from every old piece that it overlaps.
 
         Rows 4 to 8 need rows 4 and 5 of the old piece 0 to 6, and rows 6 and 7 of the
