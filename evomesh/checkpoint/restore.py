@@ -14,6 +14,7 @@ from evomesh.checkpoint.hub_cache import hub_model
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.to_native import read_folder
 from evomesh.checkpoint.loaders import fill
+from evomesh.checkpoint.native.ema_weights import with_ema_weights
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
@@ -73,6 +74,7 @@ def load_model(
     *,
     tokenizer: str | None = None,
     template: str = "none",
+    ema: bool = False,
 ) -> LoadedModel:
     """Restore the model at ``path`` and load the tokenizer and the chat template that go with it.
 
@@ -81,10 +83,11 @@ def load_model(
         tokenizer: file or folder; None: the config's ``data.tokenizer_path``.
         template: a built-in style, "tokenizer" (the tokenizer's own), "none", or "auto": the tokenizer's own if it
             has one.
+        ema: as for ``restore_model``.
     Raises:
         UserError: no model there, no tokenizer, or one that does not fit the model or the template.
     """
-    restored = restore_model(path, device)
+    restored = restore_model(path, device, ema=ema)
     config = restored.config
     tokenizer_path = tokenizer or config.data.tokenizer_path
     if tokenizer_path is None:
@@ -110,7 +113,10 @@ def load_model(
 
 
 def restore_model(
-    path: str, device: torch.device | str = "cpu", verify: bool = True
+    path: str,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+    ema: bool = False,
 ) -> RestoredModel:
     """Build the model at ``path`` and read its weights; optimizer state is not read.
 
@@ -118,10 +124,17 @@ def restore_model(
         path: a checkpoint, in any of InternEvo's path forms (``llm_ckpts``, ``llm_ckpts/49``, ``local:llm_ckpts``);
             or a Hugging Face folder of a known architecture, local or in a store, or the id of one in the hub's cache.
         verify: hash a checkpoint's bytes first. Hugging Face folders hold no hashes.
+        ema: take the moving average of the weights (``optimizer.ema``).
     Raises:
         UserError: no model there, a checkpoint that does not verify, or one that does not fit its own config.
     """
     kind = kind_at(path)
+    if ema and kind not in (None, "evomesh"):
+        raise CheckpointError(
+            f"is {KINDS[kind]}, which has no average of the weights",
+            where=path,
+            fix="leave out --ema",
+        )
     hub = hub_model(path) if kind is None else ""
     if kind == "hf" or hub:
         return _restore_hf(open_folder(hub or path), device)
@@ -136,11 +149,15 @@ def restore_model(
     found = reader.resolve(path, "data" if verify else "record")
     config = config_from_dict(found.config)
     model = _build_uncompiled(config.model, device)
-    reader.load(found, dict(model.named_parameters()), strict=False)
     source = f"step {found.step} of {path}"
-    return RestoredModel(
-        model.eval(), config, source, f"{found.step}-{found.attempt[:12]}"
-    )
+    fingerprint = f"{found.step}-{found.attempt[:12]}"
+    if ema:
+        found = with_ema_weights(found)
+        source = f"the averaged weights of {source}"
+        fingerprint = f"{fingerprint}-ema"
+    # An average is in float32, whatever the weights are in.
+    reader.load(found, dict(model.named_parameters()), strict=False, cast=ema)
+    return RestoredModel(model.eval(), config, source, fingerprint)
 
 
 def _restore_hf(folder: HfFolder, device: torch.device | str) -> RestoredModel:

@@ -14,6 +14,7 @@ from evomesh.checkpoint.foreign_runs import NO_MOMENTS, newest_of_other_systems
 from evomesh.checkpoint.hub_cache import hub_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_foreign_state
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
+from evomesh.checkpoint.native.ema_weights import EMA
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
@@ -356,7 +357,11 @@ def restore(
     # Weights alone may be of another dtype. With the optimizer's state they may not: a
     # run in float32 has no master weights that one in bfloat16 could continue.
     weights_only = start.content == {"model"}
-    return reader.load(checkpoint, chosen, strict=is_complete, cast=weights_only)
+    # A run may end the average of its weights.
+    unread = "" if any(name.startswith(EMA) for name in tensors) else EMA
+    return reader.load(
+        checkpoint, chosen, strict=is_complete, cast=weights_only, unread=unread
+    )
 
 
 def _load_foreign(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from evomesh.cli.options import EmaOption
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +53,14 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
         )
 
 
-def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
-    """Export the newest valid checkpoint at ``ckpt``."""
+def write_folder(
+    ckpt: str, out: str, options: ExportOptions, ema: bool = False
+) -> None:
+    """Export the newest valid checkpoint at ``ckpt``, or the average of its weights."""
     from evomesh.checkpoint.detect import CONVERSIONS, KINDS, kind_at
     from evomesh.checkpoint.huggingface.config import CLASSES
     from evomesh.checkpoint.huggingface.export import export
+    from evomesh.checkpoint.native.ema_weights import with_ema_weights
     from evomesh.checkpoint.native.load import resolve
     from evomesh.config.schema import RotaryType
 
@@ -72,6 +76,8 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
             f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind]
         )
     checkpoint = resolve(ckpt, report=print)
+    if ema:
+        checkpoint = with_ema_weights(checkpoint)
     export(checkpoint, out, options, report=print)
 
 
@@ -137,6 +143,7 @@ def to_hf(
     max_pos: MaxPosOption = None,
     chat_template: ChatTemplateOption = None,
     compare: CompareOption = True,
+    ema: EmaOption = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder. Compares its logits with the native model's."""
     from evomesh.checkpoint.huggingface.export import ExportOptions
@@ -152,7 +159,7 @@ def to_hf(
         chat_template=chat_template,
         compare=compare,
     )
-    write_folder(ckpt, out, options)
+    write_folder(ckpt, out, options, ema)
 
 
 def from_hf(

@@ -11,6 +11,7 @@ from evomesh.cli.options import (
     CheckpointArgument,
     ConfigFileOption,
     DeviceOption,
+    EmaOption,
     TokenizerPathOption,
 )
 from evomesh.config.user import expand_home
@@ -73,6 +74,7 @@ def evaluate(
     apply_chat_template: ChatTemplateOption = False,
     system_instruction: SystemOption = None,
     output: OutputOption = None,
+    ema: EmaOption = False,
     device: DeviceOption = "",
     config: ConfigFileOption = None,
 ) -> None:
@@ -96,7 +98,7 @@ def evaluate(
     chosen_device = device_by_name(device)
     if config is not None:
         load_config(config)
-    loaded = _load(ckpt, chosen_device, tokenizer, apply_chat_template)
+    loaded = _load(ckpt, chosen_device, tokenizer, apply_chat_template, ema)
     trained_length = rotary_scaling(
         loaded.config.model, loaded.config.data.seq_len
     ).max_position
@@ -122,10 +124,11 @@ def evaluate(
         write_results(results, output)
 
 
-def _load(ckpt: str, device: str, tokenizer: str | None, chat: bool) -> LoadedModel:
+def _load(
+    ckpt: str, device: str, tokenizer: str | None, chat: bool, ema: bool
+) -> LoadedModel:
     """Load the model and its tokenizer; a missing or broken chat template is refused here, before hours of work."""
     from evomesh.checkpoint.restore import load_model
 
-    return load_model(
-        ckpt, device, tokenizer=tokenizer, template="tokenizer" if chat else "none"
-    )
+    template = "tokenizer" if chat else "none"
+    return load_model(ckpt, device, tokenizer=tokenizer, template=template, ema=ema)

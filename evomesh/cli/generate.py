@@ -11,6 +11,7 @@ import typer
 from evomesh.cli.options import (
     ConfigFileOption,
     DeviceOption,
+    EmaOption,
     LauncherOption,
     OptionalCheckpointOption,
     OverrideOption,
@@ -48,6 +49,7 @@ def generate(
     tokenizer: TokenizerPathOption = None,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  # frozen; replaced by its options
     dynamic_ntk: DynamicNtkOption = None,
+    ema: EmaOption = False,
     device: DeviceOption = "",
     config: ConfigFileOption = None,
     overrides: OverrideOption = None,
@@ -78,7 +80,7 @@ def generate(
         raise UserError(
             "the prompt is empty", where="--prompt", expected="some text to complete"
         )
-    loaded = _load(ckpt, tokenizer, device, config, dynamic_ntk)
+    loaded = _load(ckpt, tokenizer, device, config, dynamic_ntk, ema)
     complete_prompt(loaded, prompt, sampling)
 
 
@@ -134,6 +136,7 @@ def _load(
     device: str,
     config: str | None,
     dynamic_ntk: bool | None,
+    ema: bool,
 ) -> LoadedModel:
     from evomesh.checkpoint.restore import load_model
     from evomesh.config.loader import load_config
@@ -143,7 +146,7 @@ def _load(
     chosen_device = device_by_name(device)
     if config is not None:
         load_config(config)
-    loaded = load_model(ckpt, chosen_device, tokenizer=tokenizer)
+    loaded = load_model(ckpt, chosen_device, tokenizer=tokenizer, ema=ema)
     if dynamic_ntk is None:
         return loaded
     if not has_rotary_types(loaded.model):

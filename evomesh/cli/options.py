@@ -43,6 +43,10 @@ TokenizerPathOption = Annotated[
         help="tokenizer.json, .model or their folder [default: data.tokenizer_path].",
     ),
 ]
+EmaOption = Annotated[
+    bool,
+    typer.Option("--ema", help="Take the moving average of the weights."),
+]
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, ... [default: cuda if available].")
 ]

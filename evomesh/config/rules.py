@@ -15,6 +15,7 @@ from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
 from evomesh.config.grad_profiling import profiling_findings
 from evomesh.config.layout import data_stage_layout_findings, layout_findings
+from evomesh.config.optimizer import optimizer_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
@@ -66,6 +67,7 @@ def check(
         *layout_findings(config),
         *data_stage_layout_findings(config),
         *_checkpoint_findings(config),
+        *optimizer_findings(config.optimizer, config.adam.adam_beta1),
         *profiling_findings(config.grad_profiling, config.model),
         *alert_findings(config.monitor.alert),
     ]

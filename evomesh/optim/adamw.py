@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,13 +92,14 @@ class AdamW:
             return {}
         return {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
 
-    @property
-    def steps(self) -> int:
-        """Return the number of updates so far; waits for the device."""
-        return int(
-            torch.stack([moments.step for moments in self.moments.values()]).max()
-        )
+    def restart(self, master: Tensor, weights: Tensor) -> None:
+        """Do nothing: what is remembered is of gradients."""
 
-    def set_steps(self, steps: int) -> None:
+    def numbers(self) -> dict[str, Any]:
+        """Return the number of updates so far; waits for the device."""
+        steps = torch.stack([moments.step for moments in self.moments.values()])
+        return {"steps": int(steps.max())}
+
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
         for moments in self.moments.values():
-            moments.step.fill_(steps)
+            moments.step.fill_(int(numbers["steps"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ class UpdateRule(Protocol):
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
         """Return the live tensors that belong to a master, of its shape, by kind; empty if the rule is not its."""
 
-    @property
-    def steps(self) -> int:
-        """Return the number of updates so far; waits for the device."""
+    def restart(self, master: Tensor, weights: Tensor) -> None:
+        """Begin anew from other weights of a master, of its shape."""
 
-    def set_steps(self, steps: int) -> None:
-        """Set the number of updates, from a checkpoint."""
+    def numbers(self) -> dict[str, Any]:
+        """Return what a checkpoint stores besides tensors, ``steps`` at least; waits for the device."""
+
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """Take the numbers of a checkpoint."""
 
 
 class UpdateCounter:
@@ -45,13 +48,15 @@ class UpdateCounter:
     def __init__(self, device: torch.device) -> None:
         self._count = torch.zeros((), dtype=torch.float32, device=device)
 
-    @property
-    def steps(self) -> int:
-        """Return the number of updates so far; waits for the device."""
-        return int(self._count)
+    def restart(self, master: Tensor, weights: Tensor) -> None:
+        """Do nothing: what is remembered is of gradients."""
 
-    def set_steps(self, steps: int) -> None:
-        self._count.fill_(steps)
+    def numbers(self) -> dict[str, Any]:
+        """Return the number of updates so far; waits for the device."""
+        return {"steps": int(self._count)}
+
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        self._count.fill_(int(numbers["steps"]))
 
     def add(self, found_inf: Tensor | None) -> None:
         """Count one update, unless ``found_inf`` is 1."""

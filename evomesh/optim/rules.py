@@ -14,6 +14,7 @@ from evomesh.optim.groups import has_weight_decay, is_hidden_matrix
 from evomesh.optim.lion import Lion
 from evomesh.optim.muon import Muon
 from evomesh.optim.rule import UpdateRule
+from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot
 from evomesh.parallel.grid import Grid
 
@@ -98,8 +99,18 @@ def _lion(
     return [Lion(_decays(slots, adam), adam.adam_beta1)]
 
 
+def _schedule_free(
+    slots: Sequence[ParameterSlot],
+    adam: AdamConfig,
+    config: OptimizerConfig,
+    grid: Grid,
+) -> list[UpdateRule]:
+    return [ScheduleFree(_decays(slots, adam), adam.adam_beta1, adam.adam_eps)]
+
+
 RULES: dict[str, RuleBuilder] = {
     "adamw": _adamw,
     "muon": _muon,
     "lion": _lion,
+    "schedule_free": _schedule_free,
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -32,8 +33,10 @@ from evomesh.optim.clip import (
     clip_factor,
     global_norm_and_sums,
 )
+from evomesh.optim.ema import WeightEma
 from evomesh.optim.gradient_profile import GradientObserver
 from evomesh.optim.rules import make_rules
+from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, is_sharded
@@ -118,6 +121,12 @@ class ZeroOptimizer:
             overlap=zero.overlap_sync_param and model is not None,
         )
         self._rules = make_rules(self.slots, adam, config, grid)
+        masters = [slot.master for slot in self.slots]
+        self.ema = None
+        if config.ema.decay is not None:
+            self.ema = WeightEma(masters, config.ema)
+        # The masters' own values, while they hold others; see ``holding``.
+        self._kept: dict[Tensor, Tensor] = {}
         for slot in self.slots:
             if slot.is_half or zero.overlap_sync_grad:
                 hook = partial(self._on_gradient, slot)
@@ -186,6 +195,8 @@ class ZeroOptimizer:
         not_finite = (~norm.isfinite()).float()
         for rule in self._rules:
             rule.step(lr, beta2, divisor, found_inf=not_finite)
+        if self.ema is not None:
+            self.ema.after_step()
 
         # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
         copy_masters_to_parameters(self.slots)
@@ -232,10 +243,67 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Copy the parameters into the masters, after weights were loaded without an optimizer state."""
+        """Copy the parameters into masters and averages, after weights were loaded without an optimizer state."""
         for slot in self.slots:
-            if slot.is_half:
-                slot.master.copy_(slot.own_rows)
+            master = self._kept.get(slot.master, slot.master)
+            if slot.is_half or self._kept:
+                master.copy_(slot.own_rows)
+            for rule in self._rules:
+                rule.restart(slot.master, master)
+        self.restart_ema()
+
+    @torch.no_grad()
+    def restart_ema(self) -> None:
+        """Let the average of the weights begin with the present ones."""
+        if self.ema is not None:
+            for master, average in self.ema.averages.items():
+                average.copy_(master)
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Let the parameters hold what is to be evaluated and stored: with Schedule-Free AdamW its average.
+
+        Other rules evaluate what they train. Weights that are loaded meanwhile are taken as the average.
+        """
+        (*_, rule) = self._rules
+        if not isinstance(rule, ScheduleFree):
+            yield
+            return
+        with self.holding(rule.average_of):
+            yield
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the parameters hold the exponential moving average."""
+        assert self.ema is not None
+        with self.holding(self.ema.averages.__getitem__):
+            yield
+
+    @contextmanager
+    def holding(self, value_of: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Let the parameters of all ranks hold other values, then to the bit what they held before.
+
+        Args:
+            value_of: of a master, of its shape.
+        """
+        self.wait_for_parameters()
+        for slot in self.slots:
+            self._kept[slot.master] = slot.master.clone()
+        self._publish(value_of)
+        try:
+            yield
+        finally:
+            kept = self._kept
+            self._kept = {}
+            self._publish(kept.__getitem__)
+
+    @torch.no_grad()
+    def _publish(self, value_of: Callable[[Tensor], Tensor]) -> None:
+        for slot in self.slots:
+            slot.master.copy_(value_of(slot.master))
+        copy_masters_to_parameters(self.slots)
+        self._parameters.start()
+        self._parameters.wait()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by checkpoint name; see ``state_shards``."""
@@ -245,7 +313,8 @@ class ZeroOptimizer:
         """Return the live tensors of the state with their specs, for checkpoints: write into them to load.
 
         ``optim.KIND.NAME``: what the rule remembers of each parameter (AdamW's ``exp_avg`` and ``exp_avg_sq``, the
-        ``momentum`` of Muon and Lion) and, for float16 and bfloat16, ``optim.master.NAME``.
+        ``momentum`` of Muon and Lion), ``optim.ema.NAME`` and, for float16 and bfloat16, ``optim.master.NAME``.
+        Inside ``evaluated_weights`` the parameters are the average, and the masters are stored for every dtype.
         """
         self.wait_for_parameters()
         shards: dict[str, LocalShard] = {}
@@ -253,20 +322,29 @@ class ZeroOptimizer:
             tensors: dict[str, Tensor] = {}
             for rule in self._rules:
                 tensors |= rule.state_of(slot.master)
-            if slot.is_half:
-                tensors["master"] = slot.master
+            if self.ema is not None:
+                tensors["ema"] = self.ema.averages[slot.master]
+            if slot.is_half or self._kept:
+                tensors["master"] = self._kept.get(slot.master, slot.master)
             for kind, tensor in tensors.items():
                 name = f"optim.{kind}.{slot.name}"
                 shards[name] = LocalShard(tensor, slot.spec)
         return shards
 
     def state(self) -> dict[str, Any]:
-        """Return the number of updates; waits for the device, which counts them."""
-        return {"steps": max(rule.steps for rule in self._rules)}
+        """Return the number of updates and what else is no tensor; waits for the device, which counts them."""
+        state: dict[str, Any] = {}
+        for rule in self._rules:
+            state |= rule.numbers()
+        if self.ema is not None:
+            state["ema_calls"] = self.ema.calls
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         for rule in self._rules:
-            rule.set_steps(int(state["steps"]))
+            rule.load_numbers(state)
+        if self.ema is not None:
+            self.ema.calls = int(state.get("ema_calls", 0))
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.listener import CommitListener
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.optimizer_state import ema_lines, has_stored_ema, without_ema
 from evomesh.checkpoint.resume import check_config, decide, restore
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.data_stages import check_data_stages
@@ -272,12 +273,21 @@ def _restore_weights(
     grid: Grid,
 ) -> dict[str, Any]:
     """Fill weights, master weights and moments; return the rest of what the checkpoint holds."""
-    if not start.wants("model"):
-        stages.initialize(config.run.seed, grid)
-    tensors = stages.parameters() | optimizer.state_shards()
-    stored = restore(start, reader, tensors, config.model.model_dump())
-    if not (start.wants("model") and start.wants("optimizer")):
-        optimizer.refresh_masters()
+    has_ema = optimizer.ema is not None and has_stored_ema(start)
+    with optimizer.evaluated_weights():
+        if not start.wants("model"):
+            stages.initialize(config.run.seed, grid)
+        state = optimizer.state_shards()
+        if not has_ema:
+            state = without_ema(state)
+        tensors = stages.parameters() | state
+        stored = restore(start, reader, tensors, config.model.model_dump())
+        if not (start.wants("model") and start.wants("optimizer")):
+            optimizer.refresh_masters()
+    if not has_ema:
+        optimizer.restart_ema()
+    for line in ema_lines(start, config.optimizer.ema):
+        logger.warning("%s", line)
     return stored
 
 

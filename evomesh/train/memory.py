@@ -19,7 +19,7 @@ from evomesh.outside_errors import read_meminfo
 GIB = 1024**3
 HALF = ("float16", "bfloat16")
 # Tensors of a weight's shape that an update rule remembers, at least: Muon's AdamW has two.
-LEAST_STATE = {"adamw": 2, "muon": 1, "lion": 1}
+LEAST_STATE = {"adamw": 2, "muon": 1, "lion": 1, "schedule_free": 2}
 
 
 def bytes_per_rank(config: Config, world_size: int) -> float | None:
@@ -37,6 +37,8 @@ def bytes_per_rank(config: Config, world_size: int) -> float | None:
     gradient = 8 if is_double else 4
     weight = gradient
     remembered = LEAST_STATE[config.optimizer.type]
+    if config.optimizer.ema.decay is not None:
+        remembered += 1
     state = remembered * gradient
     if config.model.dtype in HALF:
         weight = 2

@@ -89,9 +89,12 @@ class Trainer:
             stack.callback(self.run.stream.close)
             if self.run.checkpoints is not None:
                 stack.callback(self.run.checkpoints.close)
-                self.run.checkpoints.prepare(
-                    self.run.tensors(), saves=self._remaining_saves(), blocking=False
-                )
+                with self.run.optimizer.evaluated_weights():
+                    self.run.checkpoints.prepare(
+                        self.run.tensors(),
+                        saves=self._remaining_saves(),
+                        blocking=False,
+                    )
             if self.exports is not None:
                 self.exports.start()
             stack.enter_context(self.run.reporter)
@@ -233,7 +236,7 @@ class Trainer:
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
             with self._phase(Place.VALIDATION):
-                results = validate(run.stages, run.valid_sets, run.grid, run.device)
+                results = self._validate()
             record = run.reporter.validation(record, results)
         with self._phase(Place.REPORT):
             run.reporter.write(record)
@@ -246,6 +249,20 @@ class Trainer:
         self._save_if_due()
         status.note_saves(run.saved_step, saves is not None and saves.saving)
         activity.end_step()
+
+    def _validate(self) -> dict[str, float]:
+        """Return the results of the weights, and of their moving average if it is asked for."""
+        run = self.run
+        args = (run.stages, run.valid_sets, run.grid, run.device)
+        with run.optimizer.evaluated_weights():
+            results = validate(*args)
+        if self.config.optimizer.ema.validates:
+            with run.optimizer.averaged_weights():
+                averaged = validate(*args)
+            for key, value in averaged.items():
+                name, _, measure = key.rpartition("_")
+                results[f"{name}.ema_{measure}"] = value
+        return results
 
     @contextmanager
     def _phase(self, place: Place) -> Iterator[None]:
@@ -346,15 +363,16 @@ class Trainer:
             return
         with self._phase(Place.SAVE):
             if self.saved_step != state.step:
-                run.checkpoints.save(
-                    state.step,
-                    run.tensors(),
-                    run.state_dict(),
-                    config_to_dict(self.config),
-                    blocking=final,
-                    snapshot=snapshot,
-                    final=final,
-                )
+                with run.optimizer.evaluated_weights():
+                    run.checkpoints.save(
+                        state.step,
+                        run.tensors(),
+                        run.state_dict(),
+                        config_to_dict(self.config),
+                        blocking=final,
+                        snapshot=snapshot,
+                        final=final,
+                    )
                 # A snapshot is overwritten by a later one, so it does not stand for the
                 # checkpoint of its step.
                 self.saved_step = None if snapshot else state.step

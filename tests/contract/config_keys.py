@@ -52,6 +52,7 @@ LONGROPE = (
     f"model.rope_scaling=dict(type='longrope', short_factor={[1.0] * 32}, long_factor={[4.0] * 32}, "
     "original_max_position_embeddings=2048)",
 )
+EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
 FP16 = ("model.dtype=torch.float16",)
 
@@ -298,6 +299,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("optimizer.nesterov", False, E, MUON),
     CompatibilityRow("optimizer.ns_steps", 6, E, MUON),
     CompatibilityRow("optimizer.ns_dtype", "float32", E, MUON),
+    CompatibilityRow("optimizer.ema.decay", 0.99, E),
+    CompatibilityRow("optimizer.ema.every", 10, E, EMA),
+    CompatibilityRow("optimizer.ema.validation", True, E, EMA),
     CompatibilityRow("adam.lr", 1e-3, E),
     CompatibilityRow("adam.adam_beta1", 0.8, E),
     CompatibilityRow("adam.adam_beta2", 0.9, E),

@@ -26,6 +26,9 @@ from tests.support.pool import grid_of
 T, STEPS, SEED, RATE = 32, 3, 7, 0.5
 VOCAB = 67  # divides by no axis: the padded rows must change nothing
 
+# Optimizers by the name of ``Layout.rule``, where that is not their type.
+RULES: dict[str, dict[str, Any]] = {"ema": {"ema": {"decay": 0.5}}}
+
 # Sizes that divide by 4 everywhere, with grouped key/value heads.
 SIZES = {
     "num_layers": 4,
@@ -284,7 +287,7 @@ def train(rank: int, layout: Layout) -> Trained:
     stages.initialize(SEED, grid)
     initial = pieces(stages, grid)
     if layout.adam:
-        return Trained(adam(stages, layout, grid), initial, {}, pieces(stages, grid))
+        return adam(stages, layout, grid, initial)
     losses, gradients = [], {}
     for step in range(STEPS):
         losses.append(forward_backward(stages, layout, grid, step))
@@ -299,7 +302,9 @@ def train(rank: int, layout: Layout) -> Trained:
     return Trained(losses, initial, gradients, pieces(stages, grid))
 
 
-def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
+def adam(
+    stages: ModelStages, layout: Layout, grid: Grid, initial: dict[str, Piece]
+) -> Trained:
     """Three steps of the real optimizer; a large epsilon, since Adam's division amplifies the order of sums."""
     config = layout.config
     settings = config.adam.model_copy(update={"adam_eps": 1.0})
@@ -312,7 +317,7 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
         zero,
         grid,
         stages.module,
-        OptimizerConfig.model_validate({"type": layout.rule}),
+        OptimizerConfig.model_validate(RULES.get(layout.rule, {"type": layout.rule})),
     )
     losses = []
     for step in range(STEPS):
@@ -323,7 +328,32 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
         optimizer.zero_grad()
         losses.append(result.grad_norm)
     optimizer.wait_for_parameters()
-    return losses
+    trained = pieces(stages, grid)
+    if optimizer.ema is None:
+        held = optimizer.evaluated_weights()
+    else:
+        held = optimizer.averaged_weights()
+    with held:
+        # What is evaluated, by a forward too: FSDP2 gathers weights there.
+        final = pieces(stages, grid)
+        losses.append(evaluate(stages, layout, grid))
+    for name, piece in pieces(stages, grid).items():
+        assert torch.equal(piece.local, trained[name].local), name
+    losses.append(forward_backward(stages, layout, grid, STEPS))
+    return Trained(losses, initial, {}, final)
+
+
+def evaluate(stages: ModelStages, layout: Layout, grid: Grid) -> float:
+    own = packs(STEPS, range(grid.dp.rank, layout.packs, grid.dp.size))
+    if layout.config.model.has_dropout:
+        own = own.numbered(SEED, STEPS, grid.dp.rank, grid.dp.size)
+    total = torch.zeros((), dtype=torch.float64)
+
+    def add(index: int, output: LossOutput) -> None:
+        total.add_(output.scaled_sum.detach())
+
+    stages.schedule.evaluate(own, add)
+    return float(all_reduce_no_grad(total, grid.dp, grid.pp))
 
 
 def forward_backward(

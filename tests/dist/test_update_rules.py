@@ -42,6 +42,16 @@ LION = [
 ]
 
 
+# With float64 masters, and by FSDP2; the evaluated weights are compared.
+AVERAGES = [
+    Layout(),
+    Layout(tensor=2, mode="mtp", zero1=2, family="internlm"),
+    Layout(mode="isp", weight=2, family="qwen2"),
+    Layout(pipeline=2, parallel=CUT),
+    Layout(tensor=2, mode="msp", parallel=CUT, family="tied"),
+]
+
+
 def with_rule(layout: Layout, rule: str) -> Layout:
     values = {**vars(layout), "adam": True, "rule": rule}
     return Layout(**values)
@@ -50,6 +60,8 @@ def with_rule(layout: Layout, rule: str) -> Layout:
 ALL = [
     *(with_rule(layout, "muon") for layout in MUON),
     *(with_rule(layout, "lion") for layout in LION),
+    *(with_rule(layout, "schedule_free") for layout in AVERAGES),
+    *(with_rule(layout, "ema") for layout in AVERAGES),
 ]
 
 
@@ -65,7 +77,7 @@ def one_process(family: str, rule: str, num_layers: int) -> Trained:
     return join([train(0, layout)])
 
 
-@covers("optimizer.type")
+@covers("optimizer.type", "optimizer.ema.decay")
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     layers = layout.config.model.num_layers

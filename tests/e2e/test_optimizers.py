@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
-from tests.support.runs import losses, tensor_hashes, write_run
+from tests.support.runs import losses, metrics, tensor_hashes, write_run
 
 COMMON = """
-data |= dict(total_steps={steps}, micro_num={micro})
+data |= dict(total_steps={steps}, micro_num={micro}, valid_every=3)
 model |= dict(dtype="{dtype}")
 lr_scheduler["total_steps"] = 6
-optimizer = dict(type="{rule}")
+optimizer = dict(type="{rule}", **{more})
 parallel = dict({parallel})
 """
 STEPS, PACKS = 6, 4
@@ -28,6 +29,7 @@ def train(
     ranks: int = 1,
     parallel: str = "",
     dtype: str = "torch.bfloat16",
+    more: str = "{}",
 ) -> str:
     data_ranks = ranks if not parallel else 1
     extra = COMMON.format(
@@ -36,6 +38,7 @@ def train(
         rule=rule,
         parallel=parallel,
         dtype=dtype,
+        more=more,
     )
     write_run(folder, extra)
     command = ["evomesh", "train", "config.py"]
@@ -50,7 +53,7 @@ def train(
     return "".join(texts)
 
 
-@pytest.mark.parametrize("rule", ["muon", "lion"])
+@pytest.mark.parametrize("rule", ["muon", "lion", "schedule_free"])
 def test_resumes_to_the_bit(
     tmp_path: Path, interpreter: Interpreter, rule: str
 ) -> None:
@@ -62,7 +65,28 @@ def test_resumes_to_the_bit(
     last = "ckpts/step-00000006"
     assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
     names = tensor_hashes(straight / last)
-    assert "optim.momentum.layers.1.attention.wqkv.weight" in names
+    kind = "z" if rule == "schedule_free" else "momentum"
+    assert f"optim.{kind}.layers.1.attention.wqkv.weight" in names
+
+
+@covers("optimizer.ema.validation")
+def test_an_average_beside_the_weights(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    """Resumed to the bit, validated; without it the training is the same."""
+    straight, stopped, plain = (tmp_path / name for name in ("a", "b", "c"))
+    ema = "dict(ema=dict(decay=0.9, every=2, validation=True))"
+    train(interpreter, straight, "adamw", more=ema)
+    train(interpreter, stopped, "adamw", more=ema, steps=3)
+    train(interpreter, stopped, "adamw", more=ema)
+    train(interpreter, plain, "adamw")
+    assert losses(stopped) == losses(straight) == losses(plain)
+    last = "ckpts/step-00000006"
+    assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
+    validated = [row for row in metrics(straight) if "val/valid_loss" in row]
+    assert [row["step"] for row in validated] == [2, 5]
+    for row in validated:
+        assert 0 < abs(row["val/valid.ema_loss"] - row["val/valid_loss"]) < 1
 
 
 def test_muon_goes_on_in_other_layouts(

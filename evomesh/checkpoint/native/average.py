@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart, split_box
@@ -166,10 +167,16 @@ class _WeightedMean:
     def pieces(self, item: WriteItem) -> Pieces:
         """Yield the pieces of an item with their bytes."""
         dtype = fmt.DTYPES[item.dtype]
-        for box in split_box(item.part.box, dtype.itemsize, fmt.PIECE_BYTES):
-            total = torch.zeros(box.shape, dtype=torch.float64)
-            for source, reader in zip(self._sources, self._readers, strict=True):
-                stored = reader.assemble(source.records[item.name], box)
-                total.add_(stored.double(), alpha=source.weight)
-            mean = total.div_(self._total)
+        whole = item.part.box
+        for box in split_box(whole, dtype.itemsize, fmt.PIECE_BYTES):
+            mean = self._mean(item.name, box)
             yield box, as_bytes(mean.to(dtype))
+
+    def _mean(self, name: str, box: Box) -> Tensor:
+        """Return the mean of a box of a tensor, in float64."""
+        total = torch.zeros(box.shape, dtype=torch.float64)
+        for number, source in enumerate(self._sources):
+            record = source.records[name]
+            stored = self._readers[number].assemble(record, box)
+            total.add_(stored.double(), alpha=source.weight)
+        return total.div_(self._total)

@@ -43,6 +43,8 @@ from evomesh.parallel.spec import ShardSpec, spec_of
 from evomesh.pipeline.stages import layer_ranges
 from evomesh.storage.urls import open_storage
 
+# What update rules, and the average of the weights, store as optim.KIND.NAME.
+STATE_KINDS = ("exp_avg", "exp_avg_sq", "momentum", "z", "ema", "master")
 CACHED_PIECES = 16  # pieces of the old checkpoint in memory: 64 MiB at most
 RankBoxes = dict[str, Box]  # of one rank: tensor -> the box of it that the rank holds
 
@@ -143,7 +145,7 @@ def _boxes_of_rank(
     for name, parameter in built.named_parameters():
         specs[name] = spec_of(parameter)
         state = make_slot(name, parameter, grid).spec
-        for kind in ("exp_avg", "exp_avg_sq", "momentum", "master"):
+        for kind in STATE_KINDS:
             specs[f"optim.{kind}.{name}"] = state
     boxes = {}
     for name, spec in specs.items():

@@ -100,6 +100,15 @@ VALUES: list[tuple[list[str], list[str]]] = [
     ),
     (["model.hidden_size=96"], ["odd width 3"]),
     (["optimizer.type=moun"], ["optimizer.type", "did you mean 'muon'?"]),
+    (
+        ["optimizer.type=schedule_free", "adam.adam_beta1=0.0"],
+        ["adam.adam_beta1", "no average"],
+    ),
+    (
+        ["optimizer.type=schedule_free", "optimizer.ema.decay=0.9"],
+        ["optimizer.ema.decay", "averages the weights already"],
+    ),
+    (["optimizer.ema.decay=1.0"], ["optimizer.ema.decay", "a number < 1"]),
     (["optimizer.momentum=-0.1"], ["optimizer.momentum", "a number >= 0"]),
     (["optimizer.momentun=0.9"], ["did you mean optimizer.momentum?"]),
     (["optimizer.ns_steps=0"], ["optimizer.ns_steps", "a number >= 1"]),

@@ -52,6 +52,18 @@ def test_the_peak_is_that_of_arithmetic(recompute: float) -> None:
     assert found.kinds["moments"] == 4 * weights
 
 
+def test_schedule_free_and_an_average_are_counted() -> None:
+    parameters = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS).parameters
+    for values, number in (
+        ({"type": "schedule_free"}, 2),
+        ({"ema": {"decay": 0.9}}, 3),
+    ):
+        optimizer = OptimizerConfig.model_validate(values)
+        found = peak_memory(config().model_copy(update={"optimizer": optimizer}), 1)
+        assert found.kinds["moments"] == 4 * number * parameters
+        assert found.kinds["masters"] == 4 * parameters
+
+
 @pytest.mark.parametrize("rule", ["muon", "lion"])
 def test_each_rule_remembers_its_own(rule: str) -> None:
     """Lion one float32 number for each weight; Muon one for those of the blocks' matrices, two for the others."""
