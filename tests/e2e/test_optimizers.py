@@ -83,10 +83,10 @@ def test_an_average_beside_the_weights(
     assert losses(stopped) == losses(straight) == losses(plain)
     last = "ckpts/step-00000006"
     assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
-    validated = [row for row in metrics(straight) if "val/valid_loss" in row]
+    validated = [row for row in metrics(straight) if "val/en_loss" in row]
     assert [row["step"] for row in validated] == [2, 5]
     for row in validated:
-        assert 0 < abs(row["val/valid.ema_loss"] - row["val/valid_loss"]) < 1
+        assert 0 < abs(row["val/en.ema_loss"] - row["val/en_loss"]) < 1
 
 
 def test_muon_goes_on_in_other_layouts(
