@@ -19,6 +19,7 @@ from evomesh.cli import (
     ledger,
     parity,
     plan,
+    report,
     restarts,
     serve,
     slurm,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("run")(restarts.run)
 app.command("top")(top.top)
+app.command("report")(report.report)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("parity")(parity.parity)

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import socket
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from torch import Tensor
 
+from evomesh.checkpoint.native.software import software
 from evomesh.config.data_stages import resolve_data_stages, stage_at, stage_table
-from evomesh.config.redact import REDACTED
+from evomesh.config.json_codec import encode_json
+from evomesh.config.layout import axis_sizes
+from evomesh.config.record import config_to_dict
+from evomesh.config.redact import REDACTED, redact_text
 from evomesh.config.schema import Config
 from evomesh.config.user import expand_home
 from evomesh.data.batch import Batch
 from evomesh.data.build import TrainData
 from evomesh.errors import UserError
+from evomesh.monitor.history import HISTORY_FILE, HistoryFile
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from evomesh.monitor.optional_output import OptionalOutput
@@ -34,6 +44,7 @@ from evomesh.monitor.run_folder import (
 from evomesh.monitor.status import StatusWriter
 from evomesh.monitor.tensorboard import TensorBoardWriter
 from evomesh.storage.atomic_file import write_atomically
+from evomesh.train.agreement import source_digest
 from evomesh.train.launch import RunContext
 from evomesh.train.memory import memory_in_use
 from evomesh.train.state import TrainState
@@ -52,6 +63,7 @@ class RunReporter:
     Args:
         text: the config file's text, for TensorBoard.
         state: its ``run_folder`` is kept when a run resumes, and set when the run is new.
+        origins: where each value of the config comes from, for ``history.jsonl``.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class RunReporter:
         context: RunContext,
         state: TrainState,
         data: TrainData,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
         grid = context.grid
         self.config = config
@@ -70,6 +83,9 @@ class RunReporter:
         self.world_size = context.world_size
         self.dp_size = grid.dp.size
         self._stages = resolve_data_stages(config.data, self.dp_size)
+        self.context = context
+        self.origins = dict(origins or {})
+        self.reason = ""  # what the run starts from, as one line
         self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
 
@@ -88,6 +104,7 @@ class RunReporter:
             config.data.total_steps,
             partial(memory_in_use, context.device),
         )
+        self.history = HistoryFile(self.folder / HISTORY_FILE if self.main else None)
         # A full disk must not end a run: training continues without these files.
         self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
@@ -124,6 +141,7 @@ class RunReporter:
         self._metrics = open_until_end(metrics)
         if self.config.run.enable_tb:
             self._board = self._open_board(step)
+        self.history.start(self._facts())
         logger.info("run folder: %s", self.folder)
         table = self.data.table()
         logger.info("training data:\n%s", table)
@@ -143,6 +161,30 @@ class RunReporter:
     ) -> None:
         self.status.status.step = self.state.step
         self._open_files.__exit__(kind, error, trace)
+        # The status has worked out how the run ends.
+        self.history.end(self.state.step, self.status.status.phase)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a report needs to know of this start of the run, without secrets."""
+        sizes = axis_sizes(self.config.parallel, self.world_size)
+        command = self._without_addresses(redact_text(shlex.join(sys.argv)))
+        config = encode_json(config_to_dict(self.config))
+        return {
+            "began": self.context.started.timestamp(),
+            "step": self.state.step,
+            "reason": redact_text(self.reason),
+            "command": command,
+            "folder": str(Path.cwd()),
+            "host": socket.gethostname(),
+            "device": _device_name(self.context.device),
+            "world_size": self.world_size,
+            "layout": {"dp": sizes.dp, "tp": sizes.tp, "pp": sizes.pp},
+            "software": software() | {"digest": source_digest()},
+            "data": self.data.manifest,
+            "data_report": self.data.report,
+            "config": config,
+            "origins": self.origins,
+        }
 
     def _open_board(self, step: int) -> TensorBoardWriter:
         """Open TensorBoard, which a new run starts with its command and its config."""
@@ -307,6 +349,12 @@ class RunReporter:
         if output.gradients is not None:
             extras |= output.gradients.scalars
         return extras
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    return f"{device} {torch.cuda.get_device_name(device)}"
 
 
 def write_rows(folder: Path, step: int, norms: Tensor) -> None:

@@ -97,6 +97,7 @@ class Trainer:
                     )
             if self.exports is not None:
                 self.exports.start()
+            self.run.reporter.reason = self.run.reason
             stack.enter_context(self.run.reporter)
             stack.enter_context(garbage_at_fixed_steps())
             logger.info("%s", self.run.reason)
@@ -217,6 +218,8 @@ class Trainer:
             return
         activity = this_process()
         activity.begin_step(step)
+        history = run.reporter.history
+        history.begin_step()
         if self.step_file is not None:
             self.step_file.write(step, run.reporter.folder)
         with region("data wait"), self._phase(Place.DATA):
@@ -248,6 +251,7 @@ class Trainer:
             self.upkeep.after_step(record.fwd_bwd_time)
         self._save_if_due()
         status.note_saves(run.saved_step, saves is not None and saves.saving)
+        history.step_done(step, status.status.memory)
         activity.end_step()
 
     def _validate(self) -> dict[str, float]:
@@ -267,8 +271,9 @@ class Trainer:
     @contextmanager
     def _phase(self, place: Place) -> Iterator[None]:
         """Tell the watcher of this host, and who reads the status files, what this rank is doing."""
-        self.run.reporter.status.enter(place.words)
-        with this_process().phase(place):
+        reporter = self.run.reporter
+        reporter.status.enter(place.words)
+        with this_process().phase(place), reporter.history.phase(place.words):
             yield
 
     def _update(

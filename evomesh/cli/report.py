@@ -1,0 +1,48 @@
+"""``evomesh report``: one page of one or several runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from evomesh.errors import UserError
+
+
+def report(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [RUN ...] OUT.html",
+            show_default=False,
+            help="Run folders, or folders above them (the newest run below), and the file to write.",
+        ),
+    ],
+) -> None:
+    """Write one HTML page of a run, or of several beside each other: charts, time, restarts, data, configuration.
+
+    The page is a single file without anything from elsewhere. A run that is training,
+    was killed or has parts missing has a page too.
+    """
+    from evomesh.config.user import expand_home
+    from evomesh.runs.page import render_page, write_page
+    from evomesh.runs.payload import payload_of
+    from evomesh.runs.read import find_runs, read_run
+
+    if len(paths) < 2 or not paths[-1].endswith((".html", ".htm")):
+        raise UserError(
+            f"the last argument is {paths[-1]!r}",
+            expected="run folders, then a file whose name ends with .html",
+            fix="evomesh report RUN report.html",
+        )
+    *names, out = paths
+    folders = find_runs(names)
+    runs = [read_run(folder) for folder in folders]
+    page = render_page(payload_of(runs, time.time()))
+    target = expand_home(out)
+    write_page(target, page)
+    for run in runs:
+        plural = "" if len(run.rows) == 1 else "s"
+        typer.echo(f"{run.folder}: {len(run.rows):,} step{plural}")
+    typer.echo(f"wrote {target} ({len(page) / 1e6:.1f} MB)")

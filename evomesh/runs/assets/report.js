@@ -1,0 +1,159 @@
+"use strict";
+// The page: summary, charts and tables of the runs in the payload, in two languages.
+let payload = JSON.parse(document.getElementById("payload").textContent);
+const stored = (key, value) => { try { if (value !== undefined) localStorage.setItem(key, value); return localStorage.getItem(key); } catch { return null; } };
+let language = stored("evomesh-language") || ((navigator.language || "").startsWith("zh") ? "zh" : "en");
+let theme = stored("evomesh-theme") || "auto";
+let runs = [];
+
+function t(key) { const word = WORDS[key]; return word ? word[language === "zh" ? 1 : 0] : key; }
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+function tableOf(heads, rows, numbers = [], marks = () => "") {
+  const cell = (tag, value, i, extra = {}) => make(tag, { ...extra, class: numbers[i] ? "number" : "wrap" }, value instanceof Node ? value : String(value ?? "–"));
+  const body = rows.map((row) => make("tr", marks(row) ? { class: marks(row) } : {}, ...row.slice(0, heads.length).map((value, i) => cell("td", value, i))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((head, i) => cell("th", head, i, { scope: "col" })))), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": heads.join(", ") }, table);
+}
+const date = (seconds) => (typeof seconds === "number" ? new Date(seconds * 1000).toLocaleString(language === "zh" ? "zh-CN" : "en-GB", { dateStyle: "medium", timeStyle: "medium" }) : "–");
+const fixed = (value, digits = 1) => (typeof value === "number" ? value.toLocaleString("en-US", { maximumFractionDigits: digits, minimumFractionDigits: digits }) : "–");
+const whole = (value) => (typeof value === "number" ? value.toLocaleString("en-US") : "–");
+function duration(seconds) {
+  if (typeof seconds !== "number") return "–";
+  if (seconds < 100) return `${fixed(seconds)} s`;
+  const all = Math.round(seconds), h = Math.floor(all / 3600), m = Math.floor((all % 3600) / 60);
+  return h ? `${h} h ${m} min` : `${m} min ${all % 60} s`;
+}
+const percent = (value) => (typeof value === "number" ? `${fixed(100 * value)} %` : "–");
+
+function section(id, ...children) { return make("section", { id, "aria-labelledby": `${id}-h` }, make("h2", { id: `${id}-h` }, t(id)), ...children); }
+function perRun(id, part) {
+  const parts = runs.map((run) => { const content = part(run); return content && make("div", { class: "run" }, runs.length > 1 ? make("h3", {}, run.name) : null, content); });
+  return parts.some(Boolean) ? section(id, ...parts.filter(Boolean)) : null;
+}
+function cards(run) {
+  const s = run.summary, total = s.total ? ` / ${whole(s.total)}` : "";
+  const rows = [["state", t(s.state)], ["steps", `${whole(s.next_step)}${total}`], ["loss", short(s.loss)], ["lowest_loss", short(s.lowest_loss)], ["tokens", short(s.tokens)], ["speed", short(s.speed)],
+    ["wall", s.wall === undefined ? null : duration(s.wall)], ["goodput", s.wall === undefined ? null : percent(s.goodput)], ["restarts", s.restarts === undefined ? null : whole(s.restarts)],
+    ["restart_cost", s.restarts ? duration(s.restart_cost) : null], ["skips", s.skipped ? whole(s.skipped) : null], ["devices", `${whole(s.world_size)}${s.device ? ` · ${s.device}` : ""}`]];
+  return make("dl", { class: "cards" }, ...rows.filter((row) => row[1] !== null).map(([key, value]) => make("div", {}, make("dt", {}, t(key)), make("dd", {}, value))));
+}
+function notes(run) {
+  const lines = [];
+  if (!run.has_history) lines.push(t("no_history"));
+  if (!run.summary.steps) lines.push(t("no_metrics"));
+  for (const [file, count] of Object.entries(run.unreadable)) lines.push(`${file}: ${whole(count)} ${t("unreadable")}`);
+  return lines.map((line) => make("p", { class: "note warn" }, line));
+}
+function times(run) {
+  if (!run.times) return null;
+  const { wall, causes } = run.times, names = Object.keys(causes), color = (i) => `background:var(--c${i === 0 ? 2 : [1, 4, 0, 3, 5, 6, 7][(i - 1) % 7]})`;
+  const bar = make("div", { class: "bar", role: "img", "aria-label": names.map((name) => `${t(name)} ${percent(causes[name] / (wall || 1))}`).join(", ") },
+    ...names.map((name, i) => make("span", { style: `${color(i)};width:${(100 * causes[name]) / (wall || 1)}%`, title: t(name) })));
+  const rows = names.map((name, i) => [make("span", {}, make("span", { class: "swatch", style: color(i) }), t(name)), fixed(causes[name]), percent(causes[name] / (wall || 1))]);
+  rows.push([t("total"), fixed(wall), percent(wall ? 1 : 0)]);
+  return make("div", {}, bar, tableOf([t("cause"), t("seconds"), t("share")], rows, [false, true, true]));
+}
+function starts(run) {
+  if (!run.times) return null;
+  const rows = run.times.starts.map((s) => [s.number, date(s.began), s.first_step, s.steps, s.outcome ? t(s.outcome) : t("no_end"), fixed(s.down), fixed(s.starting), s.recomputed, fixed(s.cost), s.reason]);
+  return tableOf(["number", "began", "from_step", "steps", "outcome", "downs", "starting", "again", "cost", "reason"].map(t), rows, [true, false, true, true, false, true, true, true, true]);
+}
+function saves(run) {
+  if (!run.saves.length) return null;
+  return tableOf(["step", "when", "waited", "final"].map(t), run.saves.map((s) => [s.step, date(s.time), fixed(s.seconds, 2), s.final ? "✓" : ""]), [true, false, true]);
+}
+function alerts(run) { return run.alerts.length ? tableOf(["when", "kind", "text"].map(t), run.alerts.map((a) => [date(a.time), a.kind, a.text])) : null; }
+function skipped(run) { return run.skipped.length ? tableOf(["step", "loss", "grad_norm"].map(t), run.skipped.map((s) => [s.step, s.loss, s.grad_norm]), [true, true, true]) : null; }
+function dataTable(run) {
+  if (!run.data.length) return null;
+  const names = ["documents", "tokens", "filtered", "dropped", "packs"], sum = (name) => run.data.reduce((total, row) => total + (row[name] || 0), 0);
+  const rows = run.data.map((row) => [row.file, row.type, ...names.map((name) => whole(row[name]))]);
+  rows.push([t("total"), "", ...names.map((name) => whole(sum(name)))]);
+  return make("div", {}, tableOf(["file", "type", ...names].map(t), rows, [false, false, true, true, true, true, true]), make("p", {}, `${t("fingerprint")}: `, make("code", {}, run.fingerprint || "–")));
+}
+function facts(run) { const rows = Object.entries(run.facts).map(([name, value]) => [t(name), value]); return rows.length ? tableOf([t("key"), t("value")], rows) : null; }
+function config() {
+  const tables = runs.map((run) => new Map(run.config.map(([key, value, from]) => [key, { value, from }])));
+  const keys = [...new Set(tables.flatMap((table) => [...table.keys()]))];
+  if (!keys.length) return null;
+  const many = runs.length > 1, differs = (key) => tables.some((table) => table.get(key)?.value !== tables[0].get(key)?.value);
+  const heads = [t("key"), ...runs.flatMap((run) => (many ? [run.short] : [t("value"), t("from")]))];
+  const box = make("div"), input = make("input", { type: "search", "aria-label": t("filter"), placeholder: t("filter") });
+  const only = make("button", { type: "button", "aria-pressed": "true" }, t(many ? "only_diff" : "only_set"));
+  const show = () => {
+    const pressed = only.getAttribute("aria-pressed") === "true", wanted = input.value.toLowerCase();
+    const shown = keys.filter((key) => key.toLowerCase().includes(wanted) && (!pressed || (many ? differs(key) : tables[0].get(key).from !== "default")));
+    const rows = shown.map((key) => [key, ...tables.flatMap((table) => { const item = table.get(key) || {}; return many ? [item.value] : [item.value, item.from]; })]);
+    box.replaceChildren(tableOf(heads, rows, [], (row) => (many && differs(row[0]) ? "differs" : "")));
+  };
+  input.oninput = show;
+  only.onclick = () => { only.setAttribute("aria-pressed", only.getAttribute("aria-pressed") !== "true"); show(); };
+  show();
+  return section("config", make("div", { class: "buttons" }, input, only), box);
+}
+function drawNear(views) {
+  const watcher = new IntersectionObserver((entries) => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); entry.target.view.draw(); } }, { rootMargin: "400px" });
+  for (const view of views) { view.box.view = view; watcher.observe(view.box); }
+}
+function build() {
+  for (const view of drawn.splice(0)) view.close();
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  runs = payload.runs.map((run) => ({ ...run, short: run.name.split("/").pop(), figures: decodeRun(run) }));
+  const names = runs.map((run) => run.name).join(", ");
+  document.title = `${names} – evomesh`;
+  document.getElementById("title").textContent = `${t("report")}: ${runs.length > 2 ? `${runs.length} ${t("runs")}` : names}`;
+  document.getElementById("subtitle").textContent = `${runs.map((run) => run.folder).join(", ")} · ${t("written")} ${date(payload.written)}`;
+  for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
+  document.getElementById("language").textContent = language === "zh" ? "English" : "中文";
+  document.getElementById("theme").textContent = `${t("theme")}: ${t(theme)}`;
+  const views = [];
+  for (const chart of CHARTS) { const series = seriesOf(chart, runs).filter((s) => s.x.length); if (series.length) views.push(new ChartView(chart, series)); }
+  const grid = views.length ? section("charts", make("p", { class: "soft" }, t("drag")), make("div", { class: "charts" }, ...views.map((view) => view.figure))) : null;
+  const parts = [perRun("summary", (run) => make("div", {}, cards(run), ...notes(run))), grid, perRun("time", times), perRun("starts", starts), perRun("saves", saves),
+    perRun("skipped", skipped), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);
+  document.getElementById("main").replaceChildren(...parts);
+  document.getElementById("contents").setAttribute("aria-label", t("report"));
+  document.getElementById("contents").replaceChildren(...parts.map((part) => make("a", { href: `#${part.id}` }, t(part.id))));
+  drawNear(views);
+}
+function applyTheme() { if (theme === "auto") document.documentElement.removeAttribute("data-theme"); else document.documentElement.dataset.theme = theme; }
+function redraw() { for (const view of drawn) if (view.plot) view.draw(); }
+
+document.getElementById("language").onclick = () => { language = language === "zh" ? "en" : "zh"; stored("evomesh-language", language); build(); };
+document.getElementById("theme").onclick = () => {
+  theme = { auto: "light", light: "dark", dark: "auto" }[theme] || "auto";
+  stored("evomesh-theme", theme); applyTheme(); redraw();
+  document.getElementById("theme").textContent = `${t("theme")}: ${t(theme)}`;
+};
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; for (const view of drawn) { view.draw(); view.plot.setSize({ width: Math.min(340, view.box.clientWidth || 340), height: 200 }); } });
+addEventListener("afterprint", () => { applyTheme(); redraw(); });
+function follow() {
+  const line = document.getElementById("live"), source = new EventSource("events");
+  line.hidden = false;
+  source.onopen = () => { line.textContent = `● ${t("live")}`; };
+  source.onerror = () => { line.textContent = t("lost"); };
+  source.onmessage = (event) => {
+    payload = JSON.parse(event.data);
+    const y = scrollY, focused = document.activeElement?.closest?.("figure")?.id, open = [...document.querySelectorAll("details[open]")].map((d) => d.closest("figure")?.id);
+    const ranges = new Map(drawn.filter((v) => v.plot).map((v) => [v.chart.id, { min: v.plot.scales.x.min, max: v.plot.scales.x.max, end: v.data[0][v.data[0].length - 1], begin: v.data[0][0], log: v.log }]));
+    build();
+    for (const view of drawn) {
+      const before = ranges.get(view.chart.id);
+      if (before) { view.log = before.log; view.draw(); if (before.max < before.end || before.min > before.begin) view.zoom([before.min, before.max]); }
+      if (open.includes(view.figure.id)) view.details.open = true;
+      if (view.figure.id === focused) view.box.focus({ preventScroll: true });
+    }
+    scrollTo(0, y);
+    document.documentElement.dataset.updates = String(Number(document.documentElement.dataset.updates || 0) + 1);
+  };
+}
+applyTheme();
+build();
+if (payload.live) follow();
+document.documentElement.dataset.ready = "1";

@@ -1,0 +1,169 @@
+"""``evomesh report``: what is in the page of a run, of a broken run, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.app import app
+from evomesh.errors import UserError
+from evomesh.runs.page import render_page
+from evomesh.runs.payload import payload_of, reduce_points
+from evomesh.runs.read import read_run
+from tests.support.run_folders import step_row, write_lines, write_run_folder
+
+NOW = 1_700_000_000.0
+
+
+def floats(text: str) -> list[float]:
+    content = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(content) // 4}f", content))
+
+
+def figure(run: dict[str, Any], name: str) -> list[tuple[float, float]]:
+    column = run["columns"][name]
+    steps = floats(run["steps"][column["x"]])
+    return list(zip(steps, floats(column["y"]), strict=True))
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    (entry,) = payload_of([read_run(folder)], NOW)["runs"]
+    assert isinstance(entry, dict)
+    return entry
+
+
+def embedded(page: str) -> Any:
+    """What a browser would read from the page's payload element."""
+    found = re.search(r'id="payload">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
+    entry = entry_of(write_run_folder(tmp_path / "demo" / "run"))
+    assert entry["name"] == "demo/run"
+    assert figure(entry, "loss") == [(s, 5.0 - s) for s in range(5)]
+    assert figure(entry, "speed") == [(s, 200.0) for s in range(5)]  # two ranks
+    assert figure(entry, "memory") == [(2, 1000.0)]
+    assert [value for _, value in figure(entry, "seconds")] == [4, 5, 4, 4, 4]
+    saves = [(one["step"], one["seconds"], one["final"]) for one in entry["saves"]]
+    assert saves == [(2, 2.0, False), (5, 1.5, True)]
+    assert entry["summary"]["restarts"] == 1
+    assert entry["summary"]["restart_cost"] == 30
+
+
+def test_a_broken_run_has_a_page(tmp_path: Path) -> None:
+    rows = [
+        step_row(0),
+        step_row(1, loss="NaN", grad_norm="Infinity"),
+        step_row(3),
+        step_row(3, loss=1.0),  # an old file may have a step twice
+        {"loss": 3.0},
+        {"step": 4},  # a version without the other figures
+    ]
+    write_lines(tmp_path / "metrics.jsonl", rows, torn='{"step": 5, "lo')
+    write_lines(tmp_path / "history.jsonl", [{"step": 1}], torn="{")
+    (tmp_path / "alerts.jsonl").write_bytes(b"\xff\n[1]\n")
+    entry = entry_of(tmp_path)
+    loss = figure(entry, "loss")
+    assert [step for step, _ in loss] == [0, 1, 3]
+    assert np.isnan(loss[1][1])
+    assert loss[2][1] == 1.0
+    assert entry["skipped"] == [{"step": 1, "loss": "NaN", "grad_norm": "Infinity"}]
+    assert entry["unreadable"] == {
+        "metrics.jsonl": 2,
+        "history.jsonl": 1,
+        "alerts.jsonl": 2,
+    }
+    assert not entry["has_history"]
+    page = render_page(payload_of([read_run(tmp_path)], NOW))
+    assert embedded(page)["runs"][0]["times"] is None
+
+
+def test_a_run_without_any_step_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert entry_of(tmp_path)["columns"] == {}
+
+
+def test_extremes_are_kept_of_a_long_run() -> None:
+    values = np.sin(np.arange(10_000) / 50)
+    values[4321], values[8765], values[100:200] = 99, -99, np.nan
+    steps, kept = reduce_points(np.arange(10_000), values, 200)
+    assert len(steps) <= 200
+    assert (np.nanmax(kept), np.nanmin(kept)) == (99, -99)
+    assert {4321, 8765} <= set(steps.tolist())
+    assert (np.diff(steps) > 0).all()
+    assert np.array_equal(values[steps], kept, equal_nan=True)
+
+
+def test_no_secret_is_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    config = {
+        "monitor": {"alert": {"feishu_alert_address": "https://a.example/hook/abc"}},
+        "data": {"train_folder": "/d/correct-horse-battery", "url": "s3://u:pass@h/x"},
+    }
+    folder = write_run_folder(
+        tmp_path,
+        config=config,
+        command="evomesh train --set x.password=hunter2hunter2",
+        reason="from https://user:swordfish@h/c",
+    )
+    alert = {"kind": "crash", "text": "token hf_abcdefghijklmnopqrstuvwxyz0123"}
+    write_lines(folder / "alerts.jsonl", [alert])
+    page = render_page(payload_of([read_run(folder)], NOW))
+    for secret in ("correct-horse", "hook/abc", "u:pass", "hunter2", "swordfish", "hf_abc"):  # fmt: skip
+        assert secret not in page, secret
+
+
+def test_no_text_of_a_run_becomes_part_of_the_page(tmp_path: Path) -> None:
+    text = "</script><script>alert(1)</script> <!-- @@STYLE@@"
+    folder = write_run_folder(tmp_path, command=text)
+    page = render_page(payload_of([read_run(folder)], NOW))
+    assert embedded(page)["runs"][0]["facts"]["command"] == text
+    assert "alert(1)</script>" not in page
+    # Nothing from elsewhere: no address in an attribute that loads.
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+
+
+def test_the_command_writes_one_file(tmp_path: Path) -> None:
+    write_run_folder(tmp_path / "a")
+    write_run_folder(tmp_path / "b")
+    out = tmp_path / "out.html"
+    arguments = ["report", str(tmp_path / "a"), str(tmp_path / "b"), str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert len(embedded(out.read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}"], "the last argument is"),
+        (["{run}", "{run}"], "a file whose name ends with .html"),
+        (["{run}/absent", "{run}/x.html"], "does not exist"),
+        (["{run}/logs", "{run}/x.html"], "is not a run folder"),
+        (["{run}", "{run}/folder.html"], "is a folder"),
+        (["{run}", "/proc/x.html"], "cannot write /proc/x.html"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    run = write_run_folder(tmp_path)
+    (run / "folder.html").mkdir()
+    (run / "logs").mkdir()
+    given = [argument.format(run=run) for argument in arguments]
+    with pytest.raises(UserError) as error:
+        CliRunner().invoke(app, ["report", *given], catch_exceptions=False)
+    assert message in str(error.value)
+    assert not list(run.glob("*.part"))
