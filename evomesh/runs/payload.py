@@ -320,7 +320,7 @@ def flat(value: Any, key: str = "") -> Row:
         return {key: value["$float"]}
     if not isinstance(value, dict) or not value:
         return {key: value} if key else {}
-    leaves = {}
+    leaves: Row = {}
     for name, item in value.items():
         inner = f"{key}.{name}" if key else name
         leaves |= flat(item, inner)
