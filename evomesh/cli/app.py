@@ -27,6 +27,7 @@ from evomesh.cli import (
     tokenizer,
     top,
     train,
+    watch,
     xtuner,
 )
 
@@ -43,6 +44,7 @@ app.command("train")(train.train)
 app.command("run")(restarts.run)
 app.command("top")(top.top)
 app.command("report")(report.report)
+app.command("watch")(watch.watch)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("parity")(parity.parity)

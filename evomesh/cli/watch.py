@@ -1,0 +1,59 @@
+"""``evomesh watch``: the page of a run, live."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from evomesh.errors import UserError
+
+
+def watch(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN ...]",
+            show_default=False,
+            help="Run folders, or folders above them (the newest run below) [default: RUN].",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; others than this machine's can read the page then."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")
+    ] = 7870,
+) -> None:
+    """Serve the page of `evomesh report` and keep it up to date while a run trains. Ends with Ctrl-C."""
+    from evomesh.runs.read import find_runs
+
+    folders = find_runs(runs or ["RUN"])
+    try:
+        from evomesh.runs.watch import RunWatch, create_watch_app
+        from evomesh.serve.http_server import bind, create_server
+        from evomesh.serve.load import LOOPBACK
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("evomesh"):
+            raise
+        raise UserError(
+            f"{error.name} is not installed", fix="pip install 'evomesh[serve]'"
+        ) from None
+    listening = bind(host, port)
+    is_local = host in LOOPBACK
+    if not is_local:
+        print(
+            f"warning: who reaches {host} can read this page; it needs no key",
+            file=sys.stderr,
+        )
+    for folder in folders:
+        print(folder)
+    url_host = f"[{host}]" if ":" in host else host
+    print(f"page: http://{url_host}:{listening.getsockname()[1]}/", flush=True)
+    served = RunWatch(folders)
+    app = create_watch_app(served, local=is_local)
+    create_server(app, served.end).run(sockets=[listening])
