@@ -10,6 +10,7 @@ from evomesh import __version__
 from evomesh.cli import (
     batch,
     ckpt,
+    compare,
     config,
     convert,
     data,
@@ -44,6 +45,7 @@ app.command("train")(train.train)
 app.command("run")(restarts.run)
 app.command("top")(top.top)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("watch")(watch.watch)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

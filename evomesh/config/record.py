@@ -11,6 +11,20 @@ from evomesh.config.redact import redact_setting, secret_values
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 
+# Where a node keeps something may differ; what it keeps there is compared by the data's
+# own fingerprint.
+PLACES = (
+    "run.run_dir",
+    "run.tensorboard_folder",
+    "run.resume_tb_folder",
+    "data.train_folder",
+    "data.valid_folder",
+    "data.shm_path",
+    "data.tokenizer_path",
+    "data.data_order_path",
+    "ckpt.async_upload_tmp_folder",
+)
+
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return the config as nested dicts of plain values, secrets hidden, tuples as lists.

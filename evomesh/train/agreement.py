@@ -13,24 +13,11 @@ import torch
 
 import evomesh
 from evomesh.config.reading.spellings import written_key
-from evomesh.config.record import config_to_dict
+from evomesh.config.record import PLACES, config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange
 
-# Where a node keeps something may differ; what it keeps there is compared by the data's
-# own fingerprint.
-PLACES = (
-    "run.run_dir",
-    "run.tensorboard_folder",
-    "run.resume_tb_folder",
-    "data.train_folder",
-    "data.valid_folder",
-    "data.shm_path",
-    "data.tokenizer_path",
-    "data.data_order_path",
-    "ckpt.async_upload_tmp_folder",
-)
 LONGEST_VALUE = 80  # characters of a value that a message shows
 
 Facts = dict[str, str]  # what is compared, by name; the first that differs is reported
