@@ -168,9 +168,8 @@ def build_run(
     stream = _open_stream(train_data, start, stored, grid)
 
     # 6. What the run writes to.
-    reporter = RunReporter(
-        config, loaded.text, context, state, train_data, loaded.origins
-    )
+    reporter = RunReporter(config, loaded.text, context, state, train_data)
+    reporter.origins = loaded.origins
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)

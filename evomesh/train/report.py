@@ -63,7 +63,10 @@ class RunReporter:
     Args:
         text: the config file's text, for TensorBoard.
         state: its ``run_folder`` is kept when a run resumes, and set when the run is new.
+
+    Attributes:
         origins: where each value of the config comes from, for ``history.jsonl``.
+        reason: what the run starts from, as one line; likewise.
     """
 
     def __init__(
@@ -73,7 +76,6 @@ class RunReporter:
         context: RunContext,
         state: TrainState,
         data: TrainData,
-        origins: Mapping[str, str] | None = None,
     ) -> None:
         grid = context.grid
         self.config = config
@@ -84,8 +86,8 @@ class RunReporter:
         self.dp_size = grid.dp.size
         self._stages = resolve_data_stages(config.data, self.dp_size)
         self.context = context
-        self.origins = dict(origins or {})
-        self.reason = ""  # what the run starts from, as one line
+        self.origins: Mapping[str, str] = {}
+        self.reason = ""
         self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
 
