@@ -40,10 +40,13 @@ def supervise() -> None:
     from torch.distributed.run import run as run_ranks
 
     from evomesh.parallel.process_group import GroupError
+    from evomesh.parallel.rendezvous import wait_for_name
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_LIMIT_S)
     arguments = parse_args(sys.argv[1:])  # type: ignore[no-untyped-call]
     arguments.signals_to_handle = FORWARDED
+    if not arguments.standalone:
+        wait_for_name(arguments.master_addr)
     try:
         run_ranks(arguments)  # type: ignore[no-untyped-call]
     except SignalException as stopped:

@@ -13,8 +13,9 @@ from evomesh.errors import EXIT_RESTART, UserError
 Starter = Literal["srun", "torchrun"]
 
 # What ``srun`` returns when a restart may help: stopped and saved, or 128 + the signal
-# that killed a rank: SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM.
-RESTART_CODES = (EXIT_RESTART, 134, 135, 137, 139, 143)
+# that killed a rank: SIGHUP, SIGABRT, SIGBUS, SIGKILL, SIGUSR1, SIGSEGV, SIGTERM. A rank that
+# gets one of those that ask it to save while Python itself still starts is killed by it.
+RESTART_CODES = (EXIT_RESTART, 129, 134, 135, 137, 138, 139, 143)
 
 
 @dataclass(frozen=True)

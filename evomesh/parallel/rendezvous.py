@@ -69,11 +69,11 @@ def open_store(address: JobAddress, *, limit_s: float = CONNECT_LIMIT_S) -> Stor
     Raises:
         UserError: the port is taken or not allowed, the name does not resolve, or nobody listens.
     """
+    # First the causes that can be distinguished: torch's own wait ends after minutes with
+    # one message for all of them. The server connects to itself by its name too.
+    wait_for_name(address.host, min(limit_s, NAME_LIMIT_S))
     if address.is_served_here:
         return _connect(address, serve=True)
-    # First the causes that can be distinguished: torch's own wait ends after minutes with
-    # one message for all of them.
-    _wait_for_name(address, min(limit_s, NAME_LIMIT_S))
     _wait_for_listener(address, limit_s)
     return _connect(address, serve=False)
 
@@ -127,19 +127,25 @@ def _refusal(address: JobAddress, reason: str, serve: bool) -> UserError:
     )
 
 
-def _wait_for_name(address: JobAddress, limit_s: float) -> None:
+def wait_for_name(host: str, limit_s: float = NAME_LIMIT_S) -> None:
+    """Wait until a name has an address here, as that of a node or pod that starts.
+
+    Raises:
+        UserError: it still has none after ``limit_s`` seconds.
+    """
+
     def resolves() -> bool:
         try:
-            socket.getaddrinfo(address.host, address.port)
+            socket.getaddrinfo(host, None)
         # A name with an empty or too long label is no name for Python either.
         except (OSError, UnicodeError):
             return False
         return True
 
-    if _wait(resolves, f"the name {address.host} (MASTER_ADDR) to resolve", limit_s):
+    if _wait(resolves, f"the name {host} (MASTER_ADDR) to resolve", limit_s):
         return
     raise UserError(
-        f"{address.host!r} has no address on this host ({socket.gethostname()})",
+        f"{host!r} has no address on this host ({socket.gethostname()})",
         where="MASTER_ADDR",
         expected="a name or address of the node that rank 0 runs on",
         fix="check the name with: getent hosts NAME, or give an address: export MASTER_ADDR=ADDRESS",

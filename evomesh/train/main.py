@@ -16,7 +16,7 @@ from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.warning_lines import warning_lines
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.allocator import keep_freed_memory
-from evomesh.train.build import build_run
+from evomesh.train.build import TrainingRun, build_run
 from evomesh.train.job import reporting_early_errors
 from evomesh.train.launch import RunContext, launch
 from evomesh.train.launchers import detect, spawn_ranks
@@ -114,6 +114,7 @@ def _train(
         refuse_unexportable_run(loaded.config)
     with this_process().phase(Place.START):
         run = build_run(loaded, context, exports)
+        _claim_folders(run)
     alerts.attach(
         run.reporter.folder,
         run.reporter.main,
@@ -129,3 +130,14 @@ def _train(
         if run.checkpoints is not None and context.rank == 0:
             logger.error("%s", restart_line(run.checkpoints.folder))
         raise
+
+
+def _claim_folders(run: TrainingRun) -> None:
+    """Become the one writer of the save folder, and so of the run folder that its checkpoints name.
+
+    Only then may alerts be recorded in the run folder: a second start would report its
+    refusal there as a crash of the job that lives.
+    """
+    has_steps_left = run.state.step < run.config.data.total_steps
+    if run.checkpoints is not None and has_steps_left:
+        run.checkpoints.claim()

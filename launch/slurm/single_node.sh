@@ -39,7 +39,7 @@ code=$?
 # 75: stopped and saved, or a rank was lost. Above 128: a signal killed a rank. A user's mistake (2)
 # or a bug (1) would only happen again.
 case $code in
-  75 | 134 | 135 | 137 | 139 | 143)
+  75 | 129 | 134 | 135 | 137 | 138 | 139 | 143)
     if [ "$is_ended" = no ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
       echo "srun ended with $code: job $job is queued again and will resume"
       scontrol requeue "$job"

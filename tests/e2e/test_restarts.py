@@ -50,16 +50,23 @@ def test_a_killed_run_continues_to_the_bit(
 def test_a_second_supervisor_is_refused_and_sigterm_ends_both(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
-    endless = 'data["total_steps"] = 100000\nckpt["checkpoint_every"] = 100000\n'
+    endless = 'data["total_steps"] = 100000\nckpt["checkpoint_every"] = 50\n'
     write_run(tmp_path, endless)
     first = interpreter.start(COMMAND, cwd=tmp_path)
-    first.wait_for("step=1,")
+    first.wait_for("checkpoint of step 50 committed")
     second = interpreter.run(COMMAND, cwd=tmp_path)
     assert second.returncode == 2
     assert (
         f"another supervisor runs this job: evomesh run, process {first.pid} on "
         in second.stderr
     )
+    unsupervised = interpreter.run(["evomesh", "train", *COMMAND[-1:]], cwd=tmp_path)
+    assert unsupervised.returncode == 2
+    assert "another live job writes here" in unsupervised.stderr
+    # Its refusal is no trouble of the run that lives, which has saved and so owns the run folder.
+    assert "a restart resumes" not in unsupervised.stdout
+    (alerts,) = tmp_path.glob("RUN/*/*/alerts.jsonl")
+    assert "crash" not in alerts.read_text()
     first.signal(signal.SIGTERM)
     ended = first.wait(60)
     assert ended.returncode == 75, ended.stderr[-2000:]

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.support import slurm
 from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 from tests.support.slurm import ROOT, Cluster, wait_until
+from tests.support.xtuner import TINY_MODEL, token_files, write_config
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing()),
@@ -29,8 +32,9 @@ data["total_steps"] = lr_scheduler["total_steps"] = {STEPS}
 ckpt["checkpoint_every"] = 2
 """
 # In the first lives of a job its last data-parallel rank waits, before step 3, 6 or 9, until it is stopped or
-# killed; the others wait for it in a collective.
+# killed; the others wait for it in a collective. Some of Slurm's clocks tick every 30 s, and the watchdog is faster.
 PAUSES = """
+monitor = dict(watchdog=dict(enable=False))
 import os, time
 from evomesh.train.signals import StopRequest
 from evomesh.train.trainer import Trainer
@@ -65,16 +69,30 @@ def rows(folder: Path) -> dict[int, str]:
     return found
 
 
-def left_alone(interpreter: Interpreter, folder: Path, ranks: int) -> dict[int, str]:
-    """Train without Slurm and without a stop."""
-    folder.mkdir()
-    write_run(folder, CONFIG)
-    running = interpreter.start_ranks(
-        ["evomesh", "train", "config.py"], ranks, cwd=folder
-    )
-    for rank in running:
-        assert rank.wait(60).returncode == 0, rank.stderr[-2000:]
-    return rows(folder)
+class Reference:
+    """The run without Slurm and without a stop, once for each number of ranks."""
+
+    def __init__(self, interpreter: Interpreter, folder: Path) -> None:
+        self._interpreter, self._folder = interpreter, folder
+
+    def rows(self, ranks: int) -> dict[int, str]:
+        folder = self._folder / f"{ranks}-ranks"
+        if not folder.exists():
+            write_run(folder, CONFIG)
+            self.start(["evomesh", "train", "config.py"], ranks, folder)
+        return rows(folder)
+
+    def start(self, command: list[str], ranks: int, folder: Path) -> None:
+        """Run a command on ranks that torchrun would start."""
+        for rank in self._interpreter.start_ranks(command, ranks, cwd=folder):
+            assert rank.wait(60).returncode == 0, rank.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    return Reference(interpreter, tmp_path_factory.mktemp("alone"))
 
 
 class Job:
@@ -84,6 +102,7 @@ class Job:
         self, cluster: Cluster, folder: Path, script: str, *options: str
     ) -> None:
         self.cluster, self.folder = cluster, folder
+        self._hastened = {"PENDING 0"}
         command = ["sbatch", "--parsable", *options, str(LAUNCH / script), "config.py"]
         self.number = cluster.call(*command, cwd=folder)
 
@@ -97,9 +116,20 @@ class Job:
     def state(self) -> str:
         return self.cluster.state(self.number)
 
+    def start_soon(self) -> None:
+        """Hasten a job that is queued again, once each time."""
+        state = self.state
+        if state.startswith("PENDING") and state not in self._hastened:
+            self._hastened.add(state)
+            self.cluster.start_soon(self.number)
+
+    def update(self, setting: str) -> None:
+        self.cluster.call("scontrol", "update", f"JobId={self.number}", setting)
+
     def wait_for_pause(self, life: int) -> None:
         def paused() -> bool:
             assert not self.state.startswith(("FAILED", "COMPLETED")), self.text[-3000:]
+            self.start_soon()
             return f"pause in life {life}" in self.text
 
         wait_until(paused, lambda: f"no life {life}: {self.text[-3000:]}")
@@ -112,9 +142,9 @@ class Job:
 
 
 def test_a_rank_and_a_node_are_lost(
-    cluster: Cluster, interpreter: Interpreter, tmp_path: Path
+    cluster: Cluster, alone: Reference, tmp_path: Path
 ) -> None:
-    expected = left_alone(interpreter, tmp_path / "alone", 2)
+    expected = alone.rows(2)
     write_run(tmp_path, CONFIG + PAUSES.format(lives=2))
     job = Job(cluster, tmp_path, "many_nodes.sh", *TWO_NODES)
     job.wait_for_pause(0)
@@ -128,15 +158,16 @@ def test_a_rank_and_a_node_are_lost(
     cluster.kill_node(job.number, "n1")
     job.wait_for_state("PENDING 2")
     cluster.start_node("n1")
+    job.start_soon()
     job.wait_for_state("COMPLETED 2")
     assert job.text.count("is queued again") == 1
     assert rows(tmp_path) == expected and len(expected) == STEPS
 
 
-def test_a_job_that_is_preempted_signaled_and_canceled_saves(
-    cluster: Cluster, interpreter: Interpreter, tmp_path: Path
+def test_a_job_that_is_preempted_out_of_time_and_canceled_saves(
+    cluster: Cluster, alone: Reference, tmp_path: Path
 ) -> None:
-    expected = left_alone(interpreter, tmp_path / "alone", 1)
+    expected = alone.rows(1)
     write_run(tmp_path, CONFIG + PAUSES.format(lives=3))
     single = ("--ntasks-per-node=1", "--gpus-per-node=1", "--partition=llm")
     job = Job(cluster, tmp_path, "single_node.sh", *single)
@@ -145,7 +176,10 @@ def test_a_job_that_is_preempted_signaled_and_canceled_saves(
     cluster.call(*urgent, "--output=/dev/null", "--wrap=true")
     job.wait_for_pause(1)
     assert "stopped by SIGTERM after step 2: rerun" in job.text
-    cluster.call("scancel", "--signal=USR1", job.number)  # as --signal of sbatch does
+    # Slurm looks at time limits every 30 s; five minutes before this one, the script has it send SIGUSR1.
+    job.update("TimeLimit=4")
+    wait_until(lambda: job.state == "PENDING 2", lambda: job.state)
+    job.update("TimeLimit=60")
     job.wait_for_pause(2)
     assert "stopped by SIGUSR1 after step 5: rerun" in job.text
     assert job.text.count(f"srun ended with 75: job {job.number} is queued again") == 2
@@ -160,9 +194,9 @@ def test_a_job_that_is_preempted_signaled_and_canceled_saves(
 
 
 def test_torchrun_on_each_node(
-    cluster: Cluster, interpreter: Interpreter, tmp_path: Path
+    cluster: Cluster, alone: Reference, tmp_path: Path
 ) -> None:
-    expected = left_alone(interpreter, tmp_path / "alone", 2)
+    expected = alone.rows(2)
     write_run(tmp_path, CONFIG)
     script = LAUNCH / "many_nodes_torchrun.sh"
     # What a team edits in its copy of the script; the rest is given to sbatch.
@@ -174,19 +208,65 @@ def test_torchrun_on_each_node(
     assert rows(tmp_path) == expected
 
 
-GUIDE = "srun -p llm -N 2 -n 4 --ntasks-per-node=2 --gpus-per-task=1 python {train} --config ./config.py"
+GUIDE = "srun -p llm -N 2 -n {ranks} --ntasks-per-node={each} --gpus-per-task=1 python {script} --config ./config.py"
+GENERATION = """
+generation = dict(
+    ckpt_folder="ckpts", output_folder="out", data_folder="data/valid", batch_size=2, eos_id=[2, 0], bos_id=1,
+    max_length=24, do_sample=True, temperature=2.0,
+)
+"""
 
 
-def test_the_guides_line(
-    cluster: Cluster, interpreter: Interpreter, tmp_path: Path
-) -> None:
-    """InternEvo's usage guide, with 4 ranks for its 16."""
-    expected = left_alone(interpreter, tmp_path / "alone", 4)
-    write_run(tmp_path, CONFIG)
-    words = GUIDE.format(train=ROOT / "train.py").split()
-    text = cluster.call(*words, cwd=tmp_path)
+def test_the_guides_lines(cluster: Cluster, alone: Reference, tmp_path: Path) -> None:
+    """InternEvo's usage guide, with 4 ranks for its 16, and then answers from what was trained."""
+    expected = alone.rows(4)
+    write_run(tmp_path, CONFIG + GENERATION)
+    train = GUIDE.format(ranks=4, each=2, script=ROOT / "train.py")
+    text = cluster.call(*train.split(), cwd=tmp_path)
     assert "data parallel size: 4" in text
     assert rows(tmp_path) == expected
+    answers = tmp_path / "out"
+    generate = GUIDE.format(ranks=2, each=1, script=ROOT / "generate.py")
+    cluster.call(*generate.split(), cwd=tmp_path)
+    by_two = {path.name: path.read_bytes() for path in answers.iterdir()}
+    shutil.rmtree(answers)
+    alone.start(["evomesh", "generate", "config.py"], 1, tmp_path)
+    assert {path.name: path.read_bytes() for path in answers.iterdir()} == by_two
+    assert sum(name.endswith(".jsonl") for name in by_two) == 2
+
+
+XTUNER = """
+evomesh xtuner train c.py --work-dir RUN --deepspeed deepspeed_zero1
+--cfg-options optim_wrapper.dtype=float32 data.total_steps=3 --launcher
+"""
+
+
+def write_xtuner_run(folder: Path) -> None:
+    """Write a config of XTuner for a tiny pretrained model, and token files."""
+    sizes = {key: value for key, value in TINY_MODEL.items() if key != "architectures"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.save_pretrained(folder / "tiny")
+    token_files(folder / "data", {"en/a/x.bin": 40})
+    edits = {
+        '"internlm/internlm2-7b"': '"tiny"',
+        "/path/to/sft/data/folder": "data",
+        "max_length = 32768": "max_length = 64",
+        "accumulative_counts = 1\n": "accumulative_counts = 2\n",
+    }
+    write_config(folder / "c.py", *edits.items())
+
+
+def test_the_line_of_xtuners_guide(
+    cluster: Cluster, alone: Reference, tmp_path: Path
+) -> None:
+    write_xtuner_run(tmp_path / "alone")
+    shutil.copytree(tmp_path / "alone", tmp_path / "slurm")
+    alone.start([*XTUNER.split(), "pytorch"], 2, tmp_path / "alone")
+    srun = ["srun", "-N", "2", "-n", "2", "--ntasks-per-node=1", "--gpus-per-task=1"]
+    text = cluster.call(*srun, *XTUNER.split(), "slurm", cwd=tmp_path / "slurm")
+    assert "data parallel size: 2" in text
+    expected = rows(tmp_path / "alone")
+    assert rows(tmp_path / "slurm") == expected and len(expected) == 3
 
 
 STUB = """#!/bin/bash

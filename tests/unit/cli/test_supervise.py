@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 
 from evomesh.cli.supervise import main
+from evomesh.parallel import rendezvous
 
 
 def failure(exit_code: int) -> ChildFailedError:
@@ -57,3 +59,18 @@ def test_exit_codes(
     printed = capsys.readouterr().err
     assert message in printed
     assert bool(printed) == bool(message)
+
+
+def test_a_first_node_without_an_address_is_refused_before_torchrun_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = partial(rendezvous.wait_for_name, limit_s=0.1)
+    monkeypatch.setattr(rendezvous, "wait_for_name", quick)
+    monkeypatch.setattr("torch.distributed.run.run", lambda arguments: None)
+    words = "supervise --nnodes=2 --master_addr=no-such-host.invalid --master_port=29500 train.py"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    message = "MASTER_ADDR: 'no-such-host.invalid' has no address on this host"
+    assert message in capsys.readouterr().err

@@ -139,7 +139,7 @@ def run_script(
     ("code", "restarts", "is_requeued"),
     [
         (0, "0", False), (1, "0", False), (2, "0", False), (6, "0", False), (130, "0", False),
-        (75, "0", True), (137, "99", True), (75, "100", False),
+        (75, "0", True), (129, "0", True), (138, "0", True), (137, "99", True), (75, "100", False),
     ],
 )  # fmt: skip
 def test_which_ends_are_requeued(

@@ -74,10 +74,11 @@ def test_no_descriptor_for_the_store(interpreter: Interpreter) -> None:
 @pytest.mark.parametrize(
     "host", ["no-such-host.invalid", "a..b", "x" * 300, "bad host", "nöt.invalid"]
 )
-def test_a_name_without_an_address(host: str) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_without_an_address(host: str, rank: int) -> None:
     message = re.escape(f"MASTER_ADDR: {host!r} has no address on this host")
     with pytest.raises(UserError, match=message):
-        open_store(here(rank=1, host=host), limit_s=LIMIT_S)
+        open_store(here(rank=rank, host=host), limit_s=LIMIT_S)
 
 
 def test_nobody_listens() -> None:
