@@ -11,6 +11,20 @@ from evomesh.config.section import Section
 from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 
 
+class StopWhenConfig(Section):
+    """``data.stop_when``."""
+
+    metric: str = Field(
+        description="Figure of a validation, such as val/en_loss; an accuracy is to grow, all others to fall."
+    )
+    patience: int = Field(
+        3, ge=1, description="The run ends after so many validations without a gain."
+    )
+    min_delta: float = Field(
+        0.0, ge=0, description="What counts as a gain is above it."
+    )
+
+
 class DataConfig(Section):
     type: Literal["tokenized", "streaming"] = Field(
         "tokenized",
@@ -36,6 +50,15 @@ class DataConfig(Section):
         None, ge=1, description="Micro-batches of a validation step; None: micro_num."
     )
     valid_every: int = Field(0, description="Steps between validations; <= 0: never.")
+    valid_at_start: bool = Field(
+        True, description="Validate before the first step too, if valid_every is set."
+    )
+    valid_at_end: bool = Field(
+        True, description="Validate after the last step too, if valid_every is set."
+    )
+    stop_when: StopWhenConfig | None = Field(
+        None, description="End the run early, when its validation does not improve."
+    )
     valid_min_length: int = Field(
         0, ge=0, description="Validation samples with fewer tokens are left out."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +24,15 @@ from evomesh.data.token_files.bin_dataset import (
     DocumentSource,
     check_sources,
 )
-from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_vocabulary
+from evomesh.data.token_files.fingerprint import (
+    check_same_tokenizer,
+    check_vocabulary,
+    read_fingerprint,
+)
 from evomesh.data.token_files.folders import check_folder, find_files, group_sets
 from evomesh.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BatchStream",
@@ -124,7 +131,8 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
         return [ValidationSet("val", [synthetic], rule, micro_num)]
     if config.type == "streaming":
         documents = read_documents(config, vocab_size)
-        return [ValidationSet(documents.name, [documents], rule, micro_num)]
+        text_bytes = documents.text_bytes
+        return [ValidationSet(documents.name, [documents], rule, micro_num, text_bytes)]
     return _open_valid_sets(config, vocab_size, rule)
 
 
@@ -157,11 +165,35 @@ def _open_valid_sets(
         kept = [source for source in sources if len(source)]
         if not kept:
             raise _too_short(name, sources, config)
-        valid_set = ValidationSet(name, kept, rule, config.validation_micro_num)
+        valid_set = ValidationSet(
+            name, kept, rule, config.validation_micro_num, _text_bytes(name, sources)
+        )
         sets.append(valid_set)
         all_sources += kept
     check_sources(all_sources, crosses_documents=False)
     return sets
+
+
+def _text_bytes(name: str, sources: Sequence[BinDataset]) -> int | None:
+    """Return the bytes of the texts of a set, None if they are not known, which is logged."""
+    total = 0
+    for source in sources:
+        record = read_fingerprint(source.path) or {}
+        reason = ""
+        if "text_bytes" not in record:
+            reason = "its fingerprint has no text_bytes: tokenize the texts again with evomesh tokenize"
+        elif len(source) < len(source.rows):
+            reason = "data.valid_min_length leaves documents out"
+        if reason:
+            logger.info(
+                "no bits per byte of validation set %s: %s: %s",
+                name,
+                source.name,
+                reason,
+            )
+            return None
+        total += int(record["text_bytes"])
+    return total
 
 
 def _too_short(

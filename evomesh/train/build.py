@@ -38,11 +38,13 @@ from evomesh.parallel.exchange import Exchange, default_exchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
 from evomesh.train.agreement import data_facts, require_agreement
+from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
 from evomesh.train.stored_state import check_stored_state
+from evomesh.train.validate import validation_figures
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class TrainingRun:
         reason: one line that says what the run starts from.
         stream: the batches; taken by ``take_batch``.
         gradient_profile: measures gradients in the steps of ``grad_profiling``; None when it is off.
+        early_stop: what ends the run when its validation does not improve.
     """
 
     config: Config
@@ -74,6 +77,7 @@ class TrainingRun:
     resumed_step: int | None
     reason: str
     gradient_profile: GradientProfile | None = None
+    early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(None))
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -127,6 +131,7 @@ class TrainingRun:
             "data": self.train_data.manifest,
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),
+            "early_stop": self.early_stop.state(),
         }
 
 
@@ -189,7 +194,26 @@ def build_run(
         resumed_step=start.resumed_step,
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
+        early_stop=_early_stop(config, valid_sets, start, stored),
     )
+
+
+def _early_stop(
+    config: Config,
+    valid_sets: list[ValidationSet],
+    start: StartPoint,
+    stored: dict[str, Any],
+) -> EarlyStop:
+    """Return what ends the run when its validation does not improve, with the counts of what is resumed."""
+    figures = validation_figures(valid_sets)
+    if config.optimizer.ema.validates:
+        for figure in list(figures):
+            name, _, measure = figure.rpartition("_")
+            figures.append(f"{name}.ema_{measure}")
+    early_stop = EarlyStop(config.data.stop_when, figures)
+    if start.keeps_counters:
+        early_stop.load_state(stored.get("early_stop"))
+    return early_stop
 
 
 def _open_stream(

@@ -266,8 +266,20 @@ class RunReporter:
                 step,
             )
 
+    def validation_at_start(self, results: dict[str, float]) -> dict[str, float]:
+        """Log one line per validation set and return the results as figures of the first step, ``val_start/...``."""
+        self._log_validation("before the first step", results)
+        return {
+            key.replace("val/", "val_start/", 1): value
+            for key, value in results.items()
+        }
+
     def validation(self, record: StepRecord, results: dict[str, float]) -> StepRecord:
         """Log one line per validation set and return the record with the results added."""
+        self._log_validation(f"step={record.step}", results)
+        return replace(record, extras=record.extras | results)
+
+    def _log_validation(self, when: str, results: dict[str, float]) -> None:
         names = dict.fromkeys(
             key.removeprefix("val/").rpartition("_")[0] for key in results
         )
@@ -278,8 +290,7 @@ class RunReporter:
                 if key.rpartition("_")[0] == f"val/{name}"
             )
             if self.main:
-                logger.info("Validation on %s: step=%d %s", name, record.step, values)
-        return replace(record, extras=record.extras | results)
+                logger.info("Validation on %s: %s %s", name, when, values)
 
     def write(self, record: StepRecord) -> None:
         """Write one object to ``metrics.jsonl`` and its scalars to TensorBoard."""

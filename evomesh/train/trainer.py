@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
@@ -60,6 +61,8 @@ class Trainer:
         self.config = run.config
         self.state = run.state
         self.saved_step = run.resumed_step
+        # Of the validation before the first step, until that step is recorded.
+        self.start_figures: dict[str, float] = {}
         data = run.config.data
         self.skipped_steps = data.skip_batches
         self.step_file = StepFile.of_this_process()
@@ -124,7 +127,9 @@ class Trainer:
         if memory is not None:
             stack.enter_context(memory)
         decision = poll.before_first_step(self.state.step)
-        while self.state.step < self.config.data.total_steps and not decision.stop:
+        if not decision.stop:
+            self._validate_at_start()
+        while self._has_steps_left() and not decision.stop:
             self._one_step(poll)
             if profile is not None:
                 profile.step()
@@ -134,9 +139,19 @@ class Trainer:
             if decision.save:
                 self._save()
 
+    def _has_steps_left(self) -> bool:
+        """Return whether the run is to take another step."""
+        is_complete = self.state.step >= self.config.data.total_steps
+        return not is_complete and not self.run.early_stop.is_due
+
     def _report_stop(self, stop_request: StopRequest) -> int:
         """Log why the run ended early and return the exit code."""
-        if stop_request.signal is None:
+        if self.run.early_stop.is_due and stop_request.signal is None:
+            line = (
+                f"stopped after {self.state.step} steps: {self.run.early_stop.reason}"
+            )
+            exit_code = 0
+        elif stop_request.signal is None:
             line = f"stopped by the stop file after {self.state.step} steps"
             exit_code = 0
         else:
@@ -206,7 +221,6 @@ class Trainer:
         """Take a batch, train on it, record the step, and validate or save where the config asks for it."""
         run = self.run
         state = self.state
-        config = self.config
         started = time.perf_counter()
         step = state.step
         state.step += 1
@@ -237,10 +251,7 @@ class Trainer:
                 step,
             )
             return
-        if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            with self._phase(Place.VALIDATION):
-                results = self._validate()
-            record = run.reporter.validation(record, results)
+        record = self._with_validation(record)
         with self._phase(Place.REPORT):
             run.reporter.write(record)
         status.step_done(record, state.step, data_wait)
@@ -253,6 +264,31 @@ class Trainer:
         status.note_saves(run.saved_step, saves is not None and saves.saving)
         history.step_done(step, status.status.memory)
         activity.end_step()
+
+    def _validate_at_start(self) -> None:
+        """Validate the weights that a new run begins with; the figures stand in the record of its first step."""
+        data = self.config.data
+        if self.state.step or data.valid_every <= 0 or not data.valid_at_start:
+            return
+        with self._phase(Place.VALIDATION):
+            results = self._validate()
+        self.start_figures = self.run.reporter.validation_at_start(results)
+
+    def _with_validation(self, record: StepRecord) -> StepRecord:
+        """Return the record of a step with the figures of its validation, if it has one."""
+        data = self.config.data
+        extras = record.extras | self.start_figures
+        self.start_figures = {}
+        record = replace(record, extras=extras)
+        if data.valid_every <= 0:
+            return record
+        is_last = self.state.step == data.total_steps and data.valid_at_end
+        if self.state.step % data.valid_every and not is_last:
+            return record
+        with self._phase(Place.VALIDATION):
+            results = self._validate()
+        self.run.early_stop.after_validation(results)
+        return self.run.reporter.validation(record, results)
 
     def _validate(self) -> dict[str, float]:
         """Return the results of the weights, and of their moving average if it is asked for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from evomesh.data.batch import Batch
@@ -17,7 +19,10 @@ from evomesh.watchdog.ring import Place
 def validate(
     stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device
 ) -> dict[str, float]:
-    """Return ``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without target tokens is absent."""
+    """Return ``val/{name}_loss``, ``_acc``, ``_plex`` and ``_bpb`` of each set; one without target tokens is absent.
+
+    Bits per byte (``_bpb``) are of those sets whose fingerprints count the bytes.
+    """
     was_training = stages.module.training
     stages.module.eval()
     results: dict[str, float] = {}
@@ -35,8 +40,23 @@ def validate(
         results[f"val/{valid.name}_loss"] = summary["loss"]
         results[f"val/{valid.name}_acc"] = summary["acc"]
         results[f"val/{valid.name}_plex"] = summary["perplexity"]
+        if valid.text_bytes:
+            # The nats of all targets, as bits, over what they spell: comparable between
+            # tokenizers. A document's first token is no target, an eos spells nothing.
+            nats = summary["loss"] * total.targets
+            bits = nats / math.log(2)
+            results[f"val/{valid.name}_bpb"] = bits / valid.text_bytes
     stages.module.train(was_training)
     return results
+
+
+def validation_figures(sets: list[ValidationSet]) -> list[str]:
+    """Return the names of the figures that ``validate`` returns of these sets."""
+    figures = []
+    for valid in sets:
+        kinds = ["loss", "acc", "plex", *(["bpb"] if valid.text_bytes else [])]
+        figures += [f"val/{valid.name}_{kind}" for kind in kinds]
+    return figures
 
 
 def _tally_batch(stages: ModelStages, batch: Batch, tally: LossTally) -> None:

@@ -54,6 +54,7 @@ LONGROPE = (
 )
 EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
+STOP = ("data.stop_when.metric=val/en_loss",)
 FP16 = ("model.dtype=torch.float16",)
 
 ROWS: tuple[CompatibilityRow, ...] = (
@@ -103,6 +104,12 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.train_folder", "data", E),
     CompatibilityRow("data.valid_folder", "data", E),
     CompatibilityRow("data.valid_micro_num", 2, E),
+    CompatibilityRow("data.valid_at_start", False, E, ("data.valid_every=5",)),
+    CompatibilityRow("data.valid_at_end", False, E, ("data.valid_every=5",)),
+    CompatibilityRow("data.stop_when", {"metric": "val/en_loss"}, E),
+    CompatibilityRow("data.stop_when.metric", "val/en_loss", E),
+    CompatibilityRow("data.stop_when.patience", 5, E, STOP),
+    CompatibilityRow("data.stop_when.min_delta", 0.01, E, STOP),
     CompatibilityRow("data.valid_every", 10, E),
     CompatibilityRow("data.valid_min_length", 10, E),
     CompatibilityRow("data.min_length", 50, E),

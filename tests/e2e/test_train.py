@@ -92,6 +92,10 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.8
     validations = [row for row in metrics(tmp_path) if "val/en_loss" in row]
     assert [row["step"] for row in validations] == [9, 19]
+    # Before the first step, as figures of it.
+    assert [row["step"] for row in rows if "val_start/en_loss" in row] == [0]
+    assert abs(rows[0]["val_start/en_loss"] - math.log(256)) < 0.05
+    assert output.count("Validation on en: before the first step val/en_loss=") == 1
     assert {"val/en_acc", "val/en_plex", "val/code_loss"} <= set(validations[0])
     assert math.isclose(
         validations[0]["val/en_plex"], math.exp(validations[0]["val/en_loss"])
@@ -108,6 +112,43 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     assert [int(path.stem.rpartition("-")[2]) for path in files] == [0, 8, 16]
     head = measured[-1]["layer_grad_norm/head"]
     assert math.isclose(np.linalg.norm(np.load(files[-1])), head, rel_tol=1e-5)
+
+
+@covers("data.valid_at_start", "data.valid_at_end", "data.stop_when")
+def test_validation_at_both_ends_changes_no_step_and_ends_a_run_that_does_not_improve(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    dropout = 'model["drop_rate"] = 0.1\nenable_tb = False\ndata["total_steps"] = 5\n'
+    plain, validated = tmp_path / "plain", tmp_path / "validated"
+    write_run(plain, dropout)
+    train(interpreter, plain)
+    write_run(validated, dropout + 'data["valid_every"] = 2\n')
+    train(interpreter, validated)
+    assert losses(validated) == losses(plain)
+    found = [row["step"] for row in metrics(validated) if "val/en_loss" in row]
+    assert found == [1, 3, 4]
+
+    # Nothing counts as a gain: the first validation is the best, two more end the run.
+    write_run(validated, dropout + 'data["valid_every"] = 1\n')
+    text = (validated / "config.py").read_text()
+    text += 'data["valid_at_start"] = False\n'
+    text += (
+        'data["stop_when"] = dict(metric="val/en_loss", patience=2, min_delta=9.0)\n'
+    )
+    (validated / "config.py").write_text(text.replace('"local:ckpts"', '"local:other"'))
+    output = train(interpreter, validated)
+    assert "stopped after 3 steps: val/en_loss has not improved on 5." in output
+    assert "before the first step" not in output
+    assert (validated / "other/step-00000003/commit.json").exists()
+    again = train(interpreter, validated)
+    assert "stopped after 3 steps" in again and "step=3," not in again
+
+    wrong = train(
+        *(interpreter, validated, "--set", "data.stop_when.metric=val/xx_loss"),
+        expect=2,
+    )
+    assert "no validation of this run gives 'val/xx_loss'" in wrong
+    assert "one of val/code_loss, val/code_acc" in wrong
 
 
 @covers("data.skip_batches", "promise:skip-batches")

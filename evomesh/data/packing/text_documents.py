@@ -10,7 +10,12 @@ import numpy as np
 
 from evomesh.config.data import DataConfig
 from evomesh.data.packing.validation import MemoryDocuments
-from evomesh.data.prepare.tokenize import BATCH_CHARS, TextOptions, boundary_ids
+from evomesh.data.prepare.tokenize import (
+    BATCH_CHARS,
+    TextOptions,
+    boundary_ids,
+    utf8_length,
+)
 from evomesh.data.records.encodings import check_encoding
 from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
 from evomesh.data.records.source_files import SourceFile
@@ -139,13 +144,15 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     documents: list[TokenArray] = []
     unused = UnusedRows(RowCursor())
     rows = RowStream(files, config.content_name, config.seed)
-    for ids in _encode_first_pass(rows, tokenizer):
+    text_bytes = 0
+    for ids, length in _encode_first_pass(rows, tokenizer):
         with_ends = prefix + ids + suffix
         document = np.array(with_ends, np.int64)
         if len(document) < min_length:
             unused.add(len(document))
         else:
             documents.append(document)
+            text_bytes += length
     if not documents:
         raise unused.too_short("data.valid_folder", "data.valid_min_length", min_length)
 
@@ -162,13 +169,17 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     if not targets:
         raise without_target(tokens, "data.valid_folder")
     folder = files[0].path.parent
-    return MemoryDocuments(folder.name, documents)
+    return MemoryDocuments(folder.name, documents, text_bytes)
 
 
-def _encode_first_pass(rows: RowStream, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Yield the ids of every text once."""
+def _encode_first_pass(
+    rows: RowStream, tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the ids of every text once, with the bytes of the text."""
     for window in rows.windows(RowCursor()):
         if window.next_cursor.epoch:  # the first pass is over
             return
         texts = [text for text in window.texts if text]
-        yield from encode_texts(tokenizer, texts)
+        yield from zip(
+            encode_texts(tokenizer, texts), map(utf8_length, texts), strict=True
+        )

@@ -36,6 +36,7 @@ class ValidationSet:
         sources: files of the set.
         rule: packed length T and longest segment.
         micro_num: packs in a batch.
+        text_bytes: bytes of the texts whose tokens are the targets; None if they are not known.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class ValidationSet:
         sources: Sequence[DocumentSource],
         rule: PackRule,
         micro_num: int,
+        text_bytes: int | None = None,
     ) -> None:
         self.name = name
+        self.text_bytes = text_bytes
         self.sources = list(sources)
         self.rule = rule
         self.micro_num = micro_num
@@ -164,8 +167,11 @@ class MemoryDocuments:
 
     type_id = 0
 
-    def __init__(self, name: str, documents: Sequence[TokenArray]) -> None:
+    def __init__(
+        self, name: str, documents: Sequence[TokenArray], text_bytes: int | None = None
+    ) -> None:
         self.name = name
+        self.text_bytes = text_bytes
         self.documents = documents
         self.lengths: NDArray[np.integer] = np.array(
             [len(document) for document in documents], np.int64

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from evomesh.data.records.encodings import UTF8
 from evomesh.data.records.reader import read_raw_lines, read_records, record_text
@@ -67,19 +67,19 @@ def tokenize_files(
         check_same_tokenizer(writer, tokenizer)
         # Batches being encoded, oldest first, each with the input bytes read when it
         # was complete.
-        pending: deque[tuple[Future[list[list[int]]], int]] = deque()
+        pending: deque[tuple[Future[EncodedTexts], int]] = deque()
 
         def write_oldest() -> None:
             encoded, position = pending.popleft()
-            documents = encoded.result()
+            documents = encoded.result().documents
             if prefix or suffix:
                 documents = [prefix + ids + suffix for ids in documents]
-            writer.write(documents)
+            writer.write(documents, text_bytes=encoded.result().text_bytes)
             if progress:
                 progress(position, writer.documents, writer.tokens)
 
         for texts, position in _batches(files, options):
-            pending.append((encoder.submit(tokenizer.encode_batch, texts), position))
+            pending.append((encoder.submit(_encode, tokenizer, texts), position))
             if len(pending) > BATCHES_PENDING:
                 write_oldest()
         while pending:
@@ -89,6 +89,23 @@ def tokenize_files(
             "sources": [*writer.previous.get("sources", []), *describe_sources(files)],
         }
         return writer.commit(facts)
+
+
+class EncodedTexts(NamedTuple):
+    """The ids of texts, and the bytes of these texts in UTF-8."""
+
+    documents: list[list[int]]
+    text_bytes: int
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> EncodedTexts:
+    text_bytes = sum(map(utf8_length, texts))
+    return EncodedTexts(tokenizer.encode_batch(texts), text_bytes)
+
+
+def utf8_length(text: str) -> int:
+    """Return the bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

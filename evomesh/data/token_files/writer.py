@@ -63,6 +63,8 @@ class BinWriter:
         self.tokens = 0
         self.max_id = -1
         self.max_id_line = 0
+        # Bytes of the texts, in UTF-8; None if they are not known of all documents.
+        self.text_bytes: int | None = 0
         self.previous: dict[str, Any] = {}
         if append and self.path.exists():
             try:
@@ -82,10 +84,24 @@ class BinWriter:
     ) -> None:
         self.abort()  # after commit there is nothing left to remove
 
-    def write(self, documents: list[list[int]], *, masked: bool = False) -> None:
-        """Append documents, each a list of ids; ``masked``: some ids are negative, inputs that are not targets."""
+    def write(
+        self,
+        documents: list[list[int]],
+        *,
+        masked: bool = False,
+        text_bytes: int | None = None,
+    ) -> None:
+        """Append documents, each a list of ids; ``masked``: some ids are negative, inputs that are not targets.
+
+        Args:
+            text_bytes: bytes of the texts that all their ids stand for, if that is known.
+        """
         if not documents:
             return
+        if text_bytes is None or self.text_bytes is None:
+            self.text_bytes = None
+        else:
+            self.text_bytes += text_bytes
         self._update_largest(documents, masked)
         lines = format_lines(documents)
         self._append(lines)
@@ -137,6 +153,7 @@ class BinWriter:
             "tokens": self.tokens,
             "max_id": self.max_id,
             "max_id_line": self.max_id_line,
+            **({} if self.text_bytes is None else {"text_bytes": self.text_bytes}),
             "bin_hash": f"xxh3_128:{self._hash.hexdigest()}",
         }
         # 1. Write all three files completely, under hidden names.
@@ -186,6 +203,7 @@ class BinWriter:
         self.documents = len(rows)
         self.tokens = int(lengths.sum())
         known = self.previous
+        self.text_bytes = known.get("text_bytes")
         if "max_id" in known:
             self.max_id = int(known["max_id"])
             self.max_id_line = int(known["max_id_line"])

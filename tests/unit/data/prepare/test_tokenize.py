@@ -182,6 +182,7 @@ def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
     assert first == again
     both = tokenize([source], tmp_path / "a.bin", bpe, append=True)
     assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
+    assert both["text_bytes"] == 2 * first["text_bytes"]
     assert (both["documents"], both["tokens"], len(both["sources"])) == (
         8,
         2 * first["tokens"],
@@ -224,6 +225,8 @@ def test_fingerprint_describes_the_file(tmp_path: Path, bpe: Path) -> None:
     assert facts["max_id"] == max(map(max, found))
     assert facts["max_id"] in found[facts["max_id_line"] - 1]
     assert facts["tokens"] == sum(map(len, found))
+    texts_alone = "".join(TEXTS).encode()
+    assert facts["text_bytes"] == len(texts_alone) > len("".join(TEXTS))
     assert facts["sources"][0]["bytes"] == (tmp_path / "a.jsonl").stat().st_size
 
 
@@ -353,6 +356,7 @@ def test_append_to_a_file_without_fingerprint(tmp_path: Path, bpe: Path) -> None
         [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True
     )
     assert read_documents(output) == [[5, -9000], [7], *encode(bpe, TEXTS)]
+    assert "text_bytes" not in facts  # of the first two nobody knows it
     assert (facts["max_id"], facts["max_id_line"]) == (9000, 1)
     assert (
         facts["bin_hash"]

@@ -1,0 +1,74 @@
+"""``data.stop_when``: end a run whose validation no longer improves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from evomesh.config.data import StopWhenConfig
+from evomesh.errors import UserError
+
+
+class EarlyStop:
+    """Counts the validations since a figure was best; all ranks count the same figures.
+
+    Args:
+        config: None never ends a run.
+        figures: names that a validation of the run gives.
+
+    Raises:
+        UserError: the figure is none of them.
+    """
+
+    def __init__(
+        self, config: StopWhenConfig | None, figures: Collection[str] = ()
+    ) -> None:
+        self.config = config
+        self.best: float | None = None
+        self.since_best = 0  # validations
+        if config is not None and config.metric not in figures:
+            raise UserError(
+                f"no validation of this run gives {config.metric!r}",
+                where="data.stop_when.metric",
+                expected=f"one of {', '.join(figures)}"
+                if figures
+                else "a validation set: data.valid_folder and data.valid_every",
+            )
+
+    @property
+    def is_due(self) -> bool:
+        return self.config is not None and self.since_best >= self.config.patience
+
+    @property
+    def reason(self) -> str:
+        assert self.config is not None and self.best is not None
+        return (
+            f"{self.config.metric} has not improved on {self.best:.6g} by more than {self.config.min_delta:g} "
+            f"in {self.since_best} validations (data.stop_when)"
+        )
+
+    def after_validation(self, results: Mapping[str, float]) -> None:
+        """Count one validation."""
+        if self.config is None or self.config.metric not in results:
+            return
+        value = results[self.config.metric]
+        # Accuracy grows as it improves, everything else falls.
+        sign = -1 if self.config.metric.endswith("_acc") else 1
+        is_first = self.best is None
+        gain = math.inf if self.best is None else sign * (self.best - value)
+        if not math.isnan(value) and (is_first or gain > self.config.min_delta):
+            self.best = value
+            self.since_best = 0
+        else:
+            self.since_best += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts as JSON for a checkpoint."""
+        return {"best": self.best, "since_best": self.since_best}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what ``state`` returned; checkpoints of earlier versions have nothing."""
+        if state is not None:
+            self.best = state["best"]
+            self.since_best = int(state["since_best"])
