@@ -94,6 +94,10 @@ class AlertConfig(Section):
 
 class MonitorConfig(Section):
     alert: AlertConfig = Field(AlertConfig(), description="Alerts and heartbeats.")
+    trackers: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="Where the figures are sent too, such as dict(type='wandb', project='x').",
+    )
     watchdog: WatchdogConfig = Field(
         WatchdogConfig(), description="What finds a rank that is stuck."
     )

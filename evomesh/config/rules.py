@@ -20,6 +20,7 @@ from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.config.switches import SWITCHES
+from evomesh.config.trackers import tracker_findings
 from evomesh.config.windows import window_findings
 
 INT64 = 2**63 - 1
@@ -70,6 +71,7 @@ def check(
         *optimizer_findings(config.optimizer, config.adam.adam_beta1),
         *profiling_findings(config.grad_profiling, config.model),
         *alert_findings(config.monitor.alert),
+        *tracker_findings(config.monitor.trackers),
     ]
     findings += _twice_given(given)
     findings += [

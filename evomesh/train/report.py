@@ -23,6 +23,7 @@ from evomesh.checkpoint.native.software import software
 from evomesh.config.data_stages import resolve_data_stages, stage_at, stage_table
 from evomesh.config.json_codec import encode_json
 from evomesh.config.layout import axis_sizes
+from evomesh.config.reading.draft import leaves
 from evomesh.config.record import config_to_dict
 from evomesh.config.redact import REDACTED, redact_text
 from evomesh.config.schema import Config
@@ -43,6 +44,7 @@ from evomesh.monitor.run_folder import (
 )
 from evomesh.monitor.status import StatusWriter
 from evomesh.monitor.tensorboard import TensorBoardWriter
+from evomesh.monitor.trackers.group import TrackerGroup
 from evomesh.storage.atomic_file import write_atomically
 from evomesh.train.agreement import source_digest
 from evomesh.train.launch import RunContext
@@ -115,6 +117,10 @@ class RunReporter:
         self._board_output = OptionalOutput("TensorBoard files", tries_again=False)
         self._rows_output = OptionalOutput("grad_norm", tries_again=True)
         self._progress: ProgressLine | None = None
+        self._trackers = TrackerGroup(
+            config.monitor.trackers,
+            lambda text: self._without_addresses(redact_text(text)),
+        )
 
     def _check_folders(self) -> None:
         run = self.config.run
@@ -145,6 +151,7 @@ class RunReporter:
             self._board = self._open_board(step)
         self.history.start(self._facts())
         logger.info("run folder: %s", self.folder)
+        self._start_trackers(step)
         table = self.data.table()
         logger.info("training data:\n%s", table)
         if self._stages:
@@ -187,6 +194,18 @@ class RunReporter:
             "config": config,
             "origins": self.origins,
         }
+
+    def _start_trackers(self, step: int) -> None:
+        """Start the trackers, or continue what they tracked; they end with the run."""
+        values = dict(leaves(config_to_dict(self.config)))
+        self._trackers.start(self.config.run.job_name, self.folder, values, step)
+        if step == 0:
+            self._trackers.text("config", self.text)
+
+        def finish() -> None:
+            self._trackers.finish(self.state.step >= self.config.data.total_steps)
+
+        self._open_files.callback(finish)
 
     def _open_board(self, step: int) -> TensorBoardWriter:
         """Open TensorBoard, which a new run starts with its command and its config."""
@@ -296,6 +315,8 @@ class RunReporter:
         """Write one object to ``metrics.jsonl`` and its scalars to TensorBoard."""
         metrics = self._metrics
         board = self._board
+        if self.main:
+            self._trackers.scalars(record.step, record.values())
         if metrics is not None:
             self._metrics_output.attempt(lambda: metrics.write(record))
         if board is not None:

@@ -392,6 +392,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
         E,
         ("monitor.alert.channels=[dict(type='webhook', url='http://x')]",),
     ),
+    CompatibilityRow("monitor.trackers", [{"type": "jsonl"}], E),
     CompatibilityRow(
         "monitor.alert.channels", [{"type": "webhook", "url": "http://x"}], E
     ),

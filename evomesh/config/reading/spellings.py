@@ -89,6 +89,7 @@ TUPLES = (
     "model.rope_scaling.short_factor",
     "model.rope_scaling.long_factor",
     "monitor.alert.channels",
+    "monitor.trackers",
 )
 
 
