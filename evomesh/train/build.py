@@ -151,7 +151,6 @@ def build_run(
     # 1. Data first, because it is what most often cannot be used.
     train_data, valid_sets = _build_data(config)
     config = _resolve_epochs(config, train_data, context)
-    check_data_stages(config.data, grid.dp.size)
 
     # 2. What the run starts from, before a large model is built.
     exchange = default_exchange()
@@ -265,9 +264,10 @@ def _build_data(config: Config) -> tuple[TrainData, list[ValidationSet]]:
 def _resolve_epochs(
     config: Config, train_data: TrainData, context: RunContext
 ) -> Config:
-    """Return the config with its epochs as steps, and log them."""
+    """Return the config with its epochs as steps, and log them; refuse data stages that do not fit."""
     num_packs = train_data.num_packs
     dp_size = context.grid.dp.size
+    check_data_stages(config.data, dp_size)
     resolved = resolve_epochs(config, num_packs, dp_size)
     if resolved is not config and context.rank == 0:
         logger.info("%s", _describe_epochs(resolved, num_packs, dp_size))
