@@ -25,7 +25,11 @@ class WandbTracker:
         group: str | None = None,
         tags: Sequence[str] | None = None,
     ) -> None:
-        self._options = {"project": project, "entity": entity, "mode": mode}
+        self._options: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "mode": mode,
+        }
         self._options |= {"group": group, "tags": None if tags is None else list(tags)}
         self._run: Any = None
 
