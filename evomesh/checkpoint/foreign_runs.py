@@ -53,6 +53,8 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
         snapshots = detect.internevo_snapshots(folder.storage, folder.root)
     if not steps and not snapshots:
         return None
+    # A save folder with checkpoints of InternEvo must never look like an empty one:
+    # what cannot be resumed from is refused, with a way out.
     newest = join(folder.root, str(steps[0])) if steps else snapshots[-1]
     if not steps or folder.storage.remote:
         found = (

@@ -135,6 +135,7 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
             fix="restore these values; values that change no shape of a weight can be resumed with: "
             "--set ckpt.allow_changed_model=True",
         )
+    # Every rank refuses alike; what is merely logged is logged once.
     if reader.exchange.rank:
         return
     for difference in differences.function:

@@ -48,6 +48,7 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
             where=key,
             fix="set data.total_steps and ckpt.checkpoint_every instead",
         )
+    # From here on all is counted in steps, as the schedule and the loop count.
     per_epoch = steps_per_epoch(config, num_packs, dp_size)
     if data.epochs is not None:
         total_steps = int(data.epochs * per_epoch)

@@ -265,6 +265,7 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
     first = details[0]
     kind = first["type"]
     setting_error = first.get("ctx", {}).get("error")
+    # The message names what the author wrote, and where.
     if key not in draft.sources:
         key = written_key(key)
     if kind == "extra_forbidden":
@@ -277,6 +278,7 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
     if isinstance(setting_error, SettingError):
         draft.problem(key, setting_error.found, expected=setting_error.expected)
         return
+    # A wrong value; one that may be a secret is not repeated.
     expected = _accepted_values(details) or first["msg"]
     value = shown(first["input"])
     if holds_secrets(key):

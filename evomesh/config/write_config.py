@@ -24,10 +24,12 @@ def config_text(loaded: LoadedConfig) -> str:
     for resolved, value in leaves(loaded.config.model_dump()):
         key = written_key(resolved)
         origin = loaded.origins.get(key, "default")
-        if origin.startswith("default") or _is_translated_none(value, origin):
+        is_default = origin.startswith("default")
+        if is_default or _is_translated_none(value, origin):
             continue
         comments[key] = origin
-        _place(values, key.split("."), value)
+        path = key.split(".")
+        _place(values, path, value)
 
     # 2. Plain names first, then the sections, each after an empty line.
     lines = [
@@ -38,11 +40,16 @@ def config_text(loaded: LoadedConfig) -> str:
         value = values[name]
         if isinstance(value, dict):
             lines.append("")
-        lines += _assignment(name, value, name, comments, indent="", end="")
+        assignment = _assignment(name, value, name, comments, indent="", end="")
+        lines.extend(assignment)
+
+    # 3. What a reader has to know beyond the values.
     if loaded.warnings:
         lines += ["", "# Not carried over, or to be known:"]
-        lines += [f"# - {words}" for words in loaded.warnings]
-    return "\n".join(lines) + "\n"
+        for words in loaded.warnings:
+            lines.append(f"# - {words}")
+    text = "\n".join(lines)
+    return f"{text}\n"
 
 
 def _is_translated_none(value: Any, origin: str) -> bool:

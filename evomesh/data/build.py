@@ -141,6 +141,8 @@ def _open_valid_sets(
 ) -> list[ValidationSet]:
     """Open the token files of ``data.valid_folder``: each folder is a set."""
     assert config.valid_folder is not None
+
+    # 1. The files, which must have been made by the tokenizer of the training data.
     folder = check_folder(config.valid_folder, "data.valid_folder")
     files = find_files(folder, "data.valid_folder")
     check_vocabulary(files, vocab_size)
@@ -149,6 +151,8 @@ def _open_valid_sets(
         train_files = find_files(Path(config.train_folder), "data.train_folder")
     check_same_tokenizer([*train_files, *files], config.allow_tokenizer_mismatch)
 
+    # 2. A set for each folder. Files without a document that is long enough are left
+    #    out.
     sets = []
     all_sources: list[DocumentSource] = []
     groups = group_sets(files, folder.resolve().name)

@@ -53,26 +53,38 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
     lines = []
     bounds = pack.cu_seqlens.tolist()
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        ids = pack.tokens[start:stop]
         labels = pack.labels[start:stop]
-        is_target = labels != IGNORE
-        targets = int(is_target.sum())
+        targets = np.count_nonzero(labels != IGNORE)
         type_id = int(pack.type_ids[start])
         lines.append(
             f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}"
         )
+        ids = pack.tokens[start:stop]
         if tokenizer is None:
-            shown_ids = ids.astype(str)
-            shown_labels = np.where(is_target, labels.astype(str), ".")
-            lines.append("  tokens " + " ".join(shown_ids))
-            lines.append("  labels " + " ".join(shown_labels))
-            continue
-        # A token is trained if it is the label of the position before it; the first
-        # token never is.
-        trained = np.append(False, is_target[:-1])
-        text = dimmed(ids, trained, tokenizer)
-        lines.append(text)
+            lines += _number_rows(ids, labels)
+        else:
+            text = _segment_text(ids, labels, tokenizer)
+            lines.append(text)
     return "\n".join(lines)
+
+
+def _number_rows(ids: NDArray[Any], labels: NDArray[Any]) -> list[str]:
+    """Return a row of ids and one of labels, in which "." stands for a token without a target."""
+    is_target = labels != IGNORE
+    shown_ids = ids.astype(str)
+    shown_labels = np.where(is_target, labels.astype(str), ".")
+    return [
+        "  tokens " + " ".join(shown_ids),
+        "  labels " + " ".join(shown_labels),
+    ]
+
+
+def _segment_text(ids: NDArray[Any], labels: NDArray[Any], tokenizer: Tokenizer) -> str:
+    # A token is trained if it is the label of the position before it; the first token
+    # never is.
+    is_target = labels != IGNORE
+    is_trained = np.append(False, is_target[:-1])
+    return dimmed(ids, is_trained, tokenizer)
 
 
 def dimmed(
@@ -111,27 +123,30 @@ def summary(file: BinDataset) -> dict[str, Any]:
 
 def histogram(lengths: NDArray[Any]) -> str:
     """Return documents and tokens by length, in powers of two, as text."""
-    # Bin 0 holds length 0, bin k the lengths 2^(k-1) .. 2^k - 1.
+    # 1. Count. Bin 0 holds length 0, bin k the lengths 2^(k-1) .. 2^k - 1.
     num_bins = int(lengths.max()).bit_length() + 1
     starts = np.append(0, 2 ** np.arange(num_bins))
     starts_not_above = np.searchsorted(starts, lengths, side="right")
     bins = starts_not_above - 1
     documents = np.bincount(bins)
     tokens = np.bincount(bins, weights=lengths)
+
+    # 2. Draw. The longest bar is that of the bin with most documents.
     all_tokens = max(1, tokens.sum())
     shares = tokens / all_tokens
-    bar_widths = np.round(BAR_WIDTH * documents / documents.max())
-
+    heights = documents / documents.max()
+    bar_widths = np.round(BAR_WIDTH * heights)
     rows = []
-    ends = starts[1:] - 1
     for number in np.flatnonzero(documents):
+        first = starts[number]
+        last = starts[number + 1] - 1
         # A single document among many is a bar of one sign, not of none.
         bar_width = max(1, int(bar_widths[number]))
         bar = "#" * bar_width
-        length_range = f"{starts[number]:>9,} .. {ends[number]:<9,}"
-        count = f"{documents[number]:>11,} documents"
-        share = f"{shares[number]:6.1%} of tokens"
-        row = f"  {length_range} {count} {share}  {bar}"
+        count = documents[number]
+        share = shares[number]
+        lengths_of_bin = f"{first:>9,} .. {last:<9,}"
+        row = f"  {lengths_of_bin} {count:>11,} documents {share:6.1%} of tokens  {bar}"
         rows.append(row)
     return "\n".join(rows)
 

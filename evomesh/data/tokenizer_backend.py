@@ -262,6 +262,7 @@ def _build_plain(model: Any) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
+    # 1. The algorithm, with scores or merges from the model.
     trainer = model.trainer_spec
     if trainer.model_type == trainer.UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in model.pieces]
@@ -278,11 +279,16 @@ def _build_plain(model: Any) -> Any:
             byte_fallback=trainer.byte_fallback,
         )
     backend = Backend(algorithm)
+
+    # 2. What is done to a text before: spaces become a visible sign. The model may
+    #    bring a table of characters to replace first.
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     if model.normalizer_spec.precompiled_charsmap:
         charsmap = model.normalizer_spec.precompiled_charsmap
         steps.insert(0, normalizers.Precompiled(charsmap))
     backend.normalizer = normalizers.Sequence(steps)
+
+    # 3. The way back.
     ending: list[Any] = []
     if trainer.byte_fallback:
         ending = [decoders.ByteFallback(), decoders.Fuse()]
@@ -295,6 +301,8 @@ def _build(pieces: Pieces, rules: ClassRules, folder: TokenizerFolder) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers
 
+    # 1. Byte-pair merges. What the vocabulary does not know becomes bytes, or a token
+    #    that stands for all of it.
     options: dict[str, Any] = {"fuse_unk": False}
     if rules.treatment in ("llama", "gemma"):
         options = {"fuse_unk": True, "byte_fallback": True}
@@ -310,6 +318,8 @@ def _build(pieces: Pieces, rules: ClassRules, folder: TokenizerFolder) -> Any:
             )
         options["unk_token"] = name
     backend = Backend(models.BPE(pieces.vocabulary, pieces.merges, **options))
+
+    # 2. How a text becomes pieces, and pieces become text, depends on the class.
     if rules.composes:
         backend.normalizer = normalizers.NFC()
     if rules.treatment == "llama":

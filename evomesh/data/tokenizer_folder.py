@@ -108,6 +108,8 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     Raises:
         UserError: a file is not JSON, or has another form than expected.
     """
+    # 1. Settings. Older folders keep the names of special tokens in a file of their
+    #    own.
     settings = read_json(path / "tokenizer_config.json")
     lists_added = "added_tokens_decoder" in settings
     older = {} if lists_added else read_json(path / "special_tokens_map.json")
@@ -115,6 +117,9 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     settings |= older
     named = _named_tokens(settings)
 
+    # 2. Tokens beside the vocabulary: in the settings with all their properties, in
+    #    older folders by content alone, so that what is special must be found among the
+    #    names.
     added: dict[int, AddedTokenSpec] = {}
     if lists_added:
         for token_id, token in _object(settings, "added_tokens_decoder", path).items():

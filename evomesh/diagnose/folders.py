@@ -198,6 +198,7 @@ def judge_space(config: Config, folder: SaveFolder, one: int | None) -> CheckRes
             f"free: {shown}; the size of a checkpoint of this custom model is not known",
             "compare it with the first checkpoint",
         )
+    # At most ``keep_last`` of them are there at once, those of before included.
     saves = 1 + int(config.data.total_steps / config.ckpt.checkpoint_every)
     held = sum(candidate.committed for candidate in folder.candidates())
     try:
@@ -231,6 +232,7 @@ def judge_rates(
             )
         times = FileTimes(PROBE_BYTES, float(str(write)), float(str(read)))
         timed.append((times, place))
+    # A save is over when the slowest rank has written.
     writing, writer = min(timed, key=lambda pair: pair[0].write_rate)
     reading, reader = min(timed, key=lambda pair: pair[0].read_rate)
     found = (

@@ -126,6 +126,8 @@ def _count(ranks: Sequence[MachineFacts]) -> str:
 
 def judge_limits(ranks: Sequence[MachineFacts]) -> list[CheckResult]:
     """Judge the limits of all ranks, each with its own line."""
+    # Limits of a process are compared with the needs of one rank, limits of a user or a
+    # machine with those of the most crowded host.
     crowds = {host: len(members) for host, members in _by_host(ranks).items()}
     most = max(crowds.values())
     files = FILES_OF_RANK + FILES_PER_PEER * len(ranks)

@@ -50,6 +50,8 @@ def session(config: Config, launcher: str, port: int) -> Iterator[Session]:
         UserError: the layout does not fit the number of processes, or the ranks cannot
             meet. An error inside the block ends all ranks, as in a run.
     """
+    # Ranks that never come are noticed soon: a check that waits as long as a run would
+    # is of no use.
     process = detect(os.environ, launcher, port)
     warnings = check_world(config, process.world_size)
     device = device_of_rank(process.local_rank)
@@ -61,6 +63,7 @@ def session(config: Config, launcher: str, port: int) -> Iterator[Session]:
         exchange = default_exchange()
         yield Session(process, device, grid, exchange, warnings)
         exchange.close()
+    # The other ranks wait in a collective: they get the reason before this one ends.
     except BaseException as error:
         if watch is None:
             raise

@@ -236,12 +236,15 @@ def beam_search(
         active = [search for search in active if search.running]
         if not active:
             break
-        sequences = [beam.ids for search in active for beam in search.running]
-        if any(len(sequence) - 1 == short_length(model) for sequence in sequences):
+        sequences = []
+        for search in active:
+            sequences += [beam.ids for beam in search.running]
+        if _outgrows_short_angles(model, sequences):
             # Their cached keys are rotated by angles of shorter texts.
             cache = KeyValueCache(slots, context_length)
             logits = _read(model, cache, sequences, device)
             continue
+        # A beam continues the cache of the one that it comes from.
         cache.reorder(parents)
         bounds, attend = cache.decode_step(device)
         new_tokens = [sequence[-1] for sequence in sequences]
@@ -251,6 +254,12 @@ def beam_search(
 
     # 3. The best answers, without the prompt.
     return [search.best_answers() for search in searches]
+
+
+def _outgrows_short_angles(model: LanguageModel, sequences: list[list[int]]) -> bool:
+    """Return whether the newest token of a sequence is the first beyond the length with other angles."""
+    limit = short_length(model)
+    return any(len(sequence) - 1 == limit for sequence in sequences)
 
 
 def _read(

@@ -43,28 +43,30 @@ def stream_tokens(
     Raises:
         UserError: a prompt is empty, or it or ``sampling.eos_ids`` contains ids that the model does not know.
     """
+    # 1. An engine with a slot for each answer of a batch.
     answers_per_prompt = sampling.num_return_sequences
     num_answers = len(prompts) * answers_per_prompt
     slots = batch_size or max(num_answers, 1)
     context_length = _context_length(prompts, sampling)
     engine = GenerationEngine(model, slots=slots, context_length=context_length)
-    check_eos_ids(sampling, engine.vocab_size)
     vocab_size = engine.vocab_size
+    check_eos_ids(sampling, vocab_size)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, engine.context_length, vocab_size, f"prompt {index}")
-    # 1. One request for each answer.
-    one_answer = replace(sampling, num_return_sequences=1)
-    origins: dict[int, tuple[int, int]] = {}  # request -> (prompt, answer)
+
+    # 2. One request for each answer.
     if numbers is None:
         numbers = range(len(prompts))
+    one_answer = replace(sampling, num_return_sequences=1)
+    origins: dict[int, tuple[int, int]] = {}  # request -> (prompt, answer)
     for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
         first_stream = number * answers_per_prompt
         for answer in range(answers_per_prompt):
-            stream = (sampling.seed, first_stream + answer)
-            request = engine.add(prompt, one_answer, stream)
+            stream = first_stream + answer
+            request = engine.add(prompt, one_answer, (sampling.seed, stream))
             origins[request] = (index, answer)
 
-    # 2. Their tokens, as they come.
+    # 3. Their tokens, as they come.
     while engine.active:
         for token in engine.step():
             index, answer = origins[token.request]

@@ -107,6 +107,7 @@ class SamplingParams:
         yield "min_p", 0 <= self.min_p <= 1, "from 0 to 1"
         yield "num_beams", self.num_beams >= 1, "at least 1"
         yield "num_return_sequences", self.num_return_sequences >= 1, "at least 1"
+        # How many answers there can be depends on how they are found.
         if self.num_beams > 1:
             expected = f"at most {self.num_beams}: one for each beam"
             yield (

@@ -138,6 +138,7 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
     Raises:
         ConfigError: all problems at once.
     """
+    # 1. Keys that the builder does not name are typing errors, unless it takes any.
     parameters = inspect.signature(builder).parameters
     known = {
         key: parameter
@@ -145,6 +146,9 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
         if _is_custom(key, parameter)
     }
     problems = [] if _is_open_ended(builder) else _unknown_keys(config, list(known))
+
+    # 2. Values are compared with the builder's annotations; a parameter without a
+    #    default must be given.
     hints = _hints(builder)
     for key, parameter in known.items():
         if (

@@ -264,6 +264,8 @@ class PeerWatch:
 
     def _judge(self, silence: dict[int, float]) -> None:
         """Name the silent ranks, and find one lost."""
+        # 1. Whoever has been silent for a while is named once, and once more when it
+        #    answers again. After a failed collective one is suspected sooner.
         limit = SUSPECT_SILENT_S if self._collective_failed.is_set() else SILENT_S
         for rank, seconds in silence.items():
             if seconds >= limit and rank not in self._named:
@@ -279,6 +281,9 @@ class PeerWatch:
                 logger.warning(
                     "%s answers again", self._describe(rank), extra=ALL_RANKS
                 )
+
+        # 2. One that stays silent is lost. When this process is about to end anyway,
+        #    the one silent for longest is named without waiting.
         if not self._named:
             return
         longest = max(self._named, key=lambda rank: silence[rank])

@@ -73,23 +73,28 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
     over the remaining stages. With 8 layers, 2 stages and a head as heavy as 2 layers,
     5 + 3 is best: both stages weigh 5.
     """
-    first, last = ends
+    embedding, head = ends
+    last_stage = stages - 1
 
     def weight(stage: int, count: int) -> float:
         """Return the weight of a stage of ``count`` layers, in layers."""
-        embedding = first if stage == 0 else 0.0
-        head = last if stage == stages - 1 else 0.0
-        return count + embedding + head
+        total = float(count)
+        if stage == 0:
+            total += embedding
+        if stage == last_stage:
+            total += head
+        return total
 
     @cache
     def best(stage: int, left: int) -> _Distribution:
         """Distribute ``left`` layers over ``stage`` and later ones."""
-        later_stages = stages - 1 - stage
-        if later_stages == 0:
+        if stage == last_stage:
             this_stage = weight(stage, left)
             return _Distribution(this_stage, this_stage**2, (left,))
+        # Each later stage needs at least one layer.
+        later_stages = last_stage - stage
+        most = left - later_stages
         choices = []
-        most = left - later_stages  # each later stage needs at least one layer
         for count in range(1, most + 1):
             later = best(stage + 1, left - count)
             this_stage = weight(stage, count)

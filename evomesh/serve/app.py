@@ -331,6 +331,7 @@ def create_app(
     app.state.key_gate = KeyGate(key) if key is not None else None
     api = ApiRoutes(service, app.state.key_gate)
     api.mount(app)
+    # The last one added is the first to see a request.
     if local:
         app.add_middleware(LocalHostMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=api.metrics)

@@ -64,6 +64,8 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
             expected=config.model.rotary_type,
             fix="leave it out",
         )
+    # Dynamic angles are made for texts beyond the trained length, so that there is more
+    # room without being asked for.
     context_length = options.context_length
     if context_length is None:
         extended = options.extended_context or rotary_type == "dynamic"

@@ -244,6 +244,7 @@ class GenerationService:
                     GenerationRequest(prompt, sampling, stream, rotary_type)
                 )
             submission = self.engines.submit(requests)
+            # Tokens of all prompts come mixed; an echo precedes the first of its answer.
             begun: set[int] = set()
             while submission.open:
                 index, token = await submission.next()
@@ -263,6 +264,7 @@ class GenerationService:
                     submission.close(index)
                 yield index, delta
         finally:
+            # Also when the client has gone: its slots are free for others from here on.
             self.open_sequences -= len(prompts)
             if submission is not None:
                 submission.close_all()

@@ -94,6 +94,8 @@ class S3Storage:
             except (BotoCoreError, OSError, EOFError) as error:
                 reason = repeatable_failure(error, operation, place)
             if attempt < self._attempts:
+                # Twice as long after each failure: a store that is overloaded is not
+                # helped by more requests.
                 pause = min(LONGEST_PAUSE, self._wait * 2 ** (attempt - 1))
                 logger.warning(
                     "%s: %s; try %d of %d in %.1f s",

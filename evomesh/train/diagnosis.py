@@ -246,6 +246,7 @@ def slow_groups(figures: Sequence[RankFigures], ratio: float) -> Iterator[str]:
     Example: of eight ranks in rows of two (tp) and columns of four (dp), the row of ranks
     4 and 5 is slow, and the column of 1, 3, 5 and 7. Rank 5 is in both.
     """
+    # 1. Groups that are slow beside the others of their axis.
     suspects: list[set[int]] = []
     parts = []
     for name, groups in groups_by_axis(figures).items():
@@ -262,6 +263,9 @@ def slow_groups(figures: Sequence[RankFigures], ratio: float) -> Iterator[str]:
             )
     if not suspects:
         return
+
+    # 2. A rank with a bad link slows one group of each axis: it is in all of them. If
+    #    none is, there is more than one cause, and all are named.
     shared = set.intersection(*suspects) or set.union(*suspects)
     named = [row.name for row in figures if row.rank in shared]
     listed = ", ".join(named[:RANKS_NAMED])

@@ -101,6 +101,8 @@ def _train(
     memory_profile: bool,
 ) -> int:
     """Build the run on this rank and train it; return the exit code."""
+    # 1. What can be known before the model is built: warnings, and whether it fits at
+    #    all.
     warnings = warning_lines(loaded.warnings, loaded.path)
     if context.device.type == "cpu":
         refuse_too_large(loaded.config, context.world_size)
@@ -110,6 +112,8 @@ def _train(
     if context.rank == 0:
         for warning in warnings:
             logger.warning("%s", warning)
+
+    # 2. The run. Whatever takes long from here on is watched, and crashes are alerts.
     if exports is not None:
         refuse_unexportable_run(loaded.config)
     with this_process().phase(Place.START):
@@ -122,6 +126,7 @@ def _train(
         saves_to=run.local_save_folder,
     )
     try:
+        # 3. Steps, until the last one or a reason to stop.
         trainer = Trainer(
             run, exports, alerts, profile=profile, memory_profile=memory_profile
         )

@@ -61,6 +61,8 @@ def build_stages(
     config: Config, grid: Grid, mode: TensorMode, device: torch.device
 ) -> ModelStages:
     """Build this rank's chunks with uninitialized parameters, weights sharded where the config asks for it."""
+    # 1. The chunks of this rank: one without a pipeline, several with an interleaved
+    #    one.
     kind = pipeline_schedule(config)
     models = [
         _build_chunk(config, grid, mode, device, layer_range)
@@ -72,6 +74,9 @@ def build_stages(
         _tie_ends(models)
     if grid.pp.size == 1:
         return ModelStages(models, SingleStageSchedule(models[0]), models[0])
+
+    # 2. The schedule that sends hidden states between them, in the dtype of the
+    #    residual stream.
     dtype = parameter_dtype(config.model.dtype)
     schedule = PipelineSchedule(
         models,

@@ -127,6 +127,8 @@ def _check_manifest(manifest: Any) -> None:
 
 def _check_position(sampler: Mapping[str, Any]) -> None:
     """Check a position of any source of data: token files, a mixture of them, streaming, InternEvo's."""
+    # Each source of data stores a position of its kind; a key that only it has tells
+    # which.
     if "internevo" in sampler:
         _check_integers(sampler["internevo"], list(INTERNEVO_POSITION), "sampler")
         return
@@ -141,6 +143,8 @@ def _check_position(sampler: Mapping[str, Any]) -> None:
     if "stages" in sampler:
         _check_staged_position(sampler)
         return
+    # Token files: a mixture counts the packs taken of each source, a single source has
+    # the order of its packs.
     _check_fields(sampler["position"], SamplerPosition, "sampler.position")
     if sampler["rampup"] is not None:
         _check_fields(sampler["rampup"], BatchSizeRampup, "sampler.rampup")

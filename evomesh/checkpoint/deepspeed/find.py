@@ -31,10 +31,14 @@ def find_checkpoint(url: str) -> Path:
             fix="copy it to a local disk first",
         )
     place = expand_home(path)
+
+    # 1. A checkpoint itself.
     if place.is_file() or (place.is_dir() and _has_states(place)):
         return place
     if not place.exists():
         raise CheckpointError("no such file or folder", where=url)
+
+    # 2. A work folder: what its pointer names, else the highest number.
     for pointer in POINTERS:
         if (place / pointer).is_file():
             return _follow(place, pointer)

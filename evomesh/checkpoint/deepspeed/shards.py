@@ -172,6 +172,8 @@ def _open_optimizers(
                 expected="optimizer_state_dict with zero_stage",
             )
         states[rank] = state
+    # Each file says of how many ranks it is one: a folder that two runs have written to
+    # has files that contradict each other, or too few.
     counts = {rank: _world_size(state) for rank, state in states.items()}
     world_size = max(counts.values())
     odd = [rank for rank, count in counts.items() if count != world_size]

@@ -259,20 +259,13 @@ def _unexportable_biases(model: ModelConfig, arch: Architecture) -> str | None:
     return None
 
 
-def build_config(
+def _special_settings(
     model: ModelConfig,
     arch: Architecture,
     rotary: RotaryScaling,
-    ids: SpecialTokenIds,
-    dtype: str,
+    scaling: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the content of config.json."""
-    scaling = _scaling_record(model, rotary)
-    internlm = {
-        "type": rotary.type,
-        "base": model.rope_base,
-        "scaling_factor": rotary.factor,
-    }
+    """Return the keys that no other architecture has."""
     settings: dict[Architecture, dict[str, Any]] = {
         "qwen2": _qwen_window(model),
         "qwen3": _qwen_window(model),
@@ -283,11 +276,33 @@ def build_config(
         "gemma2": _gemma(model, arch) | _gemma_window(model),
         "gemma3_text": _gemma3(model, arch, scaling),
     }
+    return settings.get(arch, {})
+
+
+def build_config(
+    model: ModelConfig,
+    arch: Architecture,
+    rotary: RotaryScaling,
+    ids: SpecialTokenIds,
+    dtype: str,
+) -> dict[str, Any]:
+    """Return the content of config.json."""
+    # 1. What only some architectures have.
+    scaling = _scaling_record(model, rotary)
+    internlm = {
+        "type": rotary.type,
+        "base": model.rope_base,
+        "scaling_factor": rotary.factor,
+    }
+    special = _special_settings(model, arch, rotary, scaling)
     biases = {
         switch: value
         for switch, value in _bias_switches(model, arch)
         if isinstance(switch, str)
     }
+
+    # 2. What all have. Angles stand there twice: older versions of transformers read
+    #    rope_theta and rope_scaling, newer ones rope_parameters.
     return {
         "architectures": [CLASSES[arch]],
         "model_type": arch,
@@ -310,7 +325,7 @@ def build_config(
         },
         **({} if model.rope_scaling else {"rotary": internlm}),
         **biases,
-        **settings.get(arch, {}),
+        **special,
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "bos_token_id": ids.bos,

@@ -221,6 +221,8 @@ class MetaFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
+
+        # 1. One file per tensor-parallel rank, numbered without gaps.
         files = sorted(path.glob("consolidated.*.pth"))
         if not files:
             raise CheckpointError("no consolidated.*.pth", where=self.path)
@@ -232,6 +234,8 @@ class MetaFolder:
                 where=self.path,
                 expected="00, 01, ...",
             )
+
+        # 2. All have tensors of the same names: each its shard, or a whole copy.
         self._ranks = [load_pickle(file, str(file)) for file in files]
         first = self._ranks[0]
         names = set(first)

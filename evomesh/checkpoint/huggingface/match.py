@@ -174,6 +174,7 @@ def refuse_another_head(folder: WeightFolder, naming: NameMap) -> None:
     if head not in shapes or embedding not in shapes:
         return
     is_equal = shapes[head] == shapes[embedding]
+    # Some rows at a time, since both may be gigabytes; the first difference ends it.
     for first in range(0, shapes[head][0], ROWS):
         if not is_equal:
             break

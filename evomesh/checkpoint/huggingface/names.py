@@ -285,19 +285,25 @@ def native_to_foreign(
     is_reordered = config.qk_interleaved != name_map.interleaved
     to_halves = config.qk_interleaved
     if link.of_heads and is_reordered:
-        return [_reorder_heads(value, config, to_halves=to_halves)]
+        heads = _reorder_heads(value, config, to_halves=to_halves)
+        return [heads]
     if not link.fused:
         return [value]
+
+    # A fused one, as groups [G, R + 2, H, ...]: the foreign layout has the same rows, or
+    # three tensors with those of q, of k and of v.
     groups = _groups(value, config)
     if is_reordered:
         groups = _reorder_rotary(groups, to_halves=to_halves)
     if len(link.foreign) == 1:
-        return [groups.reshape(value.shape)]
+        fused = groups.reshape(value.shape)
+        return [fused]
     queries = groups.shape[1] - 2  # R
     qkv = torch.split(groups, [queries, 1, 1], dim=1)
     parts = []
     for part, shape in zip(qkv, link.shapes, strict=True):
-        parts.append(part.reshape(shape))
+        matrix = part.reshape(shape)
+        parts.append(matrix)
     return parts
 
 

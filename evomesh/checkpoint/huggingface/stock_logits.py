@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -185,6 +185,7 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     attention output and the feed-forward network, ``qkv_bias`` the others'. Baichuan has
     one matrix with the rows of q, of k and of v.
     """
+    # 1. The weights under a Llama's names.
     kind = record["model_type"]
     settings = _llama_settings(record)
     config = transformers.LlamaConfig.from_dict(settings)
@@ -195,21 +196,31 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
         weights = _without_w_pack(weights)
     if config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+    # 2. A Llama that takes them as they are, without being initialized first.
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     if kind == "internlm3" and config.attention_bias:
-        # A Llama has all biases of attention or none: those that are off are zeros.
-        absent = model.state_dict().keys() - weights.keys()
-        for name in filter(_is_attention_bias, absent):
-            name_of_weight = name.replace(".bias", ".weight")
-            weight = weights[name_of_weight]
-            weights[name] = weight.new_zeros(weight.shape[0])
+        names = model.state_dict().keys()
+        _add_zero_biases(weights, names)
     model.load_state_dict(weights, assign=True)
-    # Its table of angles is computed and not stored, so it is still without values.
+
+    # 3. Its table of angles is computed and not stored, so it is still without values.
     decoder = model.model
     rotary_class = type(decoder.rotary_emb)
     decoder.rotary_emb = rotary_class(config)
     return model
+
+
+def _add_zero_biases(weights: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Add the biases of attention that are off: a Llama has all of them or none."""
+    for name in names:
+        if name in weights or not _is_attention_bias(name):
+            continue
+        name_of_weight = name.replace(".bias", ".weight")
+        weight = weights[name_of_weight]
+        rows = weight.shape[0]
+        weights[name] = weight.new_zeros(rows)
 
 
 def _llama_settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -236,16 +247,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of a folder with the libraries that wrote them."""
     from safetensors.torch import load_file
 
-    candidates = [folder / name for name in WEIGHT_FILES]
-    found = [file for file in candidates if file.exists()]
-    first = found[0]
-    files = [first]
-    if first.suffix == ".json":
-        index = json.loads(first.read_text(encoding="utf-8"))
-        shards = set(index["weight_map"].values())
-        files = [folder / name for name in sorted(shards)]
     stored: dict[str, Tensor] = {}
-    for file in files:
+    for file in _weight_files(folder):
         if file.suffix == ".safetensors":
             stored |= load_file(file)
         else:
@@ -255,6 +258,20 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if not name.endswith(BUFFERS):
             weights[name] = value
     return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files with weights: the first kind that is there, or those that its index names."""
+    candidates = [folder / name for name in WEIGHT_FILES]
+    existing = [file for file in candidates if file.exists()]
+    first = existing[0]
+    if first.suffix != ".json":
+        return [first]
+    text = first.read_text(encoding="utf-8")
+    index = json.loads(text)
+    file_of_tensor = index["weight_map"]
+    names = set(file_of_tensor.values())
+    return [folder / name for name in sorted(names)]
 
 
 # InternLM2's module -> Llama's
@@ -270,30 +287,35 @@ _LLAMA_MODULES = {
 
 
 def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Return InternLM2's weights under Llama's names.
+    """Return InternLM2's weights under Llama's names, with the fused weight as three."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if ".attention.wqkv." not in name:
+            llama_name = _llama_name(name)
+            renamed[llama_name] = value
+            continue
+        for part, rows in _split_wqkv(value, config).items():
+            llama_name = name.replace("attention.wqkv", f"self_attn.{part}")
+            renamed[llama_name] = rows
+    return renamed
+
+
+def _split_wqkv(value: Tensor, config: Any) -> dict[str, Tensor]:
+    """Return the rows of q, k and v.
 
     Rows of ``wqkv``: for each key/value head its query heads, then the key, then the
     value.
     """
-    queries = config.num_attention_heads // config.num_key_value_heads
-    k = queries  # positions of k and v in a group, after the queries
-    v = queries + 1
-    renamed: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if ".attention.wqkv." not in name:
-            renamed[_llama_name(name)] = value
-            continue
-        columns = value.shape[1:]
-        heads = value.reshape(-1, queries + 2, config.head_dim, *columns)
-        parts = {
-            "q_proj": heads[:, :queries],
-            "k_proj": heads[:, k],
-            "v_proj": heads[:, v],
-        }
-        for part, rows in parts.items():
-            llama = name.replace("attention.wqkv", f"self_attn.{part}")
-            renamed[llama] = rows.reshape(-1, *columns)
-    return renamed
+    # [G (R + 2) H, ...] -> [G, R + 2, H, ...]: the heads of a group beside each other.
+    queries = config.num_attention_heads // config.num_key_value_heads  # R
+    columns = value.shape[1:]
+    groups = value.reshape(-1, queries + 2, config.head_dim, *columns)
+    q, k, v = torch.split(groups, [queries, 1, 1], dim=1)
+    return {
+        "q_proj": q.reshape(-1, *columns),
+        "k_proj": k.reshape(-1, *columns),
+        "v_proj": v.reshape(-1, *columns),
+    }
 
 
 def _without_w_pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -241,7 +241,7 @@ def merge_folder(
     first_layers = _first_layers(folder)
     read_states = stage_states or folder.stage_states
     for pp in range(folder.pp_size):
-        # One stage at a time is in memory.
+        # One stage at a time is in memory, and one chunk of it is merged.
         states = read_states(pp)
         first_state = states[0]
         down = _down_projection(first_state, w2, folder.path)
@@ -249,11 +249,12 @@ def merge_folder(
         for chunk in sorted(names_of_chunk):
             merged = {}
             for name in names_of_chunk[chunk]:
-                _, local_name = _split_chunk(name)
                 # In InternEvo's v1 only the first rank has an output bias.
                 shards = [state[name] for state in states if name in state]
+                _, local_name = _split_chunk(name)
                 whole = _merge_shards(local_name, shards, folder, family, heads, down)
                 merged[local_name] = whole
+            # Layers are numbered within the chunk.
             first_layer = first_layers.get((chunk, pp), 0)
             yield from _rename(merged, first_layer, heads, down, folder.path)
 

@@ -65,23 +65,27 @@ def _unequal_elements(
 ) -> tuple[int, float]:
     """Count the elements whose bits differ, and find the largest difference."""
     # Equal hashes of equal boxes prove equality without reading any data.
-    first_hashes = [(piece.box, piece.digest) for piece in first.pieces]
-    second_hashes = [(piece.box, piece.digest) for piece in second.pieces]
     whole = Box.whole(first.shape)
-    if first_hashes == second_hashes or not whole.numel:
+    is_equal = _hashes(first) == _hashes(second)
+    if is_equal or whole.numel == 0:
         return 0, 0.0
     count = 0
     largest = 0.0
-    # As bits, so that two equal NaNs do not differ.
     for box in split_box(whole, first.item_size, COMPARED_BYTES):
         x = read_tensor(a, first, box)
         y = read_tensor(b, second, box)
+        # As bits, so that two equal NaNs do not differ.
         unequal_bytes = _element_bytes(x) != _element_bytes(y)  # [elements, bytes]
         differs = unequal_bytes.any(1)
         count += int(differs.sum())
-        distance = (x.double() - y.double()).abs()
-        largest = max(largest, float(distance.max()))
+        difference = x.double() - y.double()
+        distance = difference.abs().max()
+        largest = max(largest, float(distance))
     return count, largest
+
+
+def _hashes(record: TensorRecord) -> list[tuple[Box, str]]:
+    return [(piece.box, piece.digest) for piece in record.pieces]
 
 
 def _element_bytes(tensor: Tensor) -> Tensor:

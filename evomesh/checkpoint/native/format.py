@@ -232,6 +232,7 @@ class CommitRecord:
         def section(key: str) -> dict[str, Any]:
             return mapping(body[key], key)
 
+        # What older checkpoints lack has the value that it meant then.
         layout = {}
         sizes = mapping(body.get("layout", {}), "layout")
         for axis, size in sizes.items():

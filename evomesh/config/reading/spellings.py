@@ -254,10 +254,15 @@ def _resolve_data_type(draft: ConfigDraft, data: dict[str, Any]) -> None:
 
 def _resolve_model(draft: ConfigDraft) -> None:
     model = draft.take_section("model")
+
+    # 1. What other sources say: a Hugging Face folder fills what the section leaves
+    #    out, so it is read before any default is taken.
     _resolve_rope_scaling(draft, model)
     resolve_from_hf(draft, model)
     take_from_load_info(draft, model)
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
+
+    # 2. Spellings of single values.
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
         model["checkpoint"] = float(model["checkpoint"])
     if model.get("dtype") is None:
@@ -267,6 +272,8 @@ def _resolve_model(draft: ConfigDraft) -> None:
             'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale',
         )
     model["dtype"] = dtype_name(model.get("dtype", "float16"))
+
+    # 3. What depends on the family.
     _resolve_rotary_order(draft, model, family)
     _resolve_family(draft, model, family)
     if model.pop("use_sliding_window", True) is False:

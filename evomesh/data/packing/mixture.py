@@ -245,6 +245,8 @@ def group_packs(
     Raises:
         UserError: a weight is not positive, a key matches nothing, or a file matches two keys.
     """
+    # 1. Packs are numbered through all files: those of a file are one range, which goes
+    #    to the source whose key its name has.
     packs_of_key = {key: [np.empty(0, np.int64)] for key in weights}
     unmatched = []
     first_pack = 0
@@ -257,6 +259,7 @@ def group_packs(
             packs_of_key[key].append(np.arange(first_pack, next_pack))
         first_pack = next_pack
 
+    # 2. One source for each weight; what could never be drawn is refused.
     sources = []
     for key, weight in weights.items():
         if not 0 < weight < float("inf"):

@@ -292,26 +292,30 @@ def assemble(
         types: [n] type of each document.
         rule: packed length T, segments and targets.
     """
+    # 1. Tokens: the sign only says whether one is a target.
     length = rule.packed_length
     inside = stored[:length]
     tokens = np.zeros(length, np.int64)
     tokens[: len(inside)] = np.abs(inside)
 
-    # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them
-    # equal. The padding has type 0.
+    # 2. Types. Edges of the documents inside the pack, then of the padding: 0 .. T, some
+    #    of them equal. The padding has type 0.
     ends_inside = np.minimum(ends, length)
     edges = np.concatenate([[0], ends_inside, [length]])
+    lengths_inside = np.diff(edges)
     types_and_padding = np.append(types, 0)
-    type_ids = np.repeat(types_and_padding, np.diff(edges))
+    type_ids = np.repeat(types_and_padding, lengths_inside)
 
-    # A position counts from the start of its segment.
+    # 3. A position counts from the start of its segment.
     bounds = _segment_bounds(edges, rule)
     starts = bounds[:-1]
     start_of_token = np.repeat(starts, np.diff(bounds))
     position_ids = np.arange(length) - start_of_token
+
+    labels = _labels(stored, ends, rule)
     return Pack(
         tokens=tokens,
-        labels=_labels(stored, ends, rule),
+        labels=labels,
         position_ids=position_ids,
         type_ids=type_ids,
         cu_seqlens=bounds.astype(np.int32),

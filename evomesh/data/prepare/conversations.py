@@ -284,6 +284,8 @@ def _encode(
                 ) from None
         return encoded
 
+    # A chunk for each thread, then the next ones: no more conversations are in memory
+    # than are being encoded, and their order stays.
     records = _read_all(files)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with ThreadPoolExecutor(workers) as pool:

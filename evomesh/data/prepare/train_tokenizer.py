@@ -109,6 +109,8 @@ def read_texts(files: Sequence[SourceFile], text_field: str) -> Iterator[str]:
 def _train_bpe(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    # Pieces are sequences of bytes, so that every text can be encoded: the 256 bytes
+    # are in the vocabulary whatever the texts are.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -128,6 +130,7 @@ def _train_bpe(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # The trainer ends early, and says nothing, when no pair of pieces is left to merge.
     learned = tokenizer.get_vocab_size()
     if learned < recipe.vocab_size:
         raise _too_little_text(recipe.vocab_size, learned)

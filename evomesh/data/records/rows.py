@@ -60,7 +60,11 @@ def _find_folder(name: str, key: str) -> Path:
 
 
 def find_split_files(
-    folder: str, key: str, subset: str | None, purpose: str, split: str | None = None
+    folder: str,
+    key: str,
+    subset: str | None,
+    purpose: str,
+    split: str | None = None,
 ) -> tuple[list[SourceFile], list[str]]:
     """Find the data files of one split, in sorted order, and the warnings that a user should read.
 
@@ -85,8 +89,7 @@ def find_split_files(
     chosen = choose_split(sorted(distinct), split, purpose, root)
     selected = []
     for file, split_of_file in splits.items():
-        is_chosen = chosen in (split_of_file, ALL_SPLITS)
-        if is_chosen:
+        if chosen == ALL_SPLITS or split_of_file == chosen:
             selected.append(file)
 
     # 3. Those of one format, and what a user might not expect of the choice.
@@ -97,7 +100,8 @@ def find_split_files(
         for file, split_of_file in splits.items():
             name = names[file]
             split_of_name[name] = split_of_file
-        warnings += _warn_left_out(split_of_name, chosen)
+        left_out = _warn_left_out(split_of_name, chosen)
+        warnings.extend(left_out)
     return selected, warnings
 
 

@@ -173,6 +173,7 @@ def parse_line(line: bytes) -> list[int]:
     Raises:
         BadLineError: the line is not such an object.
     """
+    # 1. Bytes: blocks of a disk that were never written are zeros.
     if b"\x00" in line:
         raise BadLineError(
             "the line has NUL bytes (was a write lost in a crash?)",
@@ -188,6 +189,8 @@ def parse_line(line: bytes) -> list[int]:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         raise _not_json(line) from None
+
+    # 2. Form: an object with a list.
     if not isinstance(record, dict):
         raise BadLineError(
             f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}'
@@ -201,6 +204,9 @@ def parse_line(line: bytes) -> list[int]:
     tokens = record["tokens"]
     if not isinstance(tokens, list):
         raise BadLineError(f"tokens is a {json_kind(tokens)}", "a list of integers")
+
+    # 3. Values. Of true and 1.0 Python says that they are equal to 1, so the type
+    #    itself is asked for.
     for position, token in enumerate(tokens):
         if type(token) is not int or abs(token) > MAX_ID:
             raise BadLineError(

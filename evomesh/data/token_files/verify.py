@@ -310,6 +310,8 @@ def _compare_meta(scan: FileScan) -> None:
         problems.append(
             f"{where}: {len(rows):,} rows, the token file has {num_lines:,} lines"
         )
+    # [lines, 2]: where each line begins, and how many tokens it has. Rows that only one
+    # side has are reported above.
     right = np.stack([scan.offsets, scan.lengths], axis=1)
     common = min(len(rows), num_lines)
     is_wrong = rows[:common] != right[:common]

@@ -106,6 +106,8 @@ def compare(
         rank: of this process in the job, for messages.
         bound: largest distance that passes.
     """
+    # Where rounding begins to differ, everything after it differs too: the difference
+    # to report is the first in the order of the computation.
     order = _Order(whole)
     compared = 0
     largest = 0.0

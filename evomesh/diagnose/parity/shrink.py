@@ -207,6 +207,8 @@ def _small_lengths(config: Config, tokens: int, head_dim: int) -> dict[str, Any]
     }
     if model.sliding_window is not None:
         values["sliding_window"] = small(model.sliding_window)
+    # longrope has one factor for each pair of a head's columns, and the small head has
+    # fewer.
     scaling = model.rope_scaling
     if scaling is not None and scaling.type == "longrope":
         frequencies = head_dim // 2

@@ -56,6 +56,8 @@ class RawDataset:
 def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
     """Translate raw data: training reads ``WORK_DIR/tokenized``, and ``out.preparation`` fills it."""
     folder = Path(out.work_dir) / "tokenized"
+    # Read, so that they do not count as unknown: what they say is in the commands
+    # below.
     for argument in KNOWN_ARGUMENTS:
         out.settings.get(f"{key}.{argument}")
     arrow = out.settings.get(f"{key}.processed_dataset_dict_path")
@@ -71,6 +73,7 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
         if command is not None:
             out.preparation.append(command)
     out.put("data.train_folder", str(folder), key, "token files of the raw data")
+    # What is there already, of an earlier start, is not made again.
     missing = [
         command for command in out.preparation if not Path(_output_of(command)).exists()
     ]

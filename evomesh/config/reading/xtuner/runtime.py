@@ -115,6 +115,9 @@ def _put_start(out: Translation) -> None:
             "load_from", f"found {shown(path)}", expected="a path, or None"
         )
         return
+
+    # 1. A path: its weights, or with ``resume`` all of its state. It replaces
+    #    pretrained weights.
     if path is not None:
         out.values.get("ckpt", {}).pop("load_ckpt_info", None)
         is_hugging_face = (Path(path) / "config.json").exists() and not resume
@@ -129,6 +132,8 @@ def _put_start(out: Translation) -> None:
         )
         out.put("ckpt.auto_resume", False, "load_from")
         return
+
+    # 2. None: the newest checkpoint of the work folder, if ``resume`` asks for it.
     out.put("ckpt.auto_resume", bool(resume), "resume")
     if resume:
         out.put(
