@@ -76,8 +76,7 @@ def _check_parts(state: Mapping[str, Any]) -> None:
     _check_integers(train, counters, "train")
     run_folder = train["run_folder"]
     _check_text(run_folder, "train.run_folder")
-    optimizer = state["optimizer"]
-    _check_integers(optimizer, ["steps"], "optimizer")
+    _check_optimizer(state["optimizer"])
     _check_scaler(state["scaler"])
     _check_manifest(state["data"])
     position = mapping(state["sampler"], "sampler")
@@ -104,6 +103,17 @@ def _check_fields(values: Any, kind: type[Any], where: str) -> None:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{where} has an unknown key {unknown[0][:60]!r}")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    counts = ["steps"]
+    if "ema_calls" in optimizer:
+        counts.append("ema_calls")
+    _check_integers(optimizer, counts, "optimizer")
+    weight_sum = optimizer.get("weight_sum", 0.0)
+    is_number = type(weight_sum) in (int, float) and math.isfinite(weight_sum)
+    if not is_number or weight_sum < 0:
+        raise ValueError("optimizer.weight_sum is not a number >= 0")
 
 
 def _check_scaler(scaler: Mapping[str, Any]) -> None:
