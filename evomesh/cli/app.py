@@ -20,6 +20,7 @@ from evomesh.cli import (
     ledger,
     parity,
     plan,
+    replay,
     report,
     restarts,
     serve,
@@ -46,6 +47,7 @@ app.command("run")(restarts.run)
 app.command("top")(top.top)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
+app.command("replay")(replay.replay)
 app.command("watch")(watch.watch)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

@@ -128,7 +128,9 @@ def compare_runs(first: RunFiles, second: RunFiles) -> RunComparison:
     _compare_facts(comparison, first.facts, second.facts)
     largest: dict[str, FigureDifference] = {}
     for step in common:
-        differences = list(_differences(step, first.rows[step], second.rows[step]))
+        differences = list(
+            figure_differences(step, first.rows[step], second.rows[step])
+        )
         if not differences:
             continue
         comparison.differing_steps += 1
@@ -201,7 +203,9 @@ def _is_place(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _differences(step: int, first: Row, second: Row) -> Iterator[FigureDifference]:
+def figure_differences(
+    step: int, first: Row, second: Row
+) -> Iterator[FigureDifference]:
     """Yield each figure that both rows have and that is not the same, the loss before all others."""
     found = []
     for name in first.keys() & second.keys():

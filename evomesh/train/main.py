@@ -36,6 +36,7 @@ def run_training(
     port: int = 8888,
     profile: bool = False,
     memory_profile: bool = False,
+    until: int | None = None,
 ) -> int:
     """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
@@ -46,7 +47,7 @@ def run_training(
         config: a loaded config, or the path of a config file.
         launcher: where rank information comes from: "auto", "torch" or "slurm".
         port: rendezvous port of the slurm launcher.
-        profile, memory_profile: see ``Trainer``.
+        profile, memory_profile, until: see ``Trainer``.
 
     Returns:
         0 when the run is complete, 130 after Ctrl-C, 75 when a signal stopped it and the same command resumes it.
@@ -76,6 +77,7 @@ def run_training(
                     alerts,
                     profile=profile,
                     memory_profile=memory_profile,
+                    until=until,
                 )
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
@@ -99,6 +101,7 @@ def _train(
     *,
     profile: bool,
     memory_profile: bool,
+    until: int | None = None,
 ) -> int:
     """Build the run on this rank and train it; return the exit code."""
     # 1. What can be known before the model is built: warnings, and whether it fits at
@@ -128,7 +131,12 @@ def _train(
     try:
         # 3. Steps, until the last one or a reason to stop.
         trainer = Trainer(
-            run, exports, alerts, profile=profile, memory_profile=memory_profile
+            run,
+            exports,
+            alerts,
+            profile=profile,
+            memory_profile=memory_profile,
+            until=until,
         )
         return trainer.train()
     except Exception:

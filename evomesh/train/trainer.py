@@ -42,6 +42,7 @@ class Trainer:
         alerts: of this rank; by default those of the config.
         profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
         memory_profile: write the peak of each step by kind, and what is alive when memory runs out.
+        until: end after so many steps of the run, as if they were all, with the schedules of the whole run.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
         *,
         profile: bool = False,
         memory_profile: bool = False,
+        until: int | None = None,
     ) -> None:
         self.run = run
         self.alerts = alerts or TrainingAlerts(run.config, rank=0)
@@ -63,6 +65,8 @@ class Trainer:
         self.saved_step = run.resumed_step
         # Of the validation before the first step, until that step is recorded.
         self.start_figures: dict[str, float] = {}
+        total_steps = run.config.data.total_steps
+        self.last_step = total_steps if until is None else min(until, total_steps)
         data = run.config.data
         self.skipped_steps = data.skip_batches
         self.step_file = StepFile.of_this_process()
@@ -76,7 +80,7 @@ class Trainer:
 
     def train(self) -> int:
         """Train and return the process's exit code; see ``run_training``."""
-        total = self.config.data.total_steps
+        total = self.last_step
         if self.state.step >= total:
             logger.info(
                 "nothing left to train: the run is at step %d and data.total_steps is %d",
@@ -141,7 +145,7 @@ class Trainer:
 
     def _has_steps_left(self) -> bool:
         """Return whether the run is to take another step."""
-        is_complete = self.state.step >= self.config.data.total_steps
+        is_complete = self.state.step >= self.last_step
         return not is_complete and not self.run.early_stop.is_due
 
     def _report_stop(self, stop_request: StopRequest) -> int:

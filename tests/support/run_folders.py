@@ -42,7 +42,7 @@ def history_of_two_starts() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_run_folder(folder: Path, **start_facts: Any) -> Path:
+def write_run_folder(folder: Path, /, **start_facts: Any) -> Path:
     """A whole run of five steps with one restart."""
     write_lines(folder / "metrics.jsonl", [step_row(step) for step in range(5)])
     history = history_of_two_starts()

@@ -25,6 +25,8 @@ def test_a_start_its_steps_and_its_end(tmp_path: Path) -> None:
             time.sleep(0.02)
     history.step_done(3, memory=17)
     history.begin_step()
+    with history.phase("validation"):
+        pass
     history.step_done(4, memory=0)
     with history.phase("save"):
         pass
@@ -35,7 +37,8 @@ def test_a_start_its_steps_and_its_end(tmp_path: Path) -> None:
     assert before <= start["time"] <= first["time"] + 0.001 <= end["time"] + 0.002
     assert (first["step"], first["memory"]) == (3, 17)
     assert 0.04 <= first["phases"]["data wait"] <= first["seconds"]
-    assert second["phases"] == {}  # those of the step before are not counted again
+    # Those of the step before are not counted again.
+    assert set(second["phases"]) == {"validation"}
     assert (end["step"], end["outcome"], set(end["phases"])) == (5, "done", {"save"})
 
 

@@ -115,7 +115,7 @@ def test_no_secret_is_in_the_page(
     folder = write_run_folder(
         tmp_path,
         config=config,
-        command="evomesh train --set x.password=hunter2hunter2",
+        command="evomesh train correct-horse-battery --set x.password=hunter2hunter2",
         reason="from https://user:swordfish@h/c",
     )
     alert = {"kind": "crash", "text": "token hf_abcdefghijklmnopqrstuvwxyz0123"}
