@@ -78,6 +78,7 @@ def _check_parts(state: Mapping[str, Any]) -> None:
     _check_text(run_folder, "train.run_folder")
     _check_optimizer(state["optimizer"])
     _check_scaler(state["scaler"])
+    _check_early_stop(state.get("early_stop"))
     _check_manifest(state["data"])
     position = mapping(state["sampler"], "sampler")
     _check_position(position)
@@ -114,6 +115,16 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     is_number = type(weight_sum) in (int, float) and math.isfinite(weight_sum)
     if not is_number or weight_sum < 0:
         raise ValueError("optimizer.weight_sum is not a number >= 0")
+
+
+def _check_early_stop(counts: Any) -> None:
+    # Checkpoints of earlier versions, and imported ones, have none.
+    if counts is None:
+        return
+    _check_integers(counts, ["since_best"], "early_stop")
+    best = counts["best"]
+    if best is not None and type(best) not in (int, float):
+        raise ValueError("early_stop.best is not a number")
 
 
 def _check_scaler(scaler: Mapping[str, Any]) -> None:

@@ -328,6 +328,22 @@ SAMPLER = {
 }
 CURSOR = {"n": 7, "epoch": 0, "window": 1, "file": 0, "row": 7}
 STREAMING = {"step": 5, "num_lanes": 2, "cursor": CURSOR, "lanes": {"0": [4, 0]}}
+STAGE = {
+    "pack_tokens": 8,
+    "weights": None,
+    "sources": [0],
+    "until": 9,
+    "until_tokens": None,
+}
+CURSOR_OF_SOURCE = {"packs": 9, "epoch": 0, "offset": 5, "consumed": 5}
+STAGED = {
+    "stages": [STAGE],
+    "position": {**POSITION, "stage": 0, "tokens": 80, "drawn": 10},
+    "cursors": {"0": CURSOR_OF_SOURCE},
+    "seed": 1024,
+    "order": "internevo",
+    "unit": 1,
+}
 STATE = {
     "train": COUNTERS,
     "optimizer": {"steps": 5},
@@ -383,6 +399,14 @@ def without(values: dict[str, Any], name: str) -> dict[str, Any]:
         ("sampler", {**STREAMING, "lanes": {"0": [4]}}),
         ("sampler", {**STREAMING, "lanes": [[4, 0]]}),
         ("sampler", {"internevo": {"step": 5}}),
+        ("sampler", {**STAGED, "stages": []}),
+        ("sampler", {**STAGED, "stages": [without(STAGE, "weights")]}),
+        ("sampler", {**STAGED, "position": POSITION}),
+        ("sampler", {**STAGED, "cursors": {"0": {**CURSOR_OF_SOURCE, "packs": "9"}}}),
+        ("sampler", without(STAGED, "unit")),
+        ("early_stop", []),
+        ("early_stop", {"best": 1.5}),
+        ("early_stop", {"best": "1.5", "since_best": 0}),
     ],
 )
 def test_a_state_that_cannot_continue_a_run_makes_the_one_before_it_the_start(
@@ -397,6 +421,21 @@ def test_a_state_that_cannot_continue_a_run_makes_the_one_before_it_the_start(
     )
     assert start.checkpoint is not None and start.checkpoint.step == 4
     assert "skipped" in caplog.text and "step-00000005" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("sampler", STAGED), ("early_stop", {"best": 1.5, "since_best": 2})],
+)
+def test_states_of_data_stages_and_early_stops_are_resumed(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(5, run(5), {**STATE, part: value}, {})
+    start = decide(
+        config(tmp_path), CheckpointReader(), writer.folder, check=check_stored_state
+    )
+    assert start.checkpoint is not None and start.checkpoint.step == 5
 
 
 @pytest.mark.parametrize("section", ["model", "adam", "data"])
