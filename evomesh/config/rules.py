@@ -365,6 +365,7 @@ def _without_effect_warnings(
     family = config.model.model_type
     saves_once = exports_once(config.ckpt)
     has_post_norm = family == "INTERNLM2_PUBLIC" or family not in FAMILY_FACTS
+    # Keys, whether they act in this config, and the reason if they do not.
     conditions = (
         (
             ("data.pack_sample_into_one",),

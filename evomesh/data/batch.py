@@ -73,6 +73,8 @@ class Batch:
         def copy(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        # The bounds stay on the host too: reading them from the device would make the
+        # host wait for it.
         numbers = self.numbers
         if numbers is not None:
             numbers = TokenNumbers(copy(numbers.key), copy(numbers.tokens))

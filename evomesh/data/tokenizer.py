@@ -357,6 +357,8 @@ def _hash(path: Path, folder: TokenizerFolder, class_name: str) -> str:
     """Return a hash of all that determines the ids; that of the file if the folder adds nothing to it."""
     named = [token for token in folder.named.values() if token is not None]
     splits = bool(folder.settings.get("split_special_tokens"))
+    # Data that was made with the bare file stays valid for a folder that adds nothing
+    # to it.
     as_it_is = path.suffix == ".json" and class_name == BACKEND and not splits
     if as_it_is and not (folder.added or folder.extra or named):
         return _sha256(path)

@@ -346,6 +346,8 @@ def _treat_like_llama(backend: Any, folder: TokenizerFolder, rules: ClassRules) 
         prepend_scheme=prefixed if has_prefix else "never",
         split=False,
     )
+    # The way back: signs become spaces, bytes become characters, and the space that was
+    # put in front goes.
     steps: list[Any] = [
         decoders.Replace(SPACE, " "),
         decoders.ByteFallback(),

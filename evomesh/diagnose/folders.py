@@ -109,6 +109,7 @@ class SaveFolderCheck:
                 f"{self.places[0]} cannot write to {folder.root}: {problem}",
                 "check the permissions, the mount and the store's credentials",
             )
+        # Every rank looks before the file goes.
         sees = _appears(folder.storage, probe)
         answers = gather_on_all_ranks(self.exchange, sees)
         if self.exchange.rank == 0:

@@ -108,6 +108,8 @@ def judge_axis(
         of_ranks = [seconds[index] for seconds in answers]
         slowest = MessageTime(nbytes, max(of_ranks), size)
         parts.append(_describe(slowest))
+        # Short messages take microseconds, which differ by chance: below some time no
+        # group is slow.
         limit = max(SLOW_GROUP * median(of_ranks), NOISE_S)
         for seconds, place in zip(of_ranks, places, strict=True):
             if seconds > limit and place not in slow:

@@ -173,6 +173,7 @@ def result_record(
         record["skipped"] = (
             f"no room: {len(prompt.ids)} tokens" if prompt.ids else "no tokens"
         )
+    # An answer ends with a stop token, or where the length allowed no more.
     stopped = [
         bool(answer) and answer[-1] in sampling.eos_ids for answer in result.answers
     ]

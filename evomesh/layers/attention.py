@@ -347,6 +347,8 @@ def _dropping_segment(
     heads_per_group = heads // k.shape[0]
     k = k.repeat_interleave(heads_per_group, dim=0)
     v = v.repeat_interleave(heads_per_group, dim=0)
+    # Scores of a block of queries with the keys they see, [N, queries, keys]: the whole
+    # [N, L, L] would not fit for long texts.
     outs = []
     for queries, keys in _query_blocks(length, window, MIN_WINDOW_BLOCK):
         products = q[:, queries] @ k[:, keys].transpose(1, 2)

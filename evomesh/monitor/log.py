@@ -59,6 +59,8 @@ def setup_logging(
         path = folder / "logs" / f"{rank_name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(LogFileHandler(path))
+    # The handlers of an earlier call go only now: if the new file cannot be opened,
+    # they are still there.
     close_logging()
     for handler in handlers:
         handler.setFormatter(SecretFreeFormatter(LINE))

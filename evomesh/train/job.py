@@ -32,6 +32,7 @@ def reporting_early_errors(
         if request is not None:
             request.only_record()
         message = as_user_error(error)
+        # An error that came from another rank need not be sent back.
         if message is not None and message.is_known_to_peers:
             raise message from error
         if several:

@@ -69,10 +69,14 @@ def _steps(record: Mapping[str, Any], where: str) -> tuple[int, int]:
     DeepSpeed counts both. mmengine counts micro-iterations; those after the last whole
     step are lost, as its gradient is.
     """
+    # 1. DeepSpeed's own counts.
     steps = record.get("global_steps")
     skipped = record.get("skipped_steps", 0)
     if _is_count(steps) and _is_count(skipped) and skipped <= steps:
         return steps, skipped
+
+    # 2. mmengine's: iterations, divided by how many of them make a step, which only the
+    #    text of the config tells.
     meta = record.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     iterations = meta.get("iter")

@@ -122,6 +122,8 @@ class SafetensorsFile:
         filled = 0
         reader = self._storage.open(self._path)
         try:
+            # All ranges are known beforehand, so a store can fetch the next ones while
+            # one is copied.
             reader.expect(ranges)
             for start, stop in ranges:
                 size = stop - start

@@ -180,6 +180,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
                 fix="export without a tokenizer (--tokenizer none) and add one that agrees",
             )
 
+    # The largest id of all must be one that the model was trained with.
     known = theirs.get_vocab()
     last_token = max(known, key=known.__getitem__)
     if known[last_token] >= ours.vocab_size:

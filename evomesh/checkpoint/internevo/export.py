@@ -197,6 +197,8 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
             f"InternEvo's families do not have {unusual}={getattr(model, unusual)!r}",
             where=where,
         )
+    # One switch has the biases of all projections, and the width of a head is not
+    # stored.
     plain_heads = (
         model.attention_width == model.hidden_size
         and model.has_qkv_bias == model.has_o_bias

@@ -403,6 +403,8 @@ def _rename(
             yield f"{TOP_MODULES[module]}.{kind}", tensor
             continue
         number = first_layer + int(layer[1])
+        # The first of the three brings its siblings, which are skipped when their turn
+        # comes.
         if module == "attention.wq":
             qkv = []
             for letter in "qkv":

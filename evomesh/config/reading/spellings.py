@@ -215,6 +215,7 @@ def _resolve_data(draft: ConfigDraft) -> None:
         return
     seq_len = data.get("seq_len", 2048)
     bsz = data.get("micro_bsz")
+    # packed_length = seq_len * micro_bsz: of the three, the config keeps the last two.
     are_counts = (
         isinstance(packed, int)
         and isinstance(seq_len, int)

@@ -139,6 +139,8 @@ class PackPlan:
         self.first_document = [0, *accumulate(counts)]
         self.document_order: NDArray[np.int32]
         self.document_ends: IndexArray
+        # Order and ends take 12 bytes per document: the processes of a host map one
+        # file rather than hold a copy each.
         if shared is None:
             self.document_order = self._make_order()
             self.document_ends = self._make_ends()

@@ -99,6 +99,7 @@ def scan_file(path: Path, vocab_size: int | None = None) -> FileScan:
     for kind, count in scan.refused.items():
         if count > SHOWN:
             scan.problems.append(f"{path}: {count - SHOWN} more {kind}")
+    # Without the tokens of every line there is nothing to compare the meta with.
     if not scan.refused[BROKEN]:
         _compare_meta(scan)
         if scan.tokens and not scan.targets:

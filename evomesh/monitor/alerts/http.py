@@ -55,6 +55,7 @@ def post_json(url: str, document: Any, timeout: float = TIMEOUT_S) -> bytes:
             return _read_answer(response)
     except urllib.error.HTTPError as error:
         error.close()
+        # Another try changes nothing where the request itself is refused.
         is_final = 300 <= error.code < 500 and error.code != _TOO_MANY_REQUESTS
         raise DeliveryError(
             f"the server answered {error.code}", is_final=is_final
