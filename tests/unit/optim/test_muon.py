@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evomesh.checkpoint.huggingface.names import (
+    NAME_MAPS,
+    native_to_foreign,
+    tensor_links,
+)
 from evomesh.config.optimizer import OptimizerConfig
-from evomesh.config.schema import AdamConfig, ZeroConfig
+from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
 from evomesh.errors import UserError
+from evomesh.models.registry import build_model
 from evomesh.optim.groups import is_hidden_matrix
 from evomesh.optim.orthogonal import orthogonalize, update_directions
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.spec import ShardSpec, with_spec
+from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 from tests.support.covers import covers
 from tests.support.tolerances import assert_equal_bits, distance
 
@@ -149,6 +155,31 @@ def test_packed_rows_reach_the_update() -> None:
     optimizer.step(1.0, 0.95, 1.0)
     expected = update_directions(gradient, (6, 2, 2), 5)
     assert distance(values - weight.detach(), expected) < 1e-12
+
+
+def test_attention_says_how_its_matrix_is_packed() -> None:
+    """The key rows that the spec names are those that the converter to Hugging Face writes as k_proj."""
+    config = ModelConfig(
+        model_type="LLAMA2",
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=8,
+        num_kv_attention_heads=2,
+        vocab_size=20,
+        mlp_ratio=1.0,
+        multiple_of=8,
+        no_bias=True,
+    )
+    model = build_model(config)
+    for name, parameter in model.named_parameters():
+        packed = spec_of(parameter).packed_rows
+        # Four query heads for each key/value head, of 4 rows.
+        assert packed == ((16, 4, 4) if "wqkv" in name else ()), name
+    rows = torch.arange(48.0)[:, None].expand(48, 32)
+    naming = NAME_MAPS["llama"]
+    (link,) = (link for link in tensor_links(config, naming) if "wqkv" in link.native)
+    _, keys, _ = native_to_foreign(link, rows, config, naming)
+    assert set(keys[:, 0].tolist()) == {*range(16, 20), *range(40, 44)}
 
 
 def test_experts_of_a_stack_are_separate_matrices() -> None:
