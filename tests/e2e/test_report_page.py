@@ -72,7 +72,9 @@ def test_charts_tables_and_language(open_page: Open, tmp_path: Path) -> None:
     english = "loss: first 5, last 1, lowest 1 at step 4, highest 5 at step 0"
     sync_api.expect(caption).to_have_text(english)
     page.locator("#chart-loss summary").click()
-    cells = page.locator("#chart-loss details tbody tr").all_inner_texts()
+    rows = page.locator("#chart-loss details tbody tr")
+    sync_api.expect(rows).to_have_count(5)  # the table is made when it is opened
+    cells = rows.all_inner_texts()
     assert [row.split() for row in cells] == [[str(s), str(5 - s)] for s in range(5)]
     sync_api.expect(page.locator("#time")).to_contain_text("useful training")
     page.locator("#language").click()
