@@ -35,6 +35,13 @@ ConfigArgument = Annotated[
     ),
 ]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt to complete.")]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Ask the prompt as a user's message, in the tokenizer's chat template; prints the answer alone.",
+    ),
+]
 DynamicNtkOption = Annotated[
     bool | None,
     typer.Option(help="Dynamic NTK beyond the trained length [default: as trained]."),
@@ -46,6 +53,7 @@ def generate(
     file: ConfigArgument = None,
     ckpt: OptionalCheckpointOption = None,
     prompt: PromptOption = None,
+    chat: ChatOption = False,
     tokenizer: TokenizerPathOption = None,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  # frozen; replaced by its options
     dynamic_ntk: DynamicNtkOption = None,
@@ -80,8 +88,12 @@ def generate(
         raise UserError(
             "the prompt is empty", where="--prompt", expected="some text to complete"
         )
-    loaded = _load(ckpt, tokenizer, device, config, dynamic_ntk, ema)
-    complete_prompt(loaded, prompt, sampling)
+    template = "auto" if chat else "none"
+    loaded = _load(ckpt, tokenizer, template, device, config, dynamic_ntk, ema)
+    if chat:
+        answer_message(loaded, prompt, sampling)
+    else:
+        complete_prompt(loaded, prompt, sampling)
 
 
 def answer_prompt_folder(
@@ -95,7 +107,7 @@ def answer_prompt_folder(
 
 
 def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) -> None:
-    """Print the completion of a prompt as it is generated, or several completions one after the other."""
+    """Print a prompt and its completion as it is generated, or several completions one after the other."""
     from evomesh.data.tokenizer import encode_prompt
 
     ids = encode_prompt(loaded.tokenizer, prompt)
@@ -105,12 +117,25 @@ def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) 
             where="--prompt",
             expected="some text to complete",
         )
-    if not sampling.eos_ids:
-        sampling = replace(sampling, eos_ids=loaded.eos_ids)
-    if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
-        _print_completions(loaded, ids, sampling)
-    else:
-        _print_stream(loaded, ids, sampling)
+    _print_answers(loaded, ids, sampling, start=0)
+
+
+def answer_message(loaded: LoadedModel, text: str, sampling: SamplingParams) -> None:
+    """Print the model's answer to a user's message as it is generated, or several answers.
+
+    Raises:
+        UserError: the model has no chat template, or the template rejects the message.
+    """
+    from evomesh.data.chat_message import ChatMessage
+
+    if loaded.template is None:
+        raise UserError(
+            "the tokenizer has no chat template: this model only completes text",
+            where="--chat",
+            fix="leave --chat out, or pass a tokenizer folder that has a template with --tokenizer",
+        )
+    ids = loaded.template.encode_prompt([ChatMessage("user", text, train=False)])
+    _print_answers(loaded, ids, sampling, start=len(ids))
 
 
 def shim(
@@ -133,6 +158,7 @@ def shim_main() -> None:
 def _load(
     ckpt: str,
     tokenizer: str | None,
+    template: str,
     device: str,
     config: str | None,
     dynamic_ntk: bool | None,
@@ -146,7 +172,9 @@ def _load(
     chosen_device = device_by_name(device)
     if config is not None:
         load_config(config)
-    loaded = load_model(ckpt, chosen_device, tokenizer=tokenizer, ema=ema)
+    loaded = load_model(
+        ckpt, chosen_device, tokenizer=tokenizer, template=template, ema=ema
+    )
     if dynamic_ntk is None:
         return loaded
     if not has_rotary_types(loaded.model):
@@ -167,15 +195,31 @@ def _load(
     )
 
 
-def _print_stream(
-    loaded: LoadedModel, ids: list[int], sampling: SamplingParams
+def _print_answers(
+    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
 ) -> None:
-    """Print the prompt, then its completion token by token."""
+    """Print what follows a prompt of ids.
+
+    Args:
+        start: number of leading ids that are not printed.
+    """
+    if not sampling.eos_ids:
+        sampling = replace(sampling, eos_ids=loaded.eos_ids)
+    if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
+        _print_completions(loaded, ids, sampling, start)
+    else:
+        _print_stream(loaded, ids, sampling, start)
+
+
+def _print_stream(
+    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
+) -> None:
+    """Print the prompt from ``start``, then its completion token by token."""
     from evomesh.generate.decode import stream_tokens
 
     decode = loaded.tokenizer.decode
-    all_ids = list(ids)
-    shown = decode(all_ids)  # the text that is printed already
+    visible = ids[start:]
+    shown = decode(visible)  # the text that is printed already
     tokens = stream_tokens(loaded.model, [ids], sampling)
     # What is refused is refused before the prompt is shown.
     first = list(islice(tokens, 1))
@@ -183,16 +227,16 @@ def _print_stream(
     for new in chain(first, tokens):
         if new.finish == "stop":
             break
-        all_ids.append(new.token)
+        visible.append(new.token)
         # All tokens are decoded together, since a character may take several: an
         # incomplete one is shown later.
-        text = decode(all_ids)
+        text = decode(visible)
         is_complete = not text.endswith("\ufffd")
         if is_complete and text.startswith(shown):
             added = text.removeprefix(shown)
             _print_now(added)
             shown = text
-    text = decode(all_ids)
+    text = decode(visible)
     rest = text[len(shown) :]
     _print_now(f"{rest}\n")
 
@@ -202,9 +246,7 @@ def _print_now(text: str) -> None:
 
 
 def _print_completions(
-    loaded: LoadedModel,
-    ids: list[int],
-    sampling: SamplingParams,
+    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
 ) -> None:
     """Print every completion after the prompt, once all are complete."""
     from evomesh.generate.decode import generate_tokens
@@ -214,7 +256,7 @@ def _print_completions(
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"--- answer {number} of {len(completions)}")
-        visible = list(ids)
+        visible = ids[start:]
         for token in completion:
             if token not in sampling.eos_ids:
                 visible.append(token)

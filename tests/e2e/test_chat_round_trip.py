@@ -15,7 +15,7 @@ from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.restore import load_model
 from evomesh.cli.convert_hf import write_folder
-from evomesh.cli.generate import complete_prompt
+from evomesh.cli.generate import answer_message, complete_prompt
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
 from evomesh.data.records.source_files import find_source_files
@@ -125,6 +125,11 @@ def test_prompts_are_those_of_training_and_answers_end(
         complete_prompt(loaded, text, sampling)
         if completed == prompt:
             assert ANSWER["content"] in capsys.readouterr().out
+
+        # ``evomesh generate --chat``: the answer alone, to the question as training saw it.
+        capsys.readouterr()
+        answer_message(loaded, QUESTION["content"], sampling)
+        assert capsys.readouterr().out.strip() == ANSWER["content"]
 
     # A server with the export.
     service = load_service("hf", "cpu", ModelOptions(name="hf"))

@@ -52,6 +52,12 @@ def test_text_goes_on_from_the_prompt(trained: Path, interpreter: Interpreter) -
     assert again.stdout == done.stdout
 
 
+def test_chat_needs_a_template(trained: Path, interpreter: Interpreter) -> None:
+    done = generate(trained, interpreter, "--prompt", "abc", "--chat")
+    assert done.returncode == 2
+    assert "--chat: the tokenizer has no chat template" in done.stderr
+
+
 def test_an_earlier_step_is_another_model(
     trained: Path, interpreter: Interpreter
 ) -> None:
