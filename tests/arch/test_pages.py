@@ -1,0 +1,79 @@
+"""The documentation in two languages: what a page has in English it has in Chinese, and neither changes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from tests.support.pages import DOCS, Page, english_pages
+
+# Pages that have no Chinese counterpart yet; the list only gets shorter.
+ENGLISH_ONLY = {
+    "architecture.md",
+    "benchmarks.md",
+    "checkpoints.md",
+    "compatibility.md",
+    "config.md",
+    "data.md",
+    "generation.md",
+    "handover.md",
+    "install.md",
+    "launching.md",
+    "models.md",
+    "monitoring.md",
+    "parallelism.md",
+    "performance.md",
+    "serving.md",
+    "troubleshooting.md",
+    "xtuner.md",
+}
+TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
+
+
+def test_every_page_is_translated_or_listed() -> None:
+    untranslated = {
+        page.name
+        for page in english_pages()
+        if not page.translation.path.exists() and not page.name.startswith("adr/")
+    }
+    assert untranslated == ENGLISH_ONLY
+
+
+def test_no_translation_stands_alone() -> None:
+    translations = {page.translation.path for page in TRANSLATED}
+    assert set(DOCS.rglob("*.zh.md")) == translations
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_both_languages_have_the_same_structure(page: Page) -> None:
+    chinese = page.translation
+    assert chinese.heading_levels == page.heading_levels
+    assert chinese.blocks == page.blocks
+    # Two links of one sentence may change places.
+    assert sorted(chinese.links) == sorted(page.links)
+    assert chinese.table_rows == page.table_rows
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_no_page_changes_in_one_language_only(page: Page) -> None:
+    assert page.translation.stamp == page.digest, (
+        f"{page.name} has changed since {page.translation.name} was compared with it: bring the Chinese page up to "
+        f"date, then run: python tools/translations.py {page.name}"
+    )
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    settings = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())
+    assert sorted(_pages_of(settings["nav"])) == [page.name for page in english_pages()]
+
+
+def _pages_of(entry: object) -> Iterator[str]:
+    """Yield the pages of a part of the navigation: a page, a list, or a dict of a title and what is below it."""
+    if isinstance(entry, str):
+        yield entry
+    children = entry.values() if isinstance(entry, dict) else entry
+    if isinstance(entry, dict | list):
+        for child in children:
+            yield from _pages_of(child)
