@@ -10,7 +10,7 @@ export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help env train test test-fast test-versions lint bench gpu wheels clean
+.PHONY: help env train test test-fast test-versions lint docs bench gpu wheels clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ lint: $(VENV)/.dev ## style, types, import layers
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(MAKE) docs
+
+docs: $(VENV)/.dev ## the documentation site, in English and Chinese -> site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 # The tests start hundreds of interpreters: without byte code on disk each would compile the package again.
 test test-fast: export PYTHONDONTWRITEBYTECODE :=

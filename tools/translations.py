@@ -3,11 +3,13 @@
     python tools/translations.py               # the pages whose English text has changed since
     python tools/translations.py install.md    # after its Chinese page was brought up to date
 
-The first line of docs/X.zh.md names the digest of docs/X.md; tests/arch/test_pages.py compares them.
+The first line of docs/X.zh.md names the digest of docs/X.md; tests/arch/test_pages.py compares them. Punctuation beside
+Chinese text becomes full width.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,12 +17,65 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.pages import DOCS, STAMP, Page, english_pages
 
+HAN = "[\u4e00-\u9fff]"
+FULL_WIDTH = {
+    ",": "\uff0c",
+    ":": "\uff1a",
+    ";": "\uff1b",
+    "!": "\uff01",
+    "?": "\uff1f",
+}
+CODE_OR_TARGET = re.compile(r"(`[^`]*`|\]\([^)]*\))")
+# Parentheses with Chinese text in them, that are not the target of a link.
+PARENTHESES = re.compile(rf"(?<!\])\((?=[^()]*{HAN})((?:[^()`]|`[^`]*`)*)\)")
+
+
+def with_chinese_punctuation(text: str) -> str:
+    """Return a page whose lines of Chinese prose have full-width punctuation."""
+    lines = []
+    is_code = False
+    for line in text.split("\n"):
+        if line.startswith("```"):
+            is_code = not is_code
+        is_prose = not (is_code or line.startswith(("```", "    ", "<!--")))
+        converts = is_prose and re.search(HAN, line)
+        lines.append(_convert_line(line) if converts else line)
+    return "\n".join(lines)
+
+
+def _convert_line(line: str) -> str:
+    line = PARENTHESES.sub("\uff08\\1\uff09", line)
+    pieces = CODE_OR_TARGET.split(line)
+    for index in range(0, len(pieces), 2):
+        before, after = _neighbors(pieces, index)
+        pieces[index] = _convert_piece(pieces[index], before, after)
+    return "".join(pieces)
+
+
+def _neighbors(pieces: list[str], index: int) -> tuple[str, str]:
+    """Return what stands around a piece of prose, as Han characters where it is code or a link."""
+    return ("\u4e00" if index else "", "\u4e00" if index + 1 < len(pieces) else "")
+
+
+def _convert_piece(piece: str, before: str, after: str) -> str:
+    context = before + piece + after
+    beside_han = re.compile(
+        rf"(?<={HAN})([,:;!?]) ?|(?<=[\uff09*\u201d])([,:;!?]) ?|([,:;!?]) ?(?={HAN})"
+    )
+
+    def widen(found: re.Match[str]) -> str:
+        return FULL_WIDTH[next(mark for mark in found.groups() if mark)]
+
+    converted = beside_han.sub(widen, context)
+    return converted[len(before) : len(converted) - len(after)]
+
 
 def mark(page: Page) -> None:
     """Write the digest of an English page into its Chinese one."""
     chinese = page.translation
     stamp = f"<!-- English page: {page.digest} -->\n"
-    chinese.path.write_text(stamp + STAMP.sub("", chinese.text), encoding="utf-8")
+    text = with_chinese_punctuation(STAMP.sub("", chinese.text))
+    chinese.path.write_text(stamp + text, encoding="utf-8")
 
 
 def main(names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,24 @@ def test_no_page_changes_in_one_language_only(page: Page) -> None:
         f"{page.name} has changed since {page.translation.name} was compared with it: bring the Chinese page up to "
         f"date, then run: python tools/translations.py {page.name}"
     )
+
+
+def test_the_readme_has_the_same_commands_in_both_languages() -> None:
+    root = DOCS.parent
+    english, chinese = Page(root / "README.md"), Page(root / "README.zh-CN.md")
+    assert chinese.blocks == english.blocks
+    assert _typed_lines(chinese) == _typed_lines(english)
+
+
+def _typed_lines(page: Page) -> list[str]:
+    return [line for line in page.prose.splitlines() if line.startswith("    ")]
+
+
+@pytest.mark.parametrize(
+    "page", [page.translation for page in TRANSLATED], ids=lambda page: page.name
+)
+def test_chinese_text_has_chinese_punctuation(page: Page) -> None:
+    assert re.findall("[\u4e00-\u9fff][,:;!?]", page.prose) == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
