@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import LocalTensor, describe
 from evomesh.checkpoint.optimizer_state import refuse_other_optimizer
+from evomesh.checkpoint.schedule_change import check_schedule
 from evomesh.checkpoint.start_point import (
     CONTENTS,
     COUNTED,
@@ -54,6 +56,7 @@ def decide(
     reader: CheckpointReader,
     folder: SaveFolder | None,
     check: Callable[[Checkpoint], None] | None = None,
+    branch: str | None = None,
 ) -> StartPoint:
     """Choose what to start from by InternEvo's rules.
 
@@ -66,6 +69,7 @@ def decide(
     Args:
         folder: save folder, None if the config names none.
         check: as in ``CheckpointReader.newest``; for resuming only.
+        branch: the checkpoint of another run that is continued where there is nothing to resume.
 
     Raises:
         CheckpointError: nothing usable where the config names something, or a weights-only checkpoint to resume from.
@@ -83,6 +87,8 @@ def decide(
     resumed = _newest_in(folder, reader, note, check) if folder is not None else None
     if resumed is not None:
         return resumed
+    if branch is not None:
+        return branch_from(branch, reader)
     if info is not None and info.fallback:
         return _from_load_info(info, reader)
     if folder is None:
@@ -90,6 +96,19 @@ def decide(
             f"starting from scratch: no save_ckpt_folder to resume from{note}"
         )
     return StartPoint(f"starting from scratch: no checkpoint in {folder.root}{note}")
+
+
+def branch_from(path: str, reader: CheckpointReader) -> StartPoint:
+    """Return all of another run's checkpoint, to be continued in a new folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint with optimizer state.
+    """
+    info = LoadConfig(path=path, content=("all",))
+    start = _from_load_info(info, reader)
+    source = start.path if start.checkpoint is None else start.checkpoint.folder
+    reason = f"branching from {source}"
+    return replace(start, reason=reason, is_branch=True)
 
 
 def _newest_in(
@@ -125,6 +144,7 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
     if start.checkpoint is None or not (start.wants("model") or start.resumes):
         return
     _refuse_other_dtype(start, config)
+    check_schedule(start, config, log=reader.exchange.rank == 0)
     differences = compare_configs(start.checkpoint.config, config_to_dict(config))
     if differences.function and start.resumes and not config.ckpt.allow_changed_model:
         lines = "".join(f"\n  {difference}" for difference in differences.function)

@@ -22,6 +22,7 @@ class StartPoint:
         path: the foreign folder to read with the loader ``ckpt_type``, "" for none.
         ckpt_type: name of that loader.
         content: what to load, a subset of ``CONTENTS``; all of them together continue the run that wrote it.
+        is_branch: what it continues is another run, whose folders stay as they are.
     """
 
     reason: str
@@ -29,6 +30,7 @@ class StartPoint:
     path: str = ""
     ckpt_type: str = ""
     content: frozenset[str] = frozenset()
+    is_branch: bool = False
 
     @property
     def resumes(self) -> bool:

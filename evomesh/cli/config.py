@@ -101,13 +101,15 @@ def show(
             help="Print only the meaning of one key or section, its value and origin.",
         ),
     ] = None,
+    lr: Annotated[
+        bool,
+        typer.Option("--lr", help="Print only the learning rate, at a few steps."),
+    ] = False,
 ) -> None:
     """Print every value of CONFIG and where it was set. Also prints sizes derived from them."""
     from evomesh.config.json_codec import encode_json
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
-    from evomesh.config.reading.draft import leaves
-    from evomesh.config.reading.spellings import written_key
     from evomesh.config.record import config_to_dict
 
     loaded = load_config(config, overrides or [])
@@ -116,6 +118,9 @@ def show(
 
         for label, text in explain(loaded, explain_key):
             typer.echo(f"{label:<12} {text}")
+        return
+    if lr:
+        _show_learning_rate(loaded, as_json)
         return
     warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     figures = derived(loaded, gpus)
@@ -129,12 +134,7 @@ def show(
         }
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
-    rows = []
-    for resolved, value in leaves(values):
-        key = written_key(resolved)
-        rows.append((key, _format_value(value), loaded.origins.get(key, "default")))
-    _print_table(("key", "value", "from"), rows)
-    typer.echo()
+    _print_values(loaded, values)
     _print_figures(loaded, figures)
     if gpus is None:
         typer.echo(
@@ -142,6 +142,44 @@ def show(
         )
     for words in warnings:
         typer.echo(f"warning: {words}")
+
+
+def _print_values(loaded: LoadedConfig, values: dict[str, Any]) -> None:
+    """Print every key with its value and where that was set."""
+    from evomesh.config.reading.draft import leaves
+    from evomesh.config.reading.spellings import written_key
+
+    rows = []
+    for resolved, value in leaves(values):
+        key = written_key(resolved)
+        rows.append((key, _format_value(value), loaded.origins.get(key, "default")))
+    _print_table(("key", "value", "from"), rows)
+    typer.echo()
+
+
+def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
+    """Print the learning rate at the borders of the schedule and between them."""
+    from evomesh.optim.schedule import learning_rate, preview_steps
+
+    config = loaded.config
+    schedule = config.lr_scheduler
+    total_steps = config.data.total_steps
+    if config.data.epochs is not None:
+        raise UserError(
+            "the length of the run follows from the data, which this command does not open",
+            where="data.epochs",
+            fix=f"give a length: --set data.epochs=None --set data.total_steps={total_steps}",
+        )
+    rates = {}
+    for step in preview_steps(schedule, 0, total_steps):
+        rates[step] = learning_rate(step, schedule, config.adam, total_steps)
+    if as_json:
+        document = {"type": schedule.type, "lr": rates}
+        typer.echo(json.dumps(document, indent=2, allow_nan=False))
+        return
+    rows = [(f"{step:,}", f"{rate:.6g}") for step, rate in rates.items()]
+    _print_table(("step", "lr"), rows)
+    typer.echo(f"{schedule.type}, {total_steps:,} steps; a skipped step does not count")
 
 
 @app.command("list")

@@ -42,6 +42,13 @@ DeepspeedOption = Annotated[
         help="XTuner's flag: deepspeed_zero1, 2 or 3; sets parallel.zero1 to the equivalent."
     ),
 ]
+AcceptScheduleOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-schedule-change",
+        help="Resume although the learning rate then jumps to another curve.",
+    ),
+]
 # Options that InternEvo's train.py takes and never reads: launcher scripts pass them.
 HostOption = Annotated[str | None, typer.Option("--host", hidden=True)]
 BackendOption = Annotated[str | None, typer.Option("--backend", hidden=True)]
@@ -68,6 +75,7 @@ def train(
     profile: ProfileOption = False,
     memory_profile: MemoryProfileOption = False,
     deepspeed: DeepspeedOption = None,
+    accept_schedule_change: AcceptScheduleOption = False,
 ) -> None:
     """Train the model that CONFIG describes. Resumes from the newest valid checkpoint in the save folder."""
     from evomesh.cli.xtuner_data import make_token_files
@@ -82,6 +90,8 @@ def train(
         settings.append(f"seed={seed}")
     if run_dir is not None:
         settings.append(f"run_dir={run_dir}")
+    if accept_schedule_change:
+        settings.append("ckpt.accept_schedule_change=True")
     with reporting_early_errors(launcher, port):
         loaded = load_with_strategy(config, settings, deepspeed, launcher)
         make_token_files(loaded)
@@ -106,6 +116,7 @@ def shim(
     profile: ProfileOption = False,
     memory_profile: MemoryProfileOption = False,
     deepspeed: DeepspeedOption = None,
+    accept_schedule_change: AcceptScheduleOption = False,
     host: HostOption = None,
     backend: BackendOption = None,
     world_size: WorldSizeOption = None,
@@ -125,4 +136,5 @@ def shim(
         profile,
         memory_profile,
         deepspeed,
+        accept_schedule_change,
     )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from evomesh.config.finding import ConfigFinding
+from evomesh.config.lr_rules import resolve_decay
 from evomesh.config.reading.draft import ConfigDraft, leaves, shown
 from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.reading.origins import origins
@@ -106,11 +107,14 @@ def load_config(
     # 3. Validate the sections one by one, then the rules between them.
     config, failed = _validate(draft)
     if config is not None:
+        config = resolve_decay(config)
         _check_rules(draft, config, given, failed)
     if draft.problems:
         raise ConfigError(draft.problems, path=path)
     assert config is not None
     value_origins = origins(config, draft, source, sets)
+    if config.lr_scheduler.decay_from is not None:
+        value_origins["data.total_steps"] = "lr_scheduler.decay_from + decay_steps"
     warnings = tuple(draft.warnings)
     return LoadedConfig(
         config, value_origins, warnings, source.text, path, source.preparation

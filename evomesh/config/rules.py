@@ -15,6 +15,7 @@ from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
 from evomesh.config.grad_profiling import profiling_findings
 from evomesh.config.layout import data_stage_layout_findings, layout_findings
+from evomesh.config.lr_rules import learning_rate_findings, learning_rate_warnings
 from evomesh.config.optimizer import optimizer_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
@@ -63,7 +64,7 @@ def check(
         *architecture_findings(config.model),
         *data_findings(config),
         *_loss_scale_findings(config),
-        *_learning_rate_findings(config),
+        *learning_rate_findings(config),
         *_job_name_findings(config),
         *layout_findings(config),
         *data_stage_layout_findings(config),
@@ -244,27 +245,6 @@ def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
         )
 
 
-def _learning_rate_findings(config: Config) -> Iterator[ConfigFinding]:
-    lr = config.lr_scheduler
-    steps = config.data.total_steps
-    # The schedule may be longer than the training; its warm-up is a share of it.
-    scheduled = lr.total_steps or steps
-    warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
-    if warmup > min(scheduled, steps):
-        yield ConfigFinding(
-            (
-                "lr_scheduler.warmup_ratio",
-                "lr_scheduler.init_steps",
-                "lr_scheduler.total_steps",
-                "data.total_steps",
-            ),
-            f"{warmup} steps of warm-up (init_steps + total_steps * warmup_ratio) are longer than the training, "
-            f"{min(scheduled, steps)} steps",
-            expected="a warm-up shorter than data.total_steps",
-            fix=f"lower warmup_ratio, or set lr_scheduler.total_steps={steps} too",
-        )
-
-
 def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
     name = config.run.job_name
     if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
@@ -328,6 +308,7 @@ def _warnings(
     yield from _switched_off_warnings(config, given)
     yield from _without_effect_warnings(config, given)
     yield from _training_warnings(config, given)
+    yield from learning_rate_warnings(config, given)
     yield from _parallel_warnings(config)
     yield from alert_warnings(config.monitor.alert)
     yield from _snapshot_warnings(config)
@@ -395,23 +376,10 @@ def _training_warnings(
     config: Config, given: Callable[[str], bool]
 ) -> Iterator[tuple[str, str]]:
     data = config.data
-    lr = config.lr_scheduler
     if data.train_folder is None and data.type == "tokenized":
         yield (
             "data.train_folder",
             "None: training on SYNTHETIC data, as documented; set it to train on text",
-        )
-    if lr.total_steps is not None and lr.total_steps != data.total_steps:
-        yield (
-            "lr_scheduler.total_steps",
-            f"{lr.total_steps} differs from data.total_steps={data.total_steps}: training ends after "
-            f"{data.total_steps} steps, the learning rate falls over {lr.total_steps}",
-        )
-    if lr.eta_min > config.adam.lr:
-        # InternEvo computes its formula with any pair, and two of its configs have one.
-        yield (
-            "lr_scheduler.eta_min",
-            f"{lr.eta_min:g} is above adam.lr={config.adam.lr:g}: after the warm-up the learning rate rises to it",
         )
     if given("grad_scaler") and config.model.dtype != "float16":
         yield (

@@ -1,7 +1,7 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-The sections ``model``, ``data``, ``grad_profiling`` and ``ckpt.export_hf`` have files of
-their name; ``monitor`` is in ``alert.py``.
+The sections ``model``, ``data``, ``lr_scheduler``, ``grad_profiling`` and
+``ckpt.export_hf`` have files of their name; ``monitor`` is in ``alert.py``.
 
 Field names are InternEvo's. A field's default and description are written here and
 nowhere else. The loader (``loader.py``) resolves older spellings
@@ -21,6 +21,7 @@ from evomesh.config.alert import MonitorConfig
 from evomesh.config.data import DataConfig
 from evomesh.config.export_hf import ExportHfConfig
 from evomesh.config.grad_profiling import GradProfilingConfig
+from evomesh.config.lr_scheduler import LrConfig
 from evomesh.config.model import (
     DType,
     LayerType,
@@ -38,6 +39,7 @@ __all__ = [
     "ExportHfConfig",
     "GradProfilingConfig",
     "LayerType",
+    "LrConfig",
     "ModelConfig",
     "ModelFamily",
     "MonitorConfig",
@@ -246,31 +248,6 @@ class AdamConfig(Section):
     )
 
 
-class LrConfig(Section):
-    """``lr_scheduler``: linear warm-up, then cosine."""
-
-    total_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Length of the learning-rate schedule; None: data.total_steps.",
-    )
-    init_steps: int = Field(0, ge=0, description="Steps before the warm-up.")
-    warmup_ratio: float = Field(
-        0.0, ge=0, le=1, description="Fraction of the steps that warm up."
-    )
-    warmup_start: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="First rate of the warm-up, as a fraction of the peak; None: one step's.",
-    )
-    eta_min: float = Field(0.0, ge=0, description="Learning rate at the end.")
-    last_epoch: int = Field(
-        -1,
-        description="Accepted for InternEvo; a resumed run takes the step from its checkpoint.",
-    )
-
-
 class Beta2Config(Section):
     init_beta2: float | None = Field(
         None, ge=0, lt=1, description="Initial beta2; None: adam.adam_beta2."
@@ -339,6 +316,10 @@ class CheckpointConfig(Section):
     )
     allow_changed_model: bool = Field(
         False, description="Resume although the weights then compute otherwise."
+    )
+    accept_schedule_change: bool = Field(
+        False,
+        description="Resume although the learning rate then jumps to another curve; --accept-schedule-change.",
     )
     async_upload: bool = Field(
         False, description="Upload in the background; for remote folders only."
@@ -467,7 +448,7 @@ class Config(Section):
         AdamConfig(), description="AdamW; learning rate and weight decay of every rule."
     )
     lr_scheduler: LrConfig = Field(
-        LrConfig(), description="Learning rate: linear warm-up, then cosine."
+        LrConfig(), description="Learning rate: warm-up, shape and decay."
     )
     beta2_scheduler: Beta2Config = Field(
         Beta2Config(), description="Schedule of AdamW's beta2."

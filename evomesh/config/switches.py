@@ -154,7 +154,10 @@ SWITCHES: tuple[Switch, ...] = (
     ),
     Switch("generation.num_beams", ("generation.length_penalty",), _is_at_most_one),
     Switch(
-        "lr_scheduler.warmup_ratio", ("lr_scheduler.warmup_start",), _is_not_positive
+        "lr_scheduler.warmup_ratio",
+        ("lr_scheduler.warmup_start",),
+        _is_not_positive,
+        off_by_default=False,  # warmup_steps too: lr_rules.py has the warning
     ),
     Switch("int8_training", ("int8_mode",), off_by_default=False),
     Switch("selective_checkpoint", ("selective_checkpoint_offload",)),

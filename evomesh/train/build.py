@@ -19,8 +19,9 @@ from evomesh.checkpoint.resume import check_config, decide, restore
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.data_stages import check_data_stages
 from evomesh.config.epochs import packs_left_out, resolve_epochs, steps_per_epoch
+from evomesh.config.folders import FolderPlace
 from evomesh.config.loader import LoadedConfig
-from evomesh.config.schema import CheckpointConfig, Config
+from evomesh.config.schema import CheckpointConfig, Config, RunConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import (
     BatchStream,
@@ -30,6 +31,7 @@ from evomesh.data.build import (
     build_valid_data,
     check_manifest,
 )
+from evomesh.errors import UserError
 from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
@@ -156,7 +158,8 @@ def build_run(
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
-    start = decide(config.ckpt, reader, folder, check=check_stored_state)
+    branch = config.lr_scheduler.branch
+    start = decide(config.ckpt, reader, folder, check_stored_state, branch)
     check_config(start, config, reader)
 
     # 3. Model and optimizer, without weights.
@@ -166,7 +169,7 @@ def build_run(
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
     stored = _restore_weights(config, start, reader, stages, optimizer, grid)
-    state = _restore_counters(start, stored, optimizer, scaler)
+    state = _restore_counters(start, stored, optimizer, scaler, config.run)
 
     # 5. Data position.
     stream = _open_stream(train_data, start, stored, grid)
@@ -321,6 +324,7 @@ def _restore_counters(
     stored: dict[str, Any],
     optimizer: ZeroOptimizer,
     scaler: LossScaler,
+    run: RunConfig,
 ) -> TrainState:
     """Return the counters of the run; loads those of optimizer and loss scaler."""
     state = TrainState()
@@ -331,7 +335,27 @@ def _restore_counters(
     if start.wants("optimizer"):
         optimizer.load_state(stored["optimizer"])
         scaler.load_state(stored["scaler"])
+    if start.is_branch:
+        _leave_run_folder(state, run)
     return state
+
+
+def _leave_run_folder(state: TrainState, config: RunConfig) -> None:
+    """Make a branch write its log and metrics elsewhere than the run that it branches from.
+
+    Raises:
+        UserError: the config names the folder of that run.
+    """
+    given = config.run_dir
+    theirs = state.run_folder
+    if given and theirs and FolderPlace.of(given) == FolderPlace.of(theirs):
+        raise UserError(
+            "this folder has the log and the metrics of the run that this one branches from",
+            where=f"run_dir ({given})",
+            expected="another folder, or none: RUN/{JOB_NAME}/{time}",
+            fix="set run_dir to a new folder",
+        )
+    state.run_folder = ""
 
 
 def save_folder(config: CheckpointConfig) -> SaveFolder | None:

@@ -55,6 +55,7 @@ LONGROPE = (
 EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
 STOP = ("data.stop_when.metric=val/en_loss",)
+WSD = ("lr_scheduler.type=wsd",)
 FP16 = ("model.dtype=torch.float16",)
 
 ROWS: tuple[CompatibilityRow, ...] = (
@@ -317,11 +318,19 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("adam.weight_decay", 0.1, E),
     CompatibilityRow("adam.clip_grad", 4.0, W),
     CompatibilityRow("adam.no_decay", ["bias", "norm"], E),
+    CompatibilityRow("lr_scheduler.type", "wsd", E),
     CompatibilityRow("lr_scheduler.total_steps", 50, E),
     CompatibilityRow("lr_scheduler.init_steps", 10, E),
     CompatibilityRow("lr_scheduler.warmup_ratio", 0.1, E),
+    CompatibilityRow("lr_scheduler.warmup_steps", 5, E),
     CompatibilityRow("lr_scheduler.warmup_start", 0.1, E),
     CompatibilityRow("lr_scheduler.eta_min", 1e-6, E),
+    CompatibilityRow("lr_scheduler.decay_type", "1-sqrt", E, WSD),
+    CompatibilityRow("lr_scheduler.decay_steps", 5, E, WSD),
+    CompatibilityRow("lr_scheduler.decay_ratio", 0.2, E, WSD),
+    CompatibilityRow("lr_scheduler.decay_from", 10, E, ("lr_scheduler.decay_steps=5",)),
+    CompatibilityRow("lr_scheduler.power", 0.6, E, ("lr_scheduler.type=power",)),
+    CompatibilityRow("lr_scheduler.timescale", 9, E, ("lr_scheduler.type=power",)),
     CompatibilityRow("lr_scheduler.last_epoch", 5, W),
     CompatibilityRow("beta2_scheduler.init_beta2", 0.9, E),
     CompatibilityRow("beta2_scheduler.c", 0.8, E),
@@ -352,6 +361,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.load_optimizer", False, E, ("ckpt.load_ckpt_folder=x",)),
     CompatibilityRow("ckpt.auto_resume", False, E),
     CompatibilityRow("ckpt.allow_changed_model", True, E),
+    CompatibilityRow("ckpt.accept_schedule_change", True, E),
     CompatibilityRow("ckpt.async_upload", True, W),
     CompatibilityRow("ckpt.async_upload_tmp_folder", "/tmp/x", E),
     CompatibilityRow("ckpt.s3_endpoint", "http://h:9000", E),

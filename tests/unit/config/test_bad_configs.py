@@ -342,6 +342,44 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["adam.lr=nan"], ["adam.lr", "nan", ">= 0"]),
     (["adam.lr=inf"], ["adam.lr", "inf", "a finite number"]),
     (["lr_scheduler.warmup_ratio=1.5"], ["found 1.5", "<= 1"]),
+    (["lr_scheduler.type=wds"], ["found 'wds'", "'inverse_sqrt'", "mean 'wsd'?"]),
+    (["lr_scheduler.warmup_steps=-1"], ["lr_scheduler.warmup_steps", "found -1"]),
+    (
+        ["data.total_steps=100", "lr_scheduler.warmup_steps=101"],
+        ["101 steps of warm-up (init_steps + warmup_steps)", "100 steps"],
+    ),
+    (
+        ["data.total_steps=100", "lr_scheduler=dict(type='wsd', decay_steps=101)"],
+        ["lr_scheduler.decay_steps", "decay of 101 steps", "at most 100 steps"],
+    ),
+    (
+        [
+            "data.total_steps=100",
+            "lr_scheduler=dict(type='wsd', decay_ratio=0.5, warmup_steps=51)",
+        ],
+        ["lr_scheduler.decay_ratio", "51 steps of warm-up and 50 of decay"],
+    ),
+    (["lr_scheduler.decay_steps=5"], ["cosine falls over the whole run already"]),
+    (["lr_scheduler.decay_from=5"], ["the length of the decay is not set"]),
+    (
+        ["lr_scheduler=dict(decay_from='runs/last', decay_steps=5)"],
+        ["'runs/last' names no step", "llm_ckpts/5000"],
+    ),
+    (
+        ["lr_scheduler=dict(decay_from=5, decay_steps=5, warmup_steps=6)"],
+        ["step 5 is in the warm-up", "from 6 on"],
+    ),
+    (
+        ["lr_scheduler=dict(decay_from=5, decay_steps=5)", "data.epochs=1"],
+        ["data.epochs", "sets the end of the run"],
+    ),
+    (
+        [
+            "lr_scheduler=dict(decay_from='local:a/b/5', decay_steps=5)",
+            "ckpt.save_ckpt_folder=a/b",
+        ],
+        ["ckpt.save_ckpt_folder", "branches from", "lr_scheduler.decay_from=5"],
+    ),
     (
         ["lr_scheduler.init_steps=60000"],
         ["60000 steps of warm-up", "longer than the training, 50000"],

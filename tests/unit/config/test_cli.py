@@ -188,3 +188,19 @@ def test_check_is_fast() -> None:
         )
         assert done.returncode == 0
     assert min(times) < 1.0
+
+
+def test_show_lr_prints_the_schedule_at_its_borders(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(
+        "data = dict(total_steps=100)\nadam = dict(lr=1e-3)\n"
+        "lr_scheduler = dict(type='wsd', warmup_steps=10)\n"
+    )
+    lines = run("show", str(config), "--lr").splitlines()
+    rows = [line.split() for line in lines]
+    assert ["0", "0.0001"] in rows and ["95", "0.0005"] in rows
+    assert lines[-1].startswith("wsd, 100 steps")
+    document = json.loads(run("show", str(config), "--lr", "--json"))
+    assert document["lr"]["99"] == pytest.approx(1e-4)
+    with pytest.raises(UserError, match=r"data\.epochs"):
+        run("show", str(config), "--lr", "--set", "data.epochs=1")

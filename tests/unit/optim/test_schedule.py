@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
 import pytest
 import torch
+import transformers
 
+from evomesh.config.lr_scheduler import DecayType, ScheduleType
 from evomesh.config.schema import AdamConfig, Beta2Config, LrConfig
-from evomesh.optim.schedule import beta2, learning_rate
+from evomesh.optim.schedule import (
+    DECAYS,
+    SHAPES,
+    beta2,
+    learning_rate,
+    preview_steps,
+)
 from tests.support.covers import covers
 
 PAPER = (LrConfig(warmup_ratio=0.01, eta_min=1e-5), AdamConfig(lr=1e-4), 50000)
@@ -96,3 +108,123 @@ def test_beta2() -> None:
     assert beta2(
         99, Beta2Config(), AdamConfig(adam_beta2=0.9, adam_beta2_c=0.8)
     ) == beta2(99, growing, adam)
+
+
+def rates(steps: int, length: int, **keys: Any) -> list[float]:
+    """Return our rates of ``steps`` updates with the peak 1e-3."""
+    config = LrConfig.model_validate(keys)
+    adam = AdamConfig(lr=1e-3)
+    return [learning_rate(step, config, adam, length) for step in range(steps)]
+
+
+def rates_of(make: Callable[[Any], Any], steps: int) -> list[float]:
+    """Return the rates of a scheduler of torch or transformers, with the peak 1e-3."""
+    parameter = torch.zeros(1, requires_grad=True)
+    sgd = torch.optim.SGD([parameter], lr=1e-3)
+    scheduler = make(sgd)
+    found = []
+    for _ in range(steps):
+        found.append(scheduler.get_last_lr()[0])
+        sgd.step()
+        scheduler.step()
+    return found
+
+
+def test_every_name_of_a_type_has_its_function() -> None:
+    assert set(SHAPES) == set(get_args(ScheduleType))
+    assert set(DECAYS) == set(get_args(DecayType))
+
+
+@covers(
+    "lr_scheduler.type",
+    "lr_scheduler.decay_type",
+    "lr_scheduler.decay_steps",
+    "lr_scheduler.warmup_steps",
+)
+@pytest.mark.parametrize("decay_type", get_args(DecayType))
+def test_wsd_is_transformers(decay_type: str) -> None:
+    """After the warm-up, whose first rate is 0 there and that of one step here."""
+    theirs = rates_of(
+        lambda sgd: transformers.get_wsd_schedule(
+            sgd,
+            num_warmup_steps=10,
+            num_stable_steps=60,
+            num_decay_steps=30,
+            decay_type=decay_type,
+            min_lr_ratio=0.1,
+        ),
+        110,
+    )
+    ours = rates(
+        110,
+        100,
+        type="wsd",
+        warmup_steps=10,
+        decay_steps=30,
+        decay_type=decay_type,
+        eta_min=1e-4,
+    )
+    assert ours[10:] == pytest.approx(theirs[10:], rel=1e-12)
+    assert ours[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
+
+
+def test_linear_is_torchs() -> None:
+    theirs = rates_of(
+        lambda sgd: torch.optim.lr_scheduler.LinearLR(sgd, 1.0, 0.2, total_iters=80), 90
+    )
+    ours = rates(110, 100, type="linear", warmup_ratio=0.2, eta_min=2e-4)
+    assert ours[20:] == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 16])
+def test_inverse_sqrt_is_transformers(warmup: int) -> None:
+    theirs = rates_of(
+        lambda sgd: transformers.get_inverse_sqrt_schedule(sgd, warmup), 90
+    )
+    ours = rates(90, 90, type="inverse_sqrt", warmup_steps=warmup)
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], rel=1e-12)
+
+
+@covers("lr_scheduler.power", "lr_scheduler.timescale")
+def test_power_falls_by_its_exponent() -> None:
+    ours = rates(301, 400, type="power", power=0.75, timescale=20, eta_min=2e-4)
+    # 80 steps of a scale of 20 are a factor of 5; then the floor.
+    assert ours[80] == pytest.approx(1e-3 / 5**0.75, rel=1e-12)
+    assert ours[300] == 2e-4 > 1e-3 / 16**0.75
+
+
+def test_constant_stays() -> None:
+    ours = rates(300, 100, type="constant", warmup_steps=4, eta_min=1e-5)
+    assert ours[3:] == [1e-3] * 297
+
+
+@covers("lr_scheduler.decay_ratio")
+def test_a_power_law_decays_from_where_it_is() -> None:
+    ours = rates(100, 100, type="power", decay_ratio=0.25, timescale=10, power=0.5)
+    for step in range(100):
+        law = 1e-3 / math.sqrt(1 + min(step, 75) / 10)
+        share = (100 - step) / 25 if step > 75 else 1
+        assert ours[step] == pytest.approx(law * share, rel=1e-12)
+
+
+def test_wsd_decays_over_a_tenth_by_default() -> None:
+    ours = rates(100, 100, type="wsd")
+    assert ours[90] == 1e-3 > ours[91] == pytest.approx(9e-4)
+
+
+@covers("lr_scheduler.decay_from")
+@pytest.mark.parametrize("kind", get_args(ScheduleType))
+def test_decay_from_a_step_leaves_what_came_before(kind: str) -> None:
+    before = rates(100, 100, type=kind, warmup_steps=5)
+    after = rates(80, 70, type=kind, warmup_steps=5, total_steps=100, decay_from=50, decay_steps=20)  # fmt: skip
+    assert after[:51] == before[:51]
+    expected = [before[50] * (70 - step) / 20 for step in range(50, 70)]
+    assert after[50:70] == pytest.approx(expected, rel=1e-12)
+    assert after[70:] == [0.0] * 10
+
+
+def test_a_preview_has_the_borders() -> None:
+    config = LrConfig(type="wsd", warmup_steps=10, decay_steps=20)
+    steps = preview_steps(config, 0, 100)
+    assert {0, 10, 80, 99} <= set(steps)
+    assert preview_steps(config, 85, 100) == [85, 90, 95, 99]
