@@ -21,6 +21,13 @@ def run_folder(run: RunConfig, now: datetime) -> Path:
     return Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
 
 
+def start_of_new_folder(run: RunConfig, now: float) -> float:
+    """Return ``now``, or the next second without a run folder: two runs of a job may start within a second."""
+    while not run.run_dir and run_folder(run, datetime.fromtimestamp(now)).exists():
+        now += 1
+    return now
+
+
 def rank_name(dp: int, tp: int, pp: int, main: bool = False) -> str:
     """Return the name of a rank's log and TensorBoard folder.
 

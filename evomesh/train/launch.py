@@ -19,6 +19,7 @@ import torch
 from evomesh.config.layout import axis_sizes, check_world
 from evomesh.config.schema import Config
 from evomesh.monitor.log import ALL_RANKS, setup_logging
+from evomesh.monitor.run_folder import start_of_new_folder
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.device import device_of_rank
 from evomesh.parallel.exchange import default_exchange
@@ -203,7 +204,8 @@ def _start_run(
     """Build the grid, log the start lines and seed the generators."""
     rank, world_size = process.rank, process.world_size
     grid = build_grid(config.parallel, world_size, rank)
-    started = datetime.fromtimestamp(first_ranks_number(time.time()))
+    start = start_of_new_folder(config.run, time.time())
+    started = datetime.fromtimestamp(first_ranks_number(start))
     set_seed(config.run.seed if seed is None else seed, rank)
     logger.info(
         f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"

@@ -3,8 +3,15 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+import pytest
+
 from evomesh.config.schema import RunConfig
-from evomesh.monitor.run_folder import rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.run_folder import (
+    rank_name,
+    run_folder,
+    start_of_new_folder,
+    tensorboard_folder,
+)
 from tests.support.covers import covers
 
 pytestmark = covers("promise:tensorboard")
@@ -27,3 +34,17 @@ def test_folders_are_those_of_internevo() -> None:
     assert tensorboard_folder(own, Path("here"), "dp=0_tp=0_pp=0") == Path(
         "there/dp=0_tp=0_pp=0"
     )
+
+
+def test_two_runs_of_one_second_have_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunConfig(job_name="job")
+    now = NOW.timestamp()
+    assert start_of_new_folder(run, now) == now
+    run_folder(run, NOW).mkdir(parents=True)
+    assert start_of_new_folder(run, now) == now + 1
+    # A folder that the user names is a run's own choice, also where it exists.
+    named = RunConfig(job_name="job", run_dir=str(tmp_path))
+    assert start_of_new_folder(named, now) == now
