@@ -137,6 +137,16 @@ class TrainingRun:
         }
 
 
+def _choose_start(
+    config: Config, reader: CheckpointReader, folder: SaveFolder | None
+) -> StartPoint:
+    """Return what the run starts from, which its config must fit."""
+    branch = config.lr_scheduler.branch
+    start = decide(config.ckpt, reader, folder, check_stored_state, branch)
+    check_config(start, config, reader)
+    return start
+
+
 def build_run(
     loaded: LoadedConfig, context: RunContext, listener: CommitListener | None = None
 ) -> TrainingRun:
@@ -158,9 +168,7 @@ def build_run(
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
-    branch = config.lr_scheduler.branch
-    start = decide(config.ckpt, reader, folder, check_stored_state, branch)
-    check_config(start, config, reader)
+    start = _choose_start(config, reader, folder)
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)

@@ -29,4 +29,4 @@ def test_options_that_internevo_never_reads(
     result = CliRunner().invoke(app, ["--config", "c.py", "--seed", "5", *words])
     assert result.exit_code == code, result.output
     if code == 0:
-        assert seen == ["c.py", None, "auto", 8888, 5, None, False, False, None]
+        assert seen == ["c.py", None, "auto", 8888, 5, None, False, False, None, False]
