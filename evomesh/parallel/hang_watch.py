@@ -24,7 +24,7 @@ from evomesh.monitor.log import ALL_RANKS
 from evomesh.parallel.rank_process import RankProcess, memory_folder
 from evomesh.watchdog.activity import remove_old_records, this_process
 from evomesh.watchdog.diagnosis import HangLimits
-from evomesh.watchdog.watcher import HangVerdict, WatcherOptions
+from evomesh.watchdog.watcher import HangVerdict, WatcherNote, WatcherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -103,33 +103,48 @@ class HangWatch:
         here = [r for r, p in self.ranks.items() if p.machine == machine]
         return START_S + here.index(self.rank) * NEXT_START_S
 
-    def _takes_start(self) -> bool:
-        """Return whether no other rank of the machine has started the watcher."""
-        try:
-            (self._folder / "watcher").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
     def _watch_until_closed(self) -> None:
         begun = time.monotonic()
-        is_tried = False
+        is_watched = False
         while not self._stopped.wait(BEAT_S):
             this_process().beat()
-            if not is_tried and time.monotonic() - begun >= self._start_s:
-                is_tried = True
+            if not is_watched and time.monotonic() - begun >= self._start_s:
                 with contextlib.suppress(OSError, RuntimeError):
-                    if self._takes_start():
-                        self._start_watcher()
+                    is_watched = self._is_watched()
             verdict = HangVerdict.read(self._folder)
             if verdict is not None:
                 self._end_with(verdict)
 
+    def _is_watched(self) -> bool:
+        """Return whether this machine has a watcher, which the other machines can find; start one if not.
+
+        The rank that came first may have been stopped while it started one: each rank
+        believes only a watcher that runs.
+        """
+        note = WatcherNote.read(self._folder)
+        if note is None or not note.is_alive:
+            if self._watcher is None:
+                self._start_watcher()
+            return False
+        if self._serves:
+            assert self.open_store is not None
+            # Every rank of the machine writes the same.
+            self.open_store().set(_LEADER, str(note.port))
+        return True
+
+    @property
+    def _is_leader(self) -> bool:
+        """Return whether the watcher of this machine decides for all."""
+        return self._own.machine == self.ranks[0].machine
+
+    @property
+    def _serves(self) -> bool:
+        """Return whether the watchers of other machines look for that of this one."""
+        return self._is_leader and len(self._machines) > 1
+
     def _start_watcher(self) -> None:
-        is_leader = self._own.machine == self.ranks[0].machine
-        several = len(self._machines) > 1
         leader = None
-        if not is_leader:
+        if not self._is_leader:
             assert self.open_store is not None
             port = int(self.open_store().get(_LEADER))  # waits for rank 0
             leader = (self.host_of_leader, port)
@@ -140,14 +155,9 @@ class HangWatch:
             token=self.ranks[0].token,
             limits=self.limits,
             leader=leader,
-            serves=is_leader and several,
+            serves=self._serves,
         )
         self._watcher = start_watcher(options)
-        if options.serves:
-            assert self.open_store is not None
-            assert self._watcher.stdout is not None
-            port = int(self._watcher.stdout.readline() or 0)
-            self.open_store().set(_LEADER, str(port))
 
     def _end_with(self, verdict: HangVerdict) -> None:
         """Log the verdict if this rank is the one that does, and end the process."""
@@ -165,13 +175,13 @@ class HangWatch:
 
 
 def start_watcher(options: WatcherOptions) -> subprocess.Popen[bytes]:
-    """Start the watcher of this host; the first line of its output is its port."""
+    """Start the watcher of this host, which ends at once if there is one."""
     package = str(Path(evomesh.__file__).parents[1])
     paths = [package, os.environ.get("PYTHONPATH", "")]
     watcher = subprocess.Popen(
         [sys.executable, "-m", "evomesh.watchdog.watcher"],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         cwd="/",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         start_new_session=True,  # Ctrl-C in a terminal is for the ranks

@@ -8,6 +8,7 @@ verdict in a file for its ranks, which end with it, and ends those that cannot.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -24,6 +25,7 @@ from evomesh.watchdog.activity import remove_record
 from evomesh.watchdog.channel import Link, LinkServer, Message, connect
 from evomesh.watchdog.diagnosis import HangLimits, RankReport, Suspect, find_suspect
 from evomesh.watchdog.explanation import explain, stack_lines
+from evomesh.watchdog.process_state import read_state, start_time
 from evomesh.watchdog.stacks import Call, Stacks
 from evomesh.watchdog.tracker import RankTracker
 
@@ -37,6 +39,8 @@ SPEAK_S = 2.5  # for a rank to find the verdict and write the sentence
 KILL_S = 8.0  # what a rank has to end by itself, its alerts sent
 LOCK_AGE_S = 3.0  # a rank that had Python's lock since then can still end by itself
 VERDICT = "verdict.json"
+NOTE = "watcher.json"
+LOCK = "watcher.lock"
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,47 @@ class HangVerdict:
             return HangVerdict(**json.loads((folder / VERDICT).read_text()))
         except OSError:
             return None
+
+
+@dataclass(frozen=True)
+class WatcherNote:
+    """What the watcher of a host leaves beside the records of its ranks, for these to find it.
+
+    Attributes:
+        started: start time of its process.
+        port: at which it listens for other hosts; 0 if it does not.
+    """
+
+    pid: int
+    started: int
+    port: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        return not read_state(self.pid, self.started).has_ended
+
+    def write(self, folder: Path) -> None:
+        part = folder / f".{NOTE}"
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(folder / NOTE)
+
+    @staticmethod
+    def read(folder: Path) -> WatcherNote | None:
+        """Return the note of this host's watcher, None where none has begun."""
+        try:
+            return WatcherNote(**json.loads((folder / NOTE).read_text()))
+        except OSError:
+            return None
+
+
+def claim(folder: Path) -> int | None:
+    """Return a lock that makes this process the watcher of the folder while it lives; None: there is another one."""
+    try:
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    return lock
 
 
 class HostWatcher:
@@ -339,18 +384,23 @@ def main() -> None:
     """Run the watcher of a host.
 
     The first line of its input is its options: they hold the token of the job, which the
-    command line would show to everybody on the host. The first line of its output is the
-    port at which it listens.
+    command line would show to everybody on the host. Several ranks may each start one:
+    the first that claims the host stays.
     """
     text = sys.stdin.readline()
+    if not text:
+        return  # the rank that started it has been killed meanwhile
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with its ranks
     os.nice(10)
-    watcher = Watcher(WatcherOptions.decode(text))
+    options = WatcherOptions.decode(text)
+    folder = Path(options.folder)
+    if claim(folder) is None:
+        return
+    watcher = Watcher(options)
     port = watcher.server.port if watcher.server is not None else 0
     with contextlib.suppress(OSError):
-        print(port, flush=True)
-    sys.stdout.close()
+        WatcherNote(os.getpid(), start_time(os.getpid()), port).write(folder)
     try:
         watcher.run()
     finally:

@@ -23,6 +23,11 @@ QUICK = (
 # Kind -> (ranks, the one that hangs, settings)
 CASES = {
     "stopped": (2, 0, "hang_watch.NEXT_START_S = 0.0\n"),
+    "stopped while it starts the watcher": (
+        2,
+        0,
+        "hang_watch.NEXT_START_S = hang_watch.BEAT_S\n",
+    ),
     "endless loop in C": (2, 1, "parallel = dict(tensor=2)\n"),
     "endless loop in Python": (1, 0, ""),
     "skipped collective": (2, 0, ""),

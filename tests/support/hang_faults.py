@@ -18,6 +18,7 @@ from typing import Any
 # Kind -> what the sentence must say of the rank.
 WORDS = {
     "stopped": "is stopped by a signal",
+    "stopped while it starts the watcher": "is stopped by a signal",
     "endless loop in Python": "computes without progress (an endless loop?)",
     "endless loop in C": "computes without progress (an endless loop?) and holds Python's lock",
     "skipped collective": "it skips a collective, or calls them in another order",
@@ -37,7 +38,9 @@ def plant(kind: str, rank: int, step: int) -> None:
         return
     if own != rank:
         return
-    if kind == "file system":
+    if kind == "stopped while it starts the watcher":
+        _stop_as_starter()
+    elif kind == "file system":
         _stop_in_files(step)
     elif kind == "dead data worker":
         _kill_data_worker(step)
@@ -105,6 +108,19 @@ def _two_collectives(kind: str, is_odd: bool) -> None:
         calls = [gather, reduce] if kind == "other order" else [gather]
     for call in calls:
         call()
+
+
+def _stop_as_starter() -> None:
+    """Stop where this rank is about to start the watcher of its host."""
+    from evomesh.parallel import hang_watch
+
+    original = hang_watch.start_watcher
+
+    def start_watcher(options: Any) -> Any:
+        _begin(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        return original(options)
+
+    hang_watch.start_watcher = start_watcher
 
 
 def _stop_in_files(step: int) -> None:

@@ -18,7 +18,13 @@ from evomesh.watchdog.activity import Activity
 from evomesh.watchdog.channel import LinkServer, connect
 from evomesh.watchdog.diagnosis import HangLimits, RankReport
 from evomesh.watchdog.ring import Place
-from evomesh.watchdog.watcher import HangVerdict, Watcher, WatcherOptions
+from evomesh.watchdog.watcher import (
+    HangVerdict,
+    Watcher,
+    WatcherNote,
+    WatcherOptions,
+    claim,
+)
 
 TOKEN = "secret"
 SHORT = HangLimits(silence_s=0.02, long_phase_s=0.02)
@@ -107,14 +113,33 @@ def test_a_watcher_shows_the_token_to_nobody(tmp_path: Path) -> None:
     options = WatcherOptions(str(tmp_path), "n0", 1, TOKEN, SHORT, serves=True)
     process = start_watcher(options)
     try:
-        assert process.stdout is not None
-        assert int(process.stdout.readline()) > 0  # it has read its options
+        until(lambda: WatcherNote.read(tmp_path))  # it has read its options
         shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
         assert b"watchdog" in shown
         assert TOKEN.encode() not in shown
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+def test_of_two_watchers_of_a_host_the_first_stays(tmp_path: Path) -> None:
+    """Several ranks may start one at the same time."""
+    options = WatcherOptions(str(tmp_path), "n0", 1, TOKEN, SHORT, serves=True)
+    first = start_watcher(options)
+    try:
+        until(lambda: WatcherNote.read(tmp_path))
+        assert claim(tmp_path) is None
+        assert start_watcher(options).wait(30) == 0
+        note = WatcherNote.read(tmp_path)
+        assert note is not None and note.pid == first.pid and note.is_alive
+        with socket.create_connection(("127.0.0.1", note.port), 10):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    assert not note.is_alive
+    assert claim(tmp_path) is not None
 
 
 def test_a_process_with_many_files_can_look_for_messages() -> None:
