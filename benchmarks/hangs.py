@@ -30,6 +30,8 @@ LAYOUTS = {
     "data": "",
     "tensor": "parallel = dict(tensor=2)\n",
     "pipeline": "parallel = dict(pipeline=2)\n",
+    "interleaved": "model.update(num_layers=4, num_chunks=2)\nparallel = dict(pipeline=2)\n",
+    "fsdp": "parallel = dict(zero1=dict(size=-1, fsdp=True))\n",
     "weight": 'parallel = dict(tensor=dict(size=2, mode="isp"), weight=2)\n',
 }
 
@@ -49,9 +51,10 @@ class HangCase:
         """Draw the layout, the rank and the step."""
         layout = draw.choice(list(LAYOUTS))
         ranks = draw.choice((2, 3)) if layout == "data" else 2
-        return HangCase(
-            kind, layout, ranks, draw.randrange(ranks), draw.randrange(5, 60)
-        )
+        culprit = draw.randrange(ranks)
+        if kind == "stopped while it starts the watcher":
+            culprit = 0  # which is the one that does
+        return HangCase(kind, layout, ranks, culprit, draw.randrange(5, 60))
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.layout}, rank {self.culprit} of {self.ranks}, step {self.step}"

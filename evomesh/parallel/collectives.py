@@ -17,7 +17,6 @@ without gradient, pending until ``wait()``.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,15 +26,16 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from evomesh.parallel.grid import Axis
+from evomesh.parallel.recording import (
+    gather_single,
+    group_name,
+    record_launch,
+    record_transfer,
+    recorded,
+    reduce_scatter_single,
+)
 from evomesh.watchdog.activity import this_process
 from evomesh.watchdog.ring import Place
-
-# torch 2.13 renamed these two: the old names warn there, the new ones do not exist in
-# earlier versions.
-_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
 
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 
@@ -204,31 +204,6 @@ class _AllToAll(torch.autograd.Function):
         )
 
 
-def _group_name(axis: Axis) -> str:
-    """Return a name that all members of the axis have for it, and no other group has."""
-    return f"{axis.name}:{axis.group.group_name}" if axis.group is not None else ""
-
-
-def _recorded(
-    operation: Place, axis: Axis, data: Tensor | None
-) -> AbstractContextManager[object]:
-    """Return a context in which this rank is recorded to be in a collective; ``data`` has the same size on all."""
-    # A compiled graph calls the collective without this function.
-    if torch.compiler.is_compiling() or not this_process().is_open:
-        return nullcontext()
-    nbytes = data.nbytes if data is not None else 0
-    return this_process().collective(operation, _group_name(axis), nbytes)
-
-
-def _launched(operation: Place, axis: Axis, data: Tensor) -> str:
-    """Record that a collective was launched and return the name of its group."""
-    if torch.compiler.is_compiling() or not this_process().is_open:
-        return ""
-    group = _group_name(axis)
-    this_process().launched(operation, group, data.nbytes)
-    return group
-
-
 def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Return this rank's range of ``dim`` as a view, [L] -> [L / n]."""
     _check_divisible(x, axis, dim)
@@ -260,8 +235,8 @@ def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
         return x
     source = _dim_first(x, dim)
     whole = _empty_rows(len(source) * axis.size, source)
-    with _recorded(Place.ALL_GATHER, axis, source):
-        _gather_single(whole, source, group=axis.group)
+    with recorded(Place.ALL_GATHER, axis, source):
+        gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
 
 
@@ -274,8 +249,8 @@ def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     own_rows = len(source) // axis.size
     own = _empty_rows(own_rows, source)
     group = axis.group
-    with _recorded(Place.REDUCE_SCATTER, axis, source):
-        _reduce_scatter_single(own, source, group=group)
+    with recorded(Place.REDUCE_SCATTER, axis, source):
+        reduce_scatter_single(own, source, group=group)
     return own.movedim(0, dim)
 
 
@@ -286,7 +261,7 @@ def all_reduce_no_grad(
     for axis in axes:
         if axis.size > 1:
             x = x.clone(memory_format=torch.contiguous_format)
-            with _recorded(Place.ALL_REDUCE, axis, x):
+            with recorded(Place.ALL_REDUCE, axis, x):
                 dist.all_reduce(x, op=op, group=axis.group)
     return x
 
@@ -304,7 +279,7 @@ def all_to_all_no_grad(
     chunks = x.chunk(axis.size, split_dim)
     source = torch.stack(chunks)
     received = torch.empty_like(source)
-    with _recorded(Place.ALL_TO_ALL, axis, source):
+    with recorded(Place.ALL_TO_ALL, axis, source):
         dist.all_to_all_single(received, source, group=axis.group)
     return torch.cat(received.unbind(), concat_dim)
 
@@ -361,7 +336,7 @@ def _launch_row_exchange(
 ) -> PendingCollective:
     """Launch the exchange of ``bucket`` [n, chunk]: each rank receives all summands of the row that it sums."""
     summands = torch.empty_like(bucket)
-    group = _launched(Place.ALL_TO_ALL, axis, bucket)
+    group = record_launch(Place.ALL_TO_ALL, axis, bucket)
     work = dist.all_to_all_single(
         summands.view(-1),
         bucket.view(-1),
@@ -383,8 +358,8 @@ def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
         return _launch_row_exchange(bucket, axis)
     chunk_shape = bucket.shape[1:]
     own = bucket.new_empty(chunk_shape)
-    group = _launched(Place.REDUCE_SCATTER, axis, bucket)
-    work = _reduce_scatter_single(
+    group = record_launch(Place.REDUCE_SCATTER, axis, bucket)
+    work = reduce_scatter_single(
         own,
         bucket.view(-1),
         group=axis.group,
@@ -404,8 +379,8 @@ def launch_all_gather(
         shape = (axis.size, *chunk.shape)
         out = chunk.new_empty(shape)
     flat = out.view(-1)
-    group = _launched(Place.ALL_GATHER, axis, chunk)
-    work = _gather_single(flat, chunk, group=axis.group, async_op=True)
+    group = record_launch(Place.ALL_GATHER, axis, chunk)
+    work = gather_single(flat, chunk, group=axis.group, async_op=True)
     return PendingCollective(out, work, chunk, group=group)
 
 
@@ -432,12 +407,12 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
             rows = _as_rows(bucket, axis.size)
             return _launch_row_exchange(rows, axis, bucket.shape)
         work = _launch_sum_(bucket, axis)
-    return PendingCollective(bucket, work, bucket, group=_group_name(axis))
+    return PendingCollective(bucket, work, bucket, group=group_name(axis))
 
 
 def _launch_sum_(x: Tensor, axis: Axis) -> dist.Work | None:
     """Launch the all-reduce of ``x`` in place."""
-    _launched(Place.ALL_REDUCE, axis, x)
+    record_launch(Place.ALL_REDUCE, axis, x)
     work: dist.Work | None = dist.all_reduce(x, group=axis.group, async_op=True)
     return work
 
@@ -456,7 +431,7 @@ def launch_next_sum(
             return launch_next_sum(pending, axis, None)
     total = pending.wait()
     work = _launch_sum_(total, axis)
-    group = _group_name(axis)
+    group = group_name(axis)
     return _PendingNextSum(total, work, pending.source, pending, group=group)
 
 
@@ -464,7 +439,7 @@ def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
     """Overwrite ``x`` with the tensor of axis rank ``source``; not differentiable, hence the write to its argument."""
     if axis.size > 1:
         assert axis.group is not None
-        with _recorded(Place.BROADCAST, axis, x):
+        with recorded(Place.BROADCAST, axis, x):
             dist.broadcast(
                 x, src=dist.get_global_rank(axis.group, source), group=axis.group
             )
@@ -473,13 +448,15 @@ def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
 def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
     """Launch a send of ``x`` to axis rank ``to``; ``x`` must stay unchanged until the work is done."""
     assert axis.group is not None
+    record_transfer(Place.SEND, axis, axis.rank, to, x)
     return dist.isend(x, group=axis.group, group_dst=to)
 
 
 def receive(x: Tensor, axis: Axis, source: int) -> Tensor:
     """Receive into ``x`` what axis rank ``source`` sends, and return it."""
     assert axis.group is not None
-    with this_process().waiting(Place.RECEIVE, f"{axis.name} stage"):
+    channel = record_transfer(Place.RECEIVE, axis, source, axis.rank, x)
+    with this_process().waiting(Place.RECEIVE, channel):
         dist.recv(x, group=axis.group, group_src=source)
     return x
 
@@ -489,6 +466,6 @@ def all_gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    with _recorded(Place.GATHER, axis, None):
+    with recorded(Place.GATHER, axis, None):
         dist.all_gather_object(values, value, group=axis.group)
     return values

@@ -17,10 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis
+from evomesh.parallel.recording import RecordedAllGather, RecordedReduceScatter
 from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 
 if TYPE_CHECKING:  # slow to import
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,15 @@ def _apply_fsdp(
         parameter for parameter in model.parameters() if parameter not in sharded
     }
     fully_shard(model, mesh=mesh, ignored_params=not_sharded)
+    gather = RecordedAllGather(axis)
+    scatter = RecordedReduceScatter(axis)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # Gloo has no sum with a built-in factor.
             module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_all_gather(cast("AllGather", gather))
+            module.set_custom_reduce_scatter(cast("ReduceScatter", scatter))
 
 
 def _time_gathers(

@@ -25,6 +25,7 @@ from evomesh.parallel.collectives import (
 )
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
+from evomesh.parallel.recording import TransferRecord
 from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots, first_inputs
 from evomesh.pipeline.stages import stages_of_rank
 
@@ -227,6 +228,7 @@ class PipelineSchedule:
             module = _StageModule(model, is_first, is_last, column_axis)
             self._modules.append(module)
         self._torch_schedules: dict[tuple[int, int], Any] = {}
+        self._transfers = TransferRecord(pp)
 
     def train(
         self,
@@ -255,7 +257,7 @@ class PipelineSchedule:
         if self._num_stages - 1 in self._stages:
             target = batch.labels
         inputs = _ScheduleInputs(batch, scales, terms, on_output)
-        with self._stage_inputs(inputs):
+        with self._stage_inputs(inputs), self._transfers.running():
             self._torch_schedules[key].step(
                 *arguments, target=target, return_outputs=False
             )
@@ -434,9 +436,9 @@ class PipelineSchedule:
 
     def _build_torch_stages(self, tokens: int) -> Any:
         """Build torch's stages with the shapes of their inputs and outputs, so that ranks need not exchange them."""
-        from evomesh.pipeline.torch_stages import BoundedStage, ZeroBubbleStage
+        from evomesh.pipeline.torch_stages import RecordedStage, ZeroBubbleStage
 
-        stage_type = ZeroBubbleStage if self._kind == "zbv" else BoundedStage
+        stage_type = ZeroBubbleStage if self._kind == "zbv" else RecordedStage
         # Each stage maps hidden states to hidden states, except that the first one is
         # given the number of the micro-batch and the last one returns the loss.
         hidden = torch.empty(
@@ -459,6 +461,7 @@ class PipelineSchedule:
                 output_args=output.detach().requires_grad_(),
                 group=self._pp.group,
             )
+            torch_stage.transfers = self._transfers
             stages.append(torch_stage)
         return stages
 

@@ -1,4 +1,4 @@
-"""The stages of torch's pipeline, with receive buffers that exist only while they are needed."""
+"""The stages of torch's pipeline: receive buffers exist only while needed, and transfers are recorded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+
+from evomesh.parallel.recording import TransferRecord
+
+FORWARD, BACKWARD, WEIGHT = "forward", "backward", "weight"
 
 
 class BoundedStage(PipelineStage):
@@ -88,7 +93,62 @@ def _move_buffer(place: Any, device: torch.device) -> None:
         place.buffer = new.requires_grad_(old.requires_grad)
 
 
-class ZeroBubbleStage(BoundedStage):
+class RecordedStage(BoundedStage):
+    """A stage that records its transfers for the watchdog.
+
+    Attributes:
+        transfers: of this rank's stages together; set once it is built.
+    """
+
+    transfers: TransferRecord
+
+    def _rank_of(self, stage: int) -> int:
+        return int(self.stage_index_to_group_rank[stage])
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        operations = super().get_fwd_recv_ops(fwd_chunk_id)
+        if operations:
+            source = self._rank_of(self.stage_index - 1)
+            key = (self.stage_index, FORWARD, fwd_chunk_id)
+            self.transfers.receive(source, operations, key)
+        return operations
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        operations = super().get_bwd_recv_ops(bwd_chunk_id)
+        if operations:
+            source = self._rank_of(self.stage_index + 1)
+            key = (self.stage_index, BACKWARD, bwd_chunk_id)
+            self.transfers.receive(source, operations, key)
+        return operations
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        if operations:
+            self.transfers.send(self._rank_of(self.stage_index + 1), operations)
+        return operations
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        if operations:
+            self.transfers.send(self._rank_of(self.stage_index - 1), operations)
+        return operations
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        with self.transfers.computing((self.stage_index, FORWARD, fwd_chunk_id)):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **options)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        with self.transfers.computing((self.stage_index, BACKWARD, bwd_chunk_id)):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **options)
+
+    def backward_weight_one_chunk(
+        self, bwd_chunk_id: int, last_backward: bool = False
+    ) -> None:
+        with self.transfers.computing((self.stage_index, WEIGHT, bwd_chunk_id)):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+
+class ZeroBubbleStage(RecordedStage):
     """A stage whose weight gradients are computed separately from, and later than, its input gradients.
 
     torch does not call autograd's post-accumulate hooks then. They are called here, so

@@ -170,7 +170,7 @@ class Activity:
                 time.monotonic(),
                 operation,
                 index,
-                0,
+                not self._is_in_front(),
                 number,
                 nbytes,
                 self._step,

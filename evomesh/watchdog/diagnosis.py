@@ -206,11 +206,13 @@ def _deviation(
     entries: Sequence[CollectiveEntry],
 ) -> tuple[CollectiveEntry, CollectiveEntry] | None:
     """Return (what the previous step did, what this one does instead) where they first differ."""
-    if not entries:
+    # A save in the background agrees with the other ranks at any moment of a step.
+    in_order = [entry for entry in entries if not entry.is_in_background]
+    if not in_order:
         return None
-    step = entries[-1].step
-    current = [entry for entry in entries if entry.step == step]
-    before = [entry for entry in entries if entry.step == step - 1]
+    step = in_order[-1].step
+    current = [entry for entry in in_order if entry.step == step]
+    before = [entry for entry in in_order if entry.step == step - 1]
     for expected, called in zip(before, current, strict=False):
         if expected.kind != called.kind:
             return expected, called
@@ -238,16 +240,30 @@ def _first_mismatch(
 
 
 def _late(running: list[RankReport]) -> Suspect | None:
-    """Return the rank that has not entered a collective in which others wait."""
-    for waiter in running:
-        wanted = waiter.wait
-        if wanted is None or not wanted.group:
-            continue
-        for report in running:
-            entered = report.ring.entered.get(wanted.group)
-            if entered is not None and entered < wanted.number:
-                detail = f"has not entered {describe_call(wanted)}"
-                return Suspect(report, HangKind.COLLECTIVE, detail)
+    """Return the rank that has not entered a collective in which others wait, and waits for no such rank itself."""
+    suspect = None
+    seen: set[int] = set()
+    waiters: list[RankReport] = running
+    while waiters:
+        found = next(filter(None, (_late_for(one, running) for one in waiters)), None)
+        if found is None or found.report.rank in seen:
+            break
+        suspect = found
+        seen.add(found.report.rank)
+        waiters = [found.report]
+    return suspect
+
+
+def _late_for(waiter: RankReport, running: list[RankReport]) -> Suspect | None:
+    """Return the rank that has not entered the collective in which ``waiter`` waits."""
+    wanted = waiter.wait
+    if wanted is None or not wanted.group:
+        return None
+    for report in running:
+        entered = report.ring.entered.get(wanted.group)
+        if entered is not None and entered < wanted.number:
+            detail = f"has not entered {describe_call(wanted)}"
+            return Suspect(report, HangKind.COLLECTIVE, detail)
     return None
 
 
@@ -278,18 +294,30 @@ def _without_progress(
     running: list[RankReport], limits: HangLimits, limit: float
 ) -> Suspect | None:
     """Return the rank, not in a collective, that has made no progress for longer than it may."""
+    able = running
+    if len(running) > 1:
+        able = [report for report in running if not report.waits_for_others]
     candidates = []
-    for report in running:
-        if report.waits_for_others and len(running) > 1:
-            continue
+    for report in able:
         if report.stalled_s >= _allowance(report, limits, limit):
             candidates.append(Suspect(report, _kind(report)))
+    if not candidates:
+        return None
+    first = min(candidates, key=_guilt)
+    # One that only waits may be in a collective that is not recorded, as those of a
+    # compiled graph: for a rank that still may take its time.
+    if first.kind == HangKind.IDLE and len(candidates) < len(able):
+        return None
+    return first
+
+
+def _guilt(suspect: Suspect) -> tuple[int, bool, int]:
+    """Return what sorts the most likely culprit first."""
     # A rank that computes, or waits for a file, does not wait for another rank.
     order = (HangKind.BUSY, HangKind.DATA, HangKind.FILE, HangKind.IDLE)
-    candidates.sort(
-        key=lambda suspect: (order.index(suspect.kind), suspect.report.ring.events)
-    )
-    return candidates[0] if candidates else None
+    stacks = suspect.report.stacks or Stacks()
+    kind = order.index(suspect.kind)
+    return kind, stacks.is_in_communication, suspect.report.ring.events
 
 
 def _allowance(report: RankReport, limits: HangLimits, limit: float) -> float:

@@ -39,7 +39,7 @@ GROUPS_AT = 2560
 MAX_GROUPS = 80
 ENTRY = Struct(
     "<QdHHIQQq"
-)  # number, time, operation, group, -, number in it, bytes, step
+)  # number, time, operation, group, whether in the background, number in it, bytes, step
 RING_AT = 8192
 ENTRIES = 512
 SIZE = RING_AT + ENTRIES * ENTRY.size
@@ -122,18 +122,26 @@ class Frame:
 
 @dataclass(frozen=True)
 class CollectiveEntry:
-    """A collective that a rank has entered."""
+    """A collective that a rank has entered.
+
+    Attributes:
+        is_in_background: by another thread than the one that trains, at any place in its order.
+    """
 
     operation: Place
     group: str
     number: int
     nbytes: int
     step: int
+    is_in_background: bool = False
 
     @property
     def kind(self) -> tuple[int, str, int]:
-        """Return what must be equal on all ranks of the group."""
-        return self.operation, self.group, self.nbytes
+        """Return what must be equal on all ranks of the group, or at both ends of a channel."""
+        operation = self.operation
+        if operation == Place.RECEIVE:
+            operation = Place.SEND
+        return operation, self.group, self.nbytes
 
 
 @dataclass(frozen=True)
@@ -229,12 +237,14 @@ def _frame(data: bytes, offset: int, groups: list[str]) -> Frame:
 def _entries(data: bytes, total: int, groups: list[str]) -> Iterator[CollectiveEntry]:
     for index in range(max(0, total - ENTRIES), total):
         offset = RING_AT + index % ENTRIES * ENTRY.size
-        written, _, place, group, _, number, nbytes, step = ENTRY.unpack_from(
+        written, _, place, group, background, number, nbytes, step = ENTRY.unpack_from(
             data, offset
         )
         if written == index + 1:  # else it has been overwritten since
             name = _group(groups, group)
-            yield CollectiveEntry(_place(place), name, number, nbytes, step)
+            yield CollectiveEntry(
+                _place(place), name, number, nbytes, step, bool(background)
+            )
 
 
 def _place(number: int) -> Place:
@@ -252,7 +262,7 @@ def _text(padded: bytes) -> str:
 
 def as_json(state: RingState) -> dict[str, Any]:
     """Return a state as another host receives it."""
-    entries = [[*entry.kind, entry.number, entry.step] for entry in state.entries]
+    entries = [_entry_row(entry) for entry in state.entries]
     frames = [_frame_row(frame) for frame in state.frames]
     background = None
     if state.background is not None:
@@ -286,8 +296,8 @@ def from_json(value: dict[str, Any]) -> RingState:
     plain = {name: value[name] for name in _PLAIN}
     frames = tuple(_frame_of(row) for row in value["frames"])
     entries = []
-    for operation, group, nbytes, number, step in value["entries"]:
-        entries.append(CollectiveEntry(_place(operation), group, number, nbytes, step))
+    for operation, *rest in value["entries"]:
+        entries.append(CollectiveEntry(_place(operation), *rest))
     background = value["background"]
     return RingState(
         **plain,
@@ -296,6 +306,11 @@ def from_json(value: dict[str, Any]) -> RingState:
         entered=value["entered"],
         entries=tuple(entries),
     )
+
+
+def _entry_row(entry: CollectiveEntry) -> list[Any]:
+    row: list[Any] = [entry.operation, entry.group, entry.number, entry.nbytes]
+    return [*row, entry.step, entry.is_in_background]
 
 
 def _frame_row(frame: Frame) -> list[Any]:

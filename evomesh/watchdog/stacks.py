@@ -11,6 +11,8 @@ _CALL = re.compile(r'File "(.+)", line (\d+) in (.+)')
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/")
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/debugpy/", "/pydevd")
 _DATA = "/evomesh/data/"
+_COMMUNICATION = ("/torch/distributed/", "/torchinductor_", "/torch/_inductor/")
+INNERMOST = 4  # calls of a stack that tell what it waits in
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Stacks:
     @property
     def is_in_debugger(self) -> bool:
         return self._main_is_in(_DEBUGGERS)
+
+    @property
+    def is_in_communication(self) -> bool:
+        """Return whether the main thread waits in torch's communication, or in a compiled graph, which may."""
+        innermost = self.main[:INNERMOST]
+        return any(part in call.path for call in innermost for part in _COMMUNICATION)
 
     @property
     def data_worker(self) -> Call | None:
