@@ -1,6 +1,6 @@
 """Hangs named rightly by the watchdog, and false alarms in normal steps.
 
-Run: python benchmarks/hangs.py [--cases 14] [--silence 3] [--normal-steps 10000]
+Run: python benchmarks/hangs.py [--cases 14] [--silence 3] [--normal-steps 10000] [--compiled]
 
 Each case is a training run of 2 or 3 ranks in which one, chosen at random, hangs in one of the ways of
 tests/support/hang_faults.py. It counts as right if exactly one rank writes one sentence, which names the rank and what
@@ -102,12 +102,13 @@ def run_case(interpreter: Interpreter, case: HangCase, silence: float) -> str:
 
 
 def normal_steps(
-    interpreter: Interpreter, steps: int, silence: float
+    interpreter: Interpreter, steps: int, silence: float, is_compiled: bool
 ) -> tuple[int, float]:
     """Return the false alarms in a run with validation and saves, and its seconds."""
     extra = (
         f"data.update(total_steps={steps}, valid_every=50)\nckpt.update(checkpoint_every=100, keep_last=2)\n"
         f"monitor = dict(watchdog=dict(silence={silence}))\n"
+        f"model['compile'] = {is_compiled}\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         write_run(Path(folder), extra)
@@ -115,7 +116,7 @@ def normal_steps(
         ranks = interpreter.start_ranks(
             ["evomesh", "train", "config.py"], 2, cwd=folder
         )
-        codes = [rank.wait(570).returncode for rank in ranks]
+        codes = [rank.wait(3600).returncode for rank in ranks]
     return sum(code != 0 for code in codes), time.monotonic() - begun
 
 
@@ -124,6 +125,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=14)
     parser.add_argument("--silence", type=float, default=3.0)
     parser.add_argument("--normal-steps", type=int, default=10_000)
+    parser.add_argument(
+        "--compiled", action="store_true", help="compile the model of the normal run"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=list(WORDS))
     args = parser.parse_args()
@@ -144,7 +148,9 @@ def main() -> None:
         share = right.total() / args.cases
         print(f"{right.total()} of {args.cases} hangs named rightly ({share:.1%})")
     if args.normal_steps:
-        alarms, seconds = normal_steps(Interpreter(), args.normal_steps, args.silence)
+        alarms, seconds = normal_steps(
+            Interpreter(), args.normal_steps, args.silence, args.compiled
+        )
         print(f"{alarms} false alarms in {args.normal_steps} steps ({seconds:.0f} s)")
 
 

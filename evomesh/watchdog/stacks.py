@@ -9,9 +9,19 @@ _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
 _CALL = re.compile(r'File "(.+)", line (\d+) in (.+)')
 # torch compiles in the middle of a step, for as long as it takes.
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/")
+# What runs a compiled graph is in the same packages.
+_GRAPH_RUNNERS = (
+    "/torch/_dynamo/eval_frame.py",
+    "/torch/_dynamo/external_utils.py",
+    "/torch/_functorch/aot_autograd.py",
+    "/torch/_functorch/_aot_autograd/runtime_wrappers.py",
+    "/torch/_functorch/_aot_autograd/utils.py",
+    "/torch/_inductor/output_code.py",
+    "/torch/_inductor/utils.py",
+)
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/debugpy/", "/pydevd")
 _DATA = "/evomesh/data/"
-_COMMUNICATION = ("/torch/distributed/", "/torchinductor_", "/torch/_inductor/")
+_COMMUNICATION = ("/torch/distributed/", "/torchinductor_", *_GRAPH_RUNNERS)
 INNERMOST = 4  # calls of a stack that tell what it waits in
 
 
@@ -43,11 +53,11 @@ class Stacks:
 
     @property
     def is_compiling(self) -> bool:
-        return self._main_is_in(_COMPILERS)
+        return any(_compiles(call) for call in self.main)
 
     @property
     def is_in_debugger(self) -> bool:
-        return self._main_is_in(_DEBUGGERS)
+        return any(part in call.path for call in self.main for part in _DEBUGGERS)
 
     @property
     def is_in_communication(self) -> bool:
@@ -63,8 +73,10 @@ class Stacks:
                 return stack[0]
         return None
 
-    def _main_is_in(self, parts: tuple[str, ...]) -> bool:
-        return any(part in call.path for call in self.main for part in parts)
+
+def _compiles(call: Call) -> bool:
+    is_compiler = any(part in call.path for part in _COMPILERS)
+    return is_compiler and not call.path.endswith(_GRAPH_RUNNERS)
 
 
 def parse_stacks(text: str, main_thread: int) -> Stacks:

@@ -68,6 +68,7 @@ def test_a_background_thread_has_a_place_beside_the_main_thread(
 
     def write() -> None:
         with activity.phase(Place.FILE, path):
+            activity.launched(Place.GATHER, "exchange:a")
             seen.append(read(activity))
 
     with activity.phase(Place.OPTIMIZER):
@@ -78,6 +79,9 @@ def test_a_background_thread_has_a_place_beside_the_main_thread(
     assert [frame.place for frame in state.frames] == [Place.OPTIMIZER]
     assert state.background is not None
     assert state.background.detail == path[-128:]
+    activity.launched(Place.ALL_REDUCE, "dp:a")
+    inside = [entry.is_in_background for entry in read(activity).entries]
+    assert inside == [True, False]
     assert read(activity).background is None
 
 

@@ -175,6 +175,83 @@ def test_the_rank_that_others_wait_for_in_a_group_is_found_where_no_call_differs
     assert suspect.detail == "has not entered all_reduce of dp (number 2)"
 
 
+def transfers(rank: int, waits_for: str, entered: dict[str, int]) -> RankReport:
+    """A rank of a pipeline that waits for the first message of a channel."""
+    frames = (Frame(Place.RECEIVE, 0.0, waits_for, 1),)
+    return report(rank, ring={"frames": frames, "entered": entered})
+
+
+def test_in_a_chain_of_waiting_stages_the_first_one_is_found() -> None:
+    first = report(0, SUM, ring={"entered": {"dp:1": 1, "pp 0 to 1:x": 0}})
+    second = transfers(1, "pp 0 to 1:x", {"pp 0 to 1:x": 1, "pp 1 to 2:x": 0})
+    third = transfers(2, "pp 1 to 2:x", {"pp 1 to 2:x": 1})
+    for reports in ([third, second, first], [first, second, third]):
+        suspect = find_suspect(reports, LIMITS)
+        assert suspect is not None and suspect.report.rank == 0
+        assert suspect.detail == "has not entered receive of pp 0 to 1 (number 1)"
+
+
+def test_stages_that_wait_for_each_other_have_one_culprit() -> None:
+    first = transfers(0, "pp 1 to 0:x", {"pp 0 to 1:x": 0, "pp 1 to 0:x": 1})
+    second = transfers(1, "pp 0 to 1:x", {"pp 0 to 1:x": 1, "pp 1 to 0:x": 0})
+    assert find_suspect([first, second], LIMITS) is not None
+
+
+def test_the_two_ends_of_a_channel_do_not_differ() -> None:
+    sent = CollectiveEntry(Place.SEND, "pp 0 to 1:x", 1, 8, 5)
+    received = replace(sent, operation=Place.RECEIVE)
+    sender = report(0, ring={"entries": (sent,), "flags": COLLECTIVE_FAILED})
+    receiver = report(1, ring={"entries": (received,)})
+    equal = find_suspect([sender, receiver], LIMITS)
+    assert equal is not None and equal.kind == HangKind.IDLE
+    short = report(1, ring={"entries": (replace(received, nbytes=4),)})
+    suspect = find_suspect([sender, short], LIMITS)
+    assert suspect is not None and suspect.kind == HangKind.COLLECTIVE
+
+
+def test_a_save_in_the_background_has_no_place_in_the_order_of_a_step() -> None:
+    """Its messages come at any moment."""
+    message = CollectiveEntry(
+        Place.GATHER, "exchange:1", 1, 0, 4, is_in_background=True
+    )
+    reports = []
+    for rank, order in enumerate(((SUM, SUM), (SUM, GATHER))):
+        one = in_order(rank, *order)
+        before = (message, *one.ring.entries) if rank else one.ring.entries
+        reports.append(replace(one, ring=replace(one.ring, entries=before)))
+    suspect = find_suspect(reports, LIMITS)
+    assert suspect is not None and suspect.report.rank == 0
+    assert "has called all_reduce of dp (number 5, 8 bytes)" in suspect.detail
+
+
+def test_who_only_waits_is_not_blamed_while_another_one_may_take_its_time() -> None:
+    """It may be in a collective of a compiled graph, which is not recorded."""
+    waits = report(0, Place.FORWARD_BACKWARD, ring={"events": 40})
+    starved = report(1, Place.OPTIMIZER, cpu_share=0.2)
+    assert find_suspect([waits, starved], LIMITS) is None
+    compiling = report(1, Place.OPTIMIZER, cpu_share=1.0, stacks=COMPILING)
+    assert find_suspect([waits, compiling], LIMITS) is None
+    suspect = find_suspect([waits, replace(starved, stalled_s=61.0)], LIMITS)
+    assert suspect is not None and suspect.report.rank == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/x/torch/distributed/distributed_c10d.py",
+        "/tmp/torchinductor_me/ab/cab.py",
+        "/x/torch/_inductor/output_code.py",
+    ],
+)
+def test_of_two_that_wait_the_one_outside_communication_is_named(path: str) -> None:
+    inside = Stacks(main=(Call(path, 1, "wait"), TRAIN))
+    outside = Stacks(main=(TRAIN,))
+    waits = report(0, Place.FORWARD_BACKWARD, ring={"events": 40}, stacks=inside)
+    culprit = report(1, Place.FORWARD_BACKWARD, stacks=outside)
+    suspect = find_suspect([waits, culprit], LIMITS)
+    assert suspect is not None and suspect.report.rank == 1
+
+
 def test_ranks_that_have_waited_a_moment_are_not_out_of_order() -> None:
     """Between two samples one rank is always a collective ahead."""
     ahead = report(0, SUM, calls=entries(5, SUM, SUM), stalled=9.9)
@@ -211,6 +288,15 @@ def test_the_sentence_says_who_is_stuck_where_and_who_waits() -> None:
         "(12 s); waiting for it: rank 0 in all_reduce of dp (number 0)"
     )
     assert "\n" not in sentence
+
+
+def test_a_compiled_graph_that_runs_is_not_being_compiled() -> None:
+    outer = Call("/x/torch/_dynamo/eval_frame.py", 1, "compile_wrapper")
+    runs = Call("/x/torch/_functorch/_aot_autograd/runtime_wrappers.py", 1, "wrap")
+    inner = Call("/tmp/torchinductor_me/ab/cab.py", 1, "call")
+    compiles = Call("/x/torch/_dynamo/convert_frame.py", 1, "compile_inner")
+    assert not Stacks(main=(inner, runs, outer, TRAIN)).is_compiling
+    assert Stacks(main=(compiles, outer, TRAIN)).is_compiling
 
 
 def test_many_ranks_are_counted() -> None:
