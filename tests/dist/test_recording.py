@@ -1,4 +1,4 @@
-"""What the watchdog's record holds of a step: collectives, FSDP2's and transfers, beside what torch's dispatcher saw."""
+"""What the watchdog's record holds of a step: collectives, FSDP2's and transfers, beside what the dispatcher saw."""
 
 from __future__ import annotations
 
