@@ -106,7 +106,7 @@ class RecordedStage(BoundedStage):
         return int(self.stage_index_to_group_rank[stage])
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        operations = super().get_fwd_recv_ops(fwd_chunk_id)
+        operations: list[dist.P2POp] = super().get_fwd_recv_ops(fwd_chunk_id)
         if operations:
             source = self._rank_of(self.stage_index - 1)
             key = (self.stage_index, FORWARD, fwd_chunk_id)
@@ -114,7 +114,7 @@ class RecordedStage(BoundedStage):
         return operations
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        operations = super().get_bwd_recv_ops(bwd_chunk_id)
+        operations: list[dist.P2POp] = super().get_bwd_recv_ops(bwd_chunk_id)
         if operations:
             source = self._rank_of(self.stage_index + 1)
             key = (self.stage_index, BACKWARD, bwd_chunk_id)
