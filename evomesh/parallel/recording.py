@@ -87,7 +87,7 @@ class RecordedWork(dist.Work):
 
 
 class _RecordedComm:
-    """What FSDP2 asks of a custom collective, but for the call itself."""
+    """The part of a custom collective of FSDP2 that both kinds share: all but the call itself."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 from evomesh.parallel.recording import TransferRecord
+
+if TYPE_CHECKING:
+    from torch.distributed import P2POp
 
 FORWARD, BACKWARD, WEIGHT = "forward", "backward", "weight"
 
@@ -105,29 +107,29 @@ class RecordedStage(BoundedStage):
     def _rank_of(self, stage: int) -> int:
         return int(self.stage_index_to_group_rank[stage])
 
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        operations: list[dist.P2POp] = super().get_fwd_recv_ops(fwd_chunk_id)
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        operations: list[P2POp] = super().get_fwd_recv_ops(fwd_chunk_id)
         if operations:
             source = self._rank_of(self.stage_index - 1)
             key = (self.stage_index, FORWARD, fwd_chunk_id)
             self.transfers.receive(source, operations, key)
         return operations
 
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        operations: list[dist.P2POp] = super().get_bwd_recv_ops(bwd_chunk_id)
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        operations: list[P2POp] = super().get_bwd_recv_ops(bwd_chunk_id)
         if operations:
             source = self._rank_of(self.stage_index + 1)
             key = (self.stage_index, BACKWARD, bwd_chunk_id)
             self.transfers.receive(source, operations, key)
         return operations
 
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
         operations = super().get_fwd_send_ops(fwd_chunk_id)
         if operations:
             self.transfers.send(self._rank_of(self.stage_index + 1), operations)
         return operations
 
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
         operations = super().get_bwd_send_ops(bwd_chunk_id)
         if operations:
             self.transfers.send(self._rank_of(self.stage_index - 1), operations)

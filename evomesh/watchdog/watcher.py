@@ -108,7 +108,7 @@ class HangVerdict:
 
 @dataclass(frozen=True)
 class WatcherNote:
-    """What the watcher of a host leaves beside the records of its ranks, for these to find it.
+    """The note that the watcher of a host leaves beside the records of its ranks, for these to find it.
 
     Attributes:
         started: start time of its process.

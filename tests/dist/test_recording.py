@@ -131,7 +131,7 @@ def test_the_record_of_a_step_has_every_call(pool: Pool, layout: Layout) -> None
     if layout.pipeline == 1:
         assert first.calls == second.calls
         return
-    # Both ends know both channels, and a rank that waits for the other one says so.
+    # Both ends know both channels, and a rank that waits for the other one shows it.
     assert len(shared) == 2
     sends = {key: n for key, n in first.calls.items() if key[0] == "send"}
     arrived = {key: n for key, n in second.calls.items() if key[0] == "recv"}
