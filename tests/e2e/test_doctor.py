@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
+from evomesh.errors import EXIT_RESTART
 from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 
@@ -65,6 +68,33 @@ def test_a_broken_reduction_fails_and_is_named(
     (line,) = [line for line in first.stdout.splitlines() if line.startswith("fail")]
     assert "layers.1.feed_forward.w2 (output, in forward)" in line
     assert second.stdout == ""
+
+
+def doctor_with_a_rank_that_is_killed() -> None:
+    """The command; rank 1 is killed while the layout is compared with one process."""
+    from evomesh.cli.main import main
+    from evomesh.diagnose.parity import observe
+
+    def killed(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.argv = ["evomesh", "doctor", "config.py"]
+    if os.environ["RANK"] == "1":
+        observe.build_stages = killed
+    main()
+
+
+def test_a_rank_that_is_killed_is_named_and_ends_the_check(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    write_run(tmp_path, TENSOR)
+    ranks = interpreter.start_ranks(doctor_with_a_rank_that_is_killed, 2, cwd=tmp_path)
+    first, second = [rank.wait() for rank in ranks]
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == EXIT_RESTART, first.stderr
+    (line,) = [line for line in first.stderr.splitlines() if line.startswith("error")]
+    assert "rank 1 on" in line and "lost" in line
+    assert "Traceback" not in first.stderr and "frame #" not in first.stderr
 
 
 @pytest.mark.parametrize(
