@@ -3,7 +3,7 @@
     python tools/translations.py               # the pages whose English text has changed since
     python tools/translations.py install.md    # after its Chinese page was brought up to date
 
-The first line of docs/X.zh.md names the digest of docs/X.md; tests/arch/test_pages.py compares them. Punctuation beside
+The last line of docs/X.zh.md names the digest of docs/X.md; tests/arch/test_pages.py compares them. Punctuation beside
 Chinese text becomes full width.
 """
 
@@ -73,9 +73,9 @@ def _convert_piece(piece: str, before: str, after: str) -> str:
 def mark(page: Page) -> None:
     """Write the digest of an English page into its Chinese one."""
     chinese = page.translation
-    stamp = f"<!-- English page: {page.digest} -->\n"
+    stamp = f"\n<!-- English page: {page.digest} -->\n"
     text = with_chinese_punctuation(STAMP.sub("", chinese.text))
-    chinese.path.write_text(stamp + text, encoding="utf-8")
+    chinese.path.write_text(text + stamp, encoding="utf-8")
 
 
 def main(names: list[str]) -> None:

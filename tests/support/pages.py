@@ -12,8 +12,8 @@ BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 HEADING = re.compile(r"^(#+) ", re.M)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TITLE = re.compile(r'title="([^"]+)"')
-# The first line of a translation: the English page that it was last compared with.
-STAMP = re.compile(r"\A<!-- English page: ([0-9a-f]{12}) -->\n")
+# The last line of a translation: the English page that it was last compared with.
+STAMP = re.compile(r"\n<!-- English page: ([0-9a-f]{12}) -->\n\Z")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Page:
     @property
     def stamp(self) -> str | None:
         """The digest of the English page that this translation was last compared with."""
-        found = STAMP.match(self.text)
+        found = STAMP.search(self.text)
         return found[1] if found else None
 
 
