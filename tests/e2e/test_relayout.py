@@ -33,10 +33,21 @@ data["stages"] = [
 """
 
 
-def write(folder: Path, parallel: str, data_ranks: int, steps: int = STEPS) -> None:
+RECIPES = {
+    "adamw-cosine": "",
+    "muon-wsd": """
+optimizer = dict(type="muon")
+lr_scheduler |= dict(type="wsd", warmup_steps=2, decay_steps=7)
+""",
+}
+
+
+def write(
+    folder: Path, parallel: str, data_ranks: int, steps: int, recipe: str
+) -> None:
     micro = PACKS // data_ranks
     text = COMMON.format(steps=steps, micro=micro, parallel=parallel)
-    write_run(folder, text + STAGES.format(half=micro // 2))
+    write_run(folder, text + STAGES.format(half=micro // 2) + RECIPES[recipe])
 
 
 def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
@@ -53,26 +64,28 @@ def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
     return "".join(one.stdout + one.stderr for one in finished)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_and_resumed_in_other_layouts(
-    tmp_path: Path, interpreter: Interpreter
+    recipe: str, tmp_path: Path, interpreter: Interpreter
 ) -> None:
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    write(straight, "", 1)
+    write(straight, "", 1, STEPS, recipe)
     run(interpreter, straight, 1)
 
-    write(moved, "tensor=2, pipeline=2", 1)
+    write(moved, "tensor=2, pipeline=2", 1, STEPS, recipe)
     running = interpreter.start_ranks(["evomesh", "train", "config.py"], 4, cwd=moved)
     running[2].wait_for("step=5,", timeout=120)  # the last stage prints
     running[1].signal(signal.SIGKILL)
     for one in running:
         one.kill()
-    write(moved, "", 1, steps=11)
+    write(moved, "", 1, 11, recipe)
     assert "resuming step" in run(interpreter, moved, 1)
-    write(moved, "zero1=2", 2, steps=14)
+    write(moved, "zero1=2", 2, 14, recipe)
     assert "resuming step 11" in run(interpreter, moved, 2)
-    write(moved, 'tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 2, steps=17)
+    isp = 'tensor=dict(size=2, mode="isp"), weight=dict(size=4)'
+    write(moved, isp, 2, 17, recipe)
     assert "resuming step 14" in run(interpreter, moved, 4)
-    write(moved, "", 1)
+    write(moved, "", 1, STEPS, recipe)
     assert "resuming step 17" in run(interpreter, moved, 1)
 
     expected, found = losses(straight), losses(moved)
