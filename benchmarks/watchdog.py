@@ -83,7 +83,9 @@ def train_and_count(model: str, steps: int) -> tuple[float, float]:
         Path("config.py").write_text(text)
         run_training(load_config("config.py"))
         lines = Path("run/metrics.jsonl").read_text().splitlines()
-    rates = [json.loads(line)["tgs (tokens/gpu/second)"] for line in lines[steps // 2 :]]
+    rates = [
+        json.loads(line)["tgs (tokens/gpu/second)"] for line in lines[steps // 2 :]
+    ]
     return entered / steps, 2 * length / statistics.median(rates)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
+from packaging.version import Version
 
 # Imported when a test asks for them: they need torch, and pytest-xdist's controller,
 # which loads this file before it starts its workers, does not.
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tests.support.interpreter import Interpreter
     from tests.support.pool import Pool
 
+ZBV_SINCE = "2.13"  # the version of torch from which evomesh accepts the schedule
 # Fixtures that start processes or servers.
 SHARED_PROCESSES = {"pool", "interpreter", "endpoint"}
 
@@ -40,10 +43,13 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of shared processes and servers, which `make test-fast` leaves out."""
+    """Mark the tests of shared processes and servers, which `make test-fast` leaves out, and of what torch lacks."""
+    has_zbv = Version(version("torch")) >= Version(ZBV_SINCE)
     for item in items:
         if SHARED_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if "zbv" in item.name and not has_zbv and "dist" in item.path.parts:
+            item.add_marker(pytest.mark.skip(f"zbv needs torch {ZBV_SINCE}"))
 
 
 def pytest_collection_finish() -> None:

@@ -162,7 +162,7 @@ class OperationLog:
                 thread,
                 group.group_name,
                 peer,
-                _describe(tensors),
+                _describe_message(tensors),
                 self._stack(),
                 self._batch_of_thread.get(thread),
             )
@@ -271,6 +271,15 @@ def _tensors(args: Any) -> Iterator[Tensor]:
     elif isinstance(args, list | tuple):
         for arg in args:
             yield from _tensors(arg)
+
+
+def _describe_message(tensors: Sequence[Tensor]) -> str:
+    """Return dtypes and numbers of elements: what both ends of a message must agree on, in NCCL as in gloo."""
+    parts = []
+    for tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        parts.append(f"{tensor.numel()} x {dtype}")
+    return ", ".join(parts)
 
 
 def _describe(args: Sequence[Any]) -> str:
