@@ -14,7 +14,6 @@ from tests.support.pages import DOCS, Page, english_pages
 ENGLISH_ONLY = {
     "architecture.md",
     "benchmarks.md",
-    "checkpoints.md",
     "cluster-run.md",
     "compatibility.md",
     "data.md",
