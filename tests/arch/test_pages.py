@@ -22,7 +22,6 @@ ENGLISH_ONLY = {
     "launching.md",
     "models.md",
     "monitoring.md",
-    "parallelism.md",
     "performance.md",
     "recipes.md",
     "reports.md",
