@@ -328,7 +328,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("lr_scheduler.decay_type", "1-sqrt", E, WSD),
     CompatibilityRow("lr_scheduler.decay_steps", 5, E, WSD),
     CompatibilityRow("lr_scheduler.decay_ratio", 0.2, E, WSD),
-    CompatibilityRow("lr_scheduler.decay_from", 10, E, ("lr_scheduler.decay_steps=5",)),
+    CompatibilityRow(
+        "lr_scheduler.decay_from", 10, E, (*WSD, "lr_scheduler.decay_steps=5")
+    ),
     CompatibilityRow("lr_scheduler.power", 0.6, E, ("lr_scheduler.type=power",)),
     CompatibilityRow("lr_scheduler.timescale", 9, E, ("lr_scheduler.type=power",)),
     CompatibilityRow("lr_scheduler.last_epoch", 5, W),

@@ -399,10 +399,10 @@ def memory(
         return sum(now[address].nbytes() for address in now.keys() - before.keys())
 
     exchange = messages.wrap(dist.all_to_all_single)
-    gather = messages.wrap(collectives._gather_single)
+    gather = messages.wrap(collectives.gather_single)
     with (
         mock.patch.object(dist, "all_to_all_single", exchange),
-        mock.patch.object(collectives, "_gather_single", gather),
+        mock.patch.object(collectives, "gather_single", gather),
     ):
         model = nn.Linear(400, 160, dtype=dtype)
         optimizer = ZeroOptimizer(

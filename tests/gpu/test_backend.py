@@ -31,8 +31,8 @@ def test_buckets_of_an_optimizer_go_round(
     total = x.clone()
     dist.all_reduce(total, group=group, async_op=True).wait()
     own, whole = torch.empty_like(x), torch.empty_like(x)
-    collectives._reduce_scatter_single(own, x, group=group)
-    collectives._gather_single(whole, x, group=group)
+    collectives.reduce_scatter_single(own, x, group=group)
+    collectives.gather_single(whole, x, group=group)
     arrived = torch.empty_like(x)
     dist.all_to_all_single(arrived, x, group=group)
     for found in (total, own, whole, arrived):
