@@ -43,7 +43,11 @@ lr_scheduler |= dict(type="wsd", warmup_steps=2, decay_steps=7)
 
 
 def write(
-    folder: Path, parallel: str, data_ranks: int, steps: int, recipe: str
+    folder: Path,
+    parallel: str,
+    data_ranks: int,
+    steps: int = STEPS,
+    recipe: str = "adamw-cosine",
 ) -> None:
     micro = PACKS // data_ranks
     text = COMMON.format(steps=steps, micro=micro, parallel=parallel)

@@ -96,6 +96,15 @@ def gateway() -> Iterator[Gateway]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _wait_for_monitor(conf: str) -> None:
+    """Return once the monitor answers: in its first moments it refuses every command (EPERM)."""
+    deadline = time.monotonic() + 60
+    command = ["ceph", "-c", conf, "mon", "stat"]
+    while subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        assert time.monotonic() < deadline, "the monitor does not answer"
+        time.sleep(0.2)
+
+
 def _start(folder: Path, port: int) -> None:
     fsid, osd, conf = str(uuid.uuid4()), str(uuid.uuid4()), f"{folder}/ceph.conf"
     mon_port = _free_port()
@@ -128,6 +137,7 @@ def _start(folder: Path, port: int) -> None:
     )
     call("ceph-mon", "-i", "a", "--mkfs", "--monmap", f"{folder}/monmap", "-c", conf)
     call("ceph-mon", "-i", "a", "-c", conf)
+    _wait_for_monitor(conf)
     call("ceph", "-c", conf, "osd", "new", osd, "0")
     call("ceph-osd", "-i", "0", "-c", conf, "--mkfs", "--osd-uuid", osd, "--fsid", fsid)
     call("ceph-osd", "-i", "0", "-c", conf, "--fsid", fsid)
