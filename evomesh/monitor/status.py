@@ -89,6 +89,7 @@ class StatusWriter:
         memory: Callable[[], tuple[int, int]],
     ) -> None:
         self.every_s = EVERY_S
+        self.ends_early = False  # as the config asks, and so complete
         host = socket.gethostname()
         now = time.time()
         self.status = RankStatus(
@@ -137,14 +138,18 @@ class StatusWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        is_complete = self.status.step >= self.status.total
         if isinstance(error, Exception):
             self.enter("failed")
         else:
-            self.enter("done" if is_complete else "stopped")
+            self.enter("done" if self.is_complete else "stopped")
         self._ended.set()
         # A file system that hangs must not keep the run.
         self._thread.join(EVERY_S)
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether nothing is left to train."""
+        return self.ends_early or self.status.step >= self.status.total
 
     def _write_until_end(self) -> None:
         while not self._ended.wait(self.every_s):

@@ -219,6 +219,6 @@ class TransferRecord:
             self._frame = None
 
     def _refresh(self) -> None:
-        """Record what is waited for now that more is."""
+        """Write the wait again, after a transfer was launched."""
         self._leave()
         self._enter()

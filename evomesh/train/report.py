@@ -203,7 +203,7 @@ class RunReporter:
             self._trackers.text("config", self.text)
 
         def finish() -> None:
-            self._trackers.finish(self.state.step >= self.config.data.total_steps)
+            self._trackers.finish(self.status.is_complete)
 
         self._open_files.callback(finish)
 

@@ -13,6 +13,7 @@ from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
 from evomesh.config.record import config_to_dict
 from evomesh.data.batch import Batch
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
+from evomesh.monitor.alerts.alert import AlertKind
 from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
@@ -114,6 +115,7 @@ class Trainer:
                 world_size=self.run.reporter.world_size,
             )
             self._run_steps(self._stop_poll(stop_request), stack)
+            self.run.reporter.status.ends_early = self.run.early_stop.is_due
             # After a stop as well: a signal costs no step that was finished.
             self._save(final=True)
             if self.state.step < total:
@@ -150,7 +152,9 @@ class Trainer:
 
     def _report_stop(self, stop_request: StopRequest) -> int:
         """Log why the run ended early and return the exit code."""
+        kind: AlertKind = "stopped"
         if self.run.early_stop.is_due and stop_request.signal is None:
+            kind = "done"
             line = (
                 f"stopped after {self.state.step} steps: {self.run.early_stop.reason}"
             )
@@ -167,7 +171,7 @@ class Trainer:
             line = f"stopped by {name} after step {last_step}: {advice}"
             exit_code = stop_request.exit_code
         logger.warning("%s", line)
-        self.alerts.raise_alert("stopped", line)
+        self.alerts.raise_alert(kind, line)
         return exit_code
 
     def _step_profile(self) -> StepProfile | None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,10 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     assert math.isclose(np.linalg.norm(np.load(files[-1])), head, rel_tol=1e-5)
 
 
+def last_row(path: Path) -> Any:
+    return json.loads(path.read_text().splitlines()[-1])
+
+
 @covers("data.valid_at_start", "data.valid_at_end", "data.stop_when")
 def test_validation_at_both_ends_changes_no_step_and_ends_a_run_that_does_not_improve(
     tmp_path: Path, interpreter: Interpreter
@@ -135,8 +140,15 @@ def test_validation_at_both_ends_changes_no_step_and_ends_a_run_that_does_not_im
     text += (
         'data["stop_when"] = dict(metric="val/en_loss", patience=2, min_delta=9.0)\n'
     )
+    text += 'monitor = dict(trackers=[dict(type="jsonl")])\nrun_dir = "ended"\n'
     (validated / "config.py").write_text(text.replace('"local:ckpts"', '"local:other"'))
     output = train(interpreter, validated)
+    # It is complete, for whoever watches it: status, alerts, trackers.
+    (status,) = (validated / "ended/status").glob("*.jsonl")
+    assert last_row(status)["phase"] == "done"
+    assert last_row(validated / "ended/alerts.jsonl")["kind"] == "done"
+    finish = {"event": "finish", "complete": True}
+    assert last_row(validated / "ended/tracker.jsonl") == finish
     assert "stopped after 3 steps: val/en_loss has not improved on 5." in output
     assert "before the first step" not in output
     assert (validated / "other/step-00000003/commit.json").exists()

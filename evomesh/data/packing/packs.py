@@ -300,8 +300,8 @@ def assemble(
     tokens = np.zeros(length, np.int64)
     tokens[: len(inside)] = np.abs(inside)
 
-    # 2. Types. Edges of the documents inside the pack, then of the padding: 0 .. T, some
-    #    of them equal. The padding has type 0.
+    # 2. Types, from the edges of the documents inside the pack and of the padding, which
+    #    has type 0. The edges ascend from 0 to T, and equal ones bound nothing.
     ends_inside = np.minimum(ends, length)
     edges = np.concatenate([[0], ends_inside, [length]])
     lengths_inside = np.diff(edges)
