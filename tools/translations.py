@@ -61,6 +61,7 @@ def _convert_piece(piece: str, before: str, after: str) -> str:
     context = before + piece + after
     beside_han = re.compile(
         rf"(?<={HAN})([,:;!?]) ?|(?<=[\uff09*\u201d])([,:;!?]) ?|([,:;!?]) ?(?={HAN})"
+        r"|(?<=[A-Za-z0-9])([,:;])(?=[A-Za-z])"
     )
 
     def widen(found: re.Match[str]) -> str:

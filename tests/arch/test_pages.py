@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.pages import DOCS, Page, english_pages
+from tools.translations import with_chinese_punctuation
 
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
 ENGLISH_ONLY = {
@@ -76,10 +78,15 @@ def _typed_lines(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [page.translation for page in TRANSLATED], ids=lambda page: page.name
+    "path",
+    [DOCS.parent / "README.zh-CN.md", *(page.translation.path for page in TRANSLATED)],
+    ids=lambda path: path.name,
 )
-def test_chinese_text_has_chinese_punctuation(page: Page) -> None:
+def test_chinese_text_has_chinese_punctuation(path: Path) -> None:
+    page = Page(path)
     assert re.findall("[\u4e00-\u9fff][,:;!?]", page.prose) == []
+    # Between two Latin words of a Chinese line, too.
+    assert with_chinese_punctuation(page.text) == page.text
 
 
 def test_every_page_is_in_the_navigation() -> None:
