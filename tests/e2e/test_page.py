@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,11 @@ import pytest
 
 from evomesh.models.language_model import LanguageModel
 from evomesh.serve.service import ServiceLimits
+from tests.support.browser import needs_browser, running_browser
 from tests.support.serving import TRAINED, Served, serving, tiny_model, tiny_service
 
 sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no chromium: apt-get install chromium"
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +41,8 @@ def served(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox"]
-        )
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,18 @@ import pytest
 from evomesh.runs.page import render_page
 from evomesh.runs.payload import payload_of
 from evomesh.runs.read import read_run
+from tests.support.browser import needs_browser, running_browser
 from tests.support.run_folders import step_row, write_lines, write_run_folder
 
 sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no chromium: apt-get install chromium"
-)
+pytestmark = needs_browser
 Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox"]
-        )
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

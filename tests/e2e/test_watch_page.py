@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +14,10 @@ import pytest
 
 from evomesh.runs.watch import RunWatch, create_watch_app
 from evomesh.serve.http_server import bind, create_server
+from tests.support.browser import needs_browser, running_browser
 from tests.support.run_folders import step_row, write_lines, write_run_folder
 
 sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @contextlib.contextmanager
@@ -74,14 +73,11 @@ def test_another_host_name_is_refused(tmp_path: Path) -> None:
         assert httpx.get(url + "/metrics.jsonl").status_code == 404
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
+@needs_browser
 def test_the_page_follows_and_keeps_what_the_reader_did(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path)
     errors: list[str] = []
-    with watching(folder) as url, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox"]
-        )
+    with watching(folder) as url, running_browser() as browser:
         page = browser.new_page(locale="en-GB")
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
@@ -98,5 +94,4 @@ def test_the_page_follows_and_keeps_what_the_reader_did(tmp_path: Path) -> None:
         page.wait_for_function(f"{scale}.min === 1 && {scale}.max === 3")
         assert page.evaluate("document.activeElement.closest('figure').id") == "chart-loss"  # fmt: skip
         assert page.locator("#chart-lr details").get_attribute("open") is not None
-        browser.close()
     assert not errors
