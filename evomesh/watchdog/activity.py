@@ -27,9 +27,11 @@ from evomesh.watchdog import ring
 from evomesh.watchdog.process_state import read_state, start_time
 from evomesh.watchdog.ring import Place
 
-# What makes this process write its stacks. Real-time signals have no other use here;
-# SIGUSR1 and SIGUSR2 have.
+# What makes this process write the stacks of its threads, and that of its main thread.
+# `faulthandler` stops after 100 threads, of which the main one comes last. Real-time
+# signals have no other use here; SIGUSR1 and SIGUSR2 have.
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 6
+MAIN_STACK_SIGNAL = STACK_SIGNAL + 1  # the kernel lets the main thread answer it
 
 
 @functools.cache
@@ -107,6 +109,9 @@ class Activity:
         self._stacks = self._path.with_suffix(".stack").open("wb", buffering=0)
         with contextlib.suppress(ValueError, RuntimeError):
             faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
+            faulthandler.register(
+                MAIN_STACK_SIGNAL, file=self._stacks, all_threads=False
+            )
 
     def close(self) -> None:
         """Stop to record and remove the file."""
@@ -118,6 +123,7 @@ class Activity:
         opened.close()
         if self._stacks is not None:
             faulthandler.unregister(STACK_SIGNAL)
+            faulthandler.unregister(MAIN_STACK_SIGNAL)
             self._stacks.close()
         # The last rank of the host removes the folder, if no watcher does. Ranks end at the
         # same time: each may find that another has just removed it.

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
+_ONE_THREAD = "Stack (most recent call first)"  # that of the main thread alone
 _CALL = re.compile(r'File "(.+)", line (\d+) in (.+)')
 # torch compiles in the middle of a step, for as long as it takes.
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/")
@@ -79,6 +80,14 @@ def _compiles(call: Call) -> bool:
     return is_compiler and not call.path.endswith(_GRAPH_RUNNERS)
 
 
+def _thread_of(line: str, main_thread: int) -> int | None:
+    """Return the thread whose stack begins with the next line, None if none does."""
+    if line.startswith(_ONE_THREAD):
+        return main_thread
+    found = _THREAD.search(line)
+    return int(found[1], 16) if found is not None else None
+
+
 def parse_stacks(text: str, main_thread: int) -> Stacks:
     """Return the newest stacks in what ``faulthandler`` has written.
 
@@ -88,10 +97,10 @@ def parse_stacks(text: str, main_thread: int) -> Stacks:
     threads: dict[int, list[Call]] = {}
     current: list[Call] = []
     for line in text.splitlines():
-        thread = _THREAD.search(line)
+        thread = _thread_of(line, main_thread)
         if thread is not None:
             current = []
-            threads[int(thread[1], 16)] = current
+            threads[thread] = current
             continue
         call = _CALL.search(line)
         if call is not None:

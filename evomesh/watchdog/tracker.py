@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from evomesh.watchdog import ring
-from evomesh.watchdog.activity import STACK_SIGNAL
+from evomesh.watchdog.activity import MAIN_STACK_SIGNAL, STACK_SIGNAL
 from evomesh.watchdog.diagnosis import RankReport
 from evomesh.watchdog.process_state import ProcessState, read_state
 from evomesh.watchdog.ring import RingState
@@ -92,6 +92,7 @@ class RankTracker:
         self._stacks.seek(0, os.SEEK_END)
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self.descriptor, STACK_SIGNAL)
+            signal.pidfd_send_signal(self.descriptor, MAIN_STACK_SIGNAL)
 
     def kill(self) -> None:
         """End the process, unless it has ended."""

@@ -12,6 +12,7 @@ import pytest
 from evomesh.watchdog import ring
 from evomesh.watchdog.activity import Activity, remove_old_records
 from evomesh.watchdog.ring import CollectiveEntry, Place, RingState
+from evomesh.watchdog.tracker import RankTracker
 from evomesh.watchdog.watcher import HostWatcher
 
 
@@ -147,3 +148,25 @@ def test_two_ranks_that_end_at_once_end_well(
     assert not activity.is_open
     assert not path.exists()
     assert HostWatcher(path.parent, "n1").look() == []
+
+
+def test_the_main_thread_is_seen_among_more_threads_than_faulthandler_writes(
+    activity: Activity, tmp_path: Path
+) -> None:
+    ends = threading.Event()
+    threads = [threading.Thread(target=ends.wait, args=(60,)) for _ in range(120)]
+    for thread in threads:
+        thread.start()
+    (path,) = tmp_path.glob("ring/*.ring")
+    tracker = RankTracker(path, "n0", 0.0)
+    try:
+        tracker.sample(1.0)
+        tracker.ask_for_stacks()
+        stacks = tracker.report(2.0).stacks
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+    assert stacks is not None
+    assert any(call.path.endswith("test_activity.py") for call in stacks.main)
+    assert len(stacks.others) >= 99
