@@ -106,12 +106,15 @@ class Activity:
         self._progress()
         self.beat()
         opened[: len(ring.MAGIC)] = ring.MAGIC  # last: the file is whole from here on
-        self._stacks = self._path.with_suffix(".stack").open("wb", buffering=0)
+        self._write_stacks_on_signal(self._path.with_suffix(".stack"))
+
+    def _write_stacks_on_signal(self, path: Path) -> None:
+        """Let the watcher ask for the stacks of all threads, and of the main one."""
+        stacks = path.open("wb", buffering=0)
+        self._stacks = stacks
         with contextlib.suppress(ValueError, RuntimeError):
-            faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
-            faulthandler.register(
-                MAIN_STACK_SIGNAL, file=self._stacks, all_threads=False
-            )
+            faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+            faulthandler.register(MAIN_STACK_SIGNAL, file=stacks, all_threads=False)
 
     def close(self) -> None:
         """Stop to record and remove the file."""
