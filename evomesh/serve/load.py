@@ -31,6 +31,7 @@ class ModelOptions:
         tokenizer: None: the config's ``data.tokenizer_path``.
         template: a built-in style, "tokenizer", "none", or "auto": the tokenizer's own if it has one.
         rotary_type: None: that of the config.
+        ema: take the moving average of the weights.
         context_length: None: the trained length, or four times that with dynamic NTK or ``extended_context``.
         extended_context: let users see how each rotary type copes with texts beyond the trained length.
     """
@@ -38,6 +39,7 @@ class ModelOptions:
     tokenizer: str | None = None
     template: str = "auto"
     rotary_type: RotaryType | None = None
+    ema: bool = False
     name: str | None = None
     context_length: int | None = None
     slots: int = 8
@@ -49,10 +51,15 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
     """Load a model and build the service that answers with it; its engines are not started.
 
     Raises:
-        UserError: no such checkpoint, no tokenizer, or one that does not fit the model or the template.
+        UserError: no such checkpoint or no average in it, no tokenizer, or one that does not fit the model or the
+            template.
     """
     loaded = load_model(
-        ckpt, device, tokenizer=options.tokenizer, template=options.template
+        ckpt,
+        device,
+        tokenizer=options.tokenizer,
+        template=options.template,
+        ema=options.ema,
     )
     config = loaded.config
     trained_length = config.model.max_position_embeddings

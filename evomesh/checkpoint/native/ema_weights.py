@@ -19,20 +19,23 @@ def with_ema_weights(checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: it has no averages.
     """
     averages: dict[str, bytes] = {}
+    has_optimizer = False
     weights: dict[str, bytes] = {}
     index = checkpoint.with_index().index_data
     assert index is not None
     for line in index.splitlines():
         row = json.loads(line)
         name = row["name"]
+        has_optimizer = has_optimizer or name.startswith(OPTIMIZER)
         if name.startswith(EMA):
             row["name"] = name.removeprefix(EMA)
             averages[row["name"]] = json.dumps(row).encode()
         elif not name.startswith(OPTIMIZER):
             weights[name] = line
     if not averages:
+        reason = "" if has_optimizer else ": it has weights only"
         raise CheckpointError(
-            f"step {checkpoint.step} has no average of the weights",
+            f"step {checkpoint.step} has no average of the weights{reason}",
             where=checkpoint.folder,
             expected="a checkpoint of a run with optimizer.ema",
             fix="leave out --ema, or average checkpoints: evomesh ckpt average",

@@ -20,10 +20,12 @@ from evomesh.checkpoint.start_point import EVERYTHING, StartPoint
 from evomesh.cli.app import app
 from evomesh.config.optimizer import EmaConfig, OptimizerConfig
 from evomesh.config.record import config_to_dict
-from evomesh.config.schema import AdamConfig, Config, ZeroConfig
+from evomesh.config.schema import AdamConfig, Config, ModelConfig, ZeroConfig
 from evomesh.errors import UserError
 from evomesh.optim.zero import ZeroOptimizer
+from evomesh.serve.load import ModelOptions, load_service
 from tests.support.covers import covers
+from tests.support.serving import byte_tokenizer
 from tests.support.tolerances import assert_close, assert_equal_bits
 from tests.unit.checkpoint.native.test_average import MODEL, weights_of
 
@@ -59,12 +61,14 @@ def test_equals_a_loop(dtype: torch.dtype, every: int) -> None:
     assert_equal_bits(wide, before[1])
 
 
-def saved(root: Path, *, averaged: bool = True) -> Checkpoint:
-    tensors = weights_of(0)
+def saved(
+    root: Path, *, averaged: bool = True, model: ModelConfig = MODEL
+) -> Checkpoint:
+    tensors = weights_of(0, model)
     if averaged:
-        for name, average in weights_of(1).items():
+        for name, average in weights_of(1, model).items():
             tensors[f"optim.ema.{name}"] = average.float() * 1.001
-    record = config_to_dict(Config(model=MODEL))
+    record = config_to_dict(Config(model=model))
     return resolve(commit_tensors(str(root), 5, tensors, {}, record))
 
 
@@ -95,9 +99,22 @@ def test_averages_are_exported(tmp_path: Path) -> None:
     assert_equal_bits(found, (expected.float() * 1.001).bfloat16())
 
 
+def test_a_service_has_the_averages(tmp_path: Path) -> None:
+    bytes_model = MODEL.model_copy(update={"vocab_size": 256})
+    saved(tmp_path / "ckpts", model=bytes_model)
+    byte_tokenizer(tmp_path / "tok")
+    options = ModelOptions(tokenizer=str(tmp_path / "tok"), ema=True)
+    service = load_service(str(tmp_path / "ckpts"), "cpu", options)
+    assert service.model.fingerprint.endswith("-ema")
+    served = service.engines.builders["origin"]().model
+    for name, average in weights_of(1, bytes_model).items():
+        weight = served.get_parameter(name).detach()
+        assert_equal_bits(weight, (average.float() * 1.001).bfloat16(), name)
+
+
 def test_a_checkpoint_without_averages_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, averaged=False)
-    with pytest.raises(UserError, match="no average of the weights"):
+    with pytest.raises(UserError, match="no average of the weights: it has weights"):
         restore_model(str(tmp_path), ema=True)
 
 
@@ -120,3 +137,12 @@ def test_what_a_start_says_about_the_average(tmp_path: Path) -> None:
         assert has_stored_ema(start) == (
             checkpoint is with_average and content == EVERYTHING
         )
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_commands_that_serve_take_the_average(tmp_path: Path, command: str) -> None:
+    saved(tmp_path, averaged=False)
+    arguments = [command, "--ckpt", str(tmp_path), "--port", "0", "--ema"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError), result.output
+    assert "no average of the weights" in str(result.exception)
