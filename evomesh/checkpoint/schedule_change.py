@@ -114,16 +114,21 @@ def _table(updates: int, before: Config, now: Config) -> str:
     end = max(before.data.total_steps, now.data.total_steps)
     steps: set[int] = set()
     for config in (before, now):
-        steps.update(preview_steps(config.lr_scheduler, updates, end))
-    rows = []
+        preview = preview_steps(config.lr_scheduler, updates, end)
+        steps.update(preview)
+    has_changed = False
+    lines = [_line("step", "lr before", "lr now")]
     for step in sorted(steps):
-        cells = [_cell(step, config, now.adam) for config in (before, now)]
-        rows.append((str(step), *cells))
-    if all(old == new for _, old, new in rows):
-        return ""
-    head = ("step", "lr before", "lr now")
-    lines = [f"  {a:>9}  {b:>12}  {c:>12}" for a, b, c in (head, *rows)]
-    return "\n".join(lines)
+        old_rate = _cell(step, before, now.adam)
+        new_rate = _cell(step, now, now.adam)
+        has_changed = has_changed or old_rate != new_rate
+        line = _line(str(step), old_rate, new_rate)
+        lines.append(line)
+    return "\n".join(lines) if has_changed else ""
+
+
+def _line(step: str, before: str, now: str) -> str:
+    return f"  {step:>9}  {before:>12}  {now:>12}"
 
 
 def _cell(step: int, config: Config, adam: AdamConfig) -> str:

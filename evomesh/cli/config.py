@@ -152,7 +152,9 @@ def _print_values(loaded: LoadedConfig, values: dict[str, Any]) -> None:
     rows = []
     for resolved, value in leaves(values):
         key = written_key(resolved)
-        rows.append((key, _format_value(value), loaded.origins.get(key, "default")))
+        shown = _format_value(value)
+        origin = loaded.origins.get(key, "default")
+        rows.append((key, shown, origin))
     _print_table(("key", "value", "from"), rows)
     typer.echo()
 

@@ -120,14 +120,16 @@ def layout_findings(config: Config) -> Iterator[ConfigFinding]:
 
 def data_stage_layout_findings(config: Config) -> Iterator[ConfigFinding]:
     """Yield the problems of the parallel sizes that only a data stage has."""
-    known = [finding.found for finding in layout_findings(config)]
+    whole_run = layout_findings(config)
+    known = [finding.found for finding in whole_run]
     for number, item in enumerate(config.data.stages, 1):
         section = item.section(config.data)
         of_stage = config.model_copy(update={"data": section})
         for finding in layout_findings(of_stage):
-            if finding.found not in known:
-                found = f"data stage {number}: {finding.found}"
-                yield ConfigFinding(("data.stages",), found, finding.expected)
+            if finding.found in known:
+                continue
+            found = f"data stage {number}: {finding.found}"
+            yield ConfigFinding(("data.stages",), found, finding.expected)
 
 
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:

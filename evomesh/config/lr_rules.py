@@ -23,11 +23,14 @@ def resolve_decay(config: Config) -> Config:
     lr = config.lr_scheduler
     if lr.decay_start is None or lr.decay_steps is None:
         return config
-    full_length = lr.length(config.data.total_steps)
+    data = config.data
+    full_length = lr.length(data.total_steps)
     end = lr.decay_start + lr.decay_steps
-    data = config.data.model_copy(update={"total_steps": end})
-    schedule = lr.model_copy(update={"total_steps": full_length})
-    return config.model_copy(update={"data": data, "lr_scheduler": schedule})
+    sections = {
+        "data": data.model_copy(update={"total_steps": end}),
+        "lr_scheduler": lr.model_copy(update={"total_steps": full_length}),
+    }
+    return config.model_copy(update=sections)
 
 
 def learning_rate_findings(config: Config) -> Iterator[ConfigFinding]:

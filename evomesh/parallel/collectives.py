@@ -233,8 +233,10 @@ def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate the tensors of all ranks along ``dim`` in rank order, [L / n] -> [L]; not differentiable."""
     if axis.size == 1:
         return x
+    # The ranks' tensors are concatenated along the first dimension, whichever is asked for.
     source = _dim_first(x, dim)
-    whole = _empty_rows(len(source) * axis.size, source)
+    rows = len(source) * axis.size
+    whole = _empty_rows(rows, source)
     with recorded(Place.ALL_GATHER, axis, source):
         gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
@@ -378,9 +380,13 @@ def launch_all_gather(
     if out is None:
         shape = (axis.size, *chunk.shape)
         out = chunk.new_empty(shape)
-    flat = out.view(-1)
     group = record_launch(Place.ALL_GATHER, axis, chunk)
-    work = gather_single(flat, chunk, group=axis.group, async_op=True)
+    work = gather_single(
+        out.view(-1),
+        chunk,
+        group=axis.group,
+        async_op=True,
+    )
     return PendingCollective(out, work, chunk, group=group)
 
 
@@ -401,13 +407,14 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     The bucket must be contiguous, and belongs to the collective from here on: a copy
     could be as large as the model.
     """
-    work = None
-    if axis.size > 1:
-        if bucket.is_cpu:
-            rows = _as_rows(bucket, axis.size)
-            return _launch_row_exchange(rows, axis, bucket.shape)
-        work = _launch_sum_(bucket, axis)
-    return PendingCollective(bucket, work, bucket, group=group_name(axis))
+    group = group_name(axis)
+    if axis.size == 1:
+        return PendingCollective(bucket, None, bucket, group=group)
+    if bucket.is_cpu:
+        rows = _as_rows(bucket, axis.size)
+        return _launch_row_exchange(rows, axis, bucket.shape)
+    work = _launch_sum_(bucket, axis)
+    return PendingCollective(bucket, work, bucket, group=group)
 
 
 def _launch_sum_(x: Tensor, axis: Axis) -> dist.Work | None:

@@ -205,15 +205,15 @@ class GroupExchange:
         sizes = map(len, encoded)
         longest = torch.tensor([max(sizes, default=0)])
         dist.broadcast(longest, src=0, group=self._group)
-        blanks = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
+        length = int(longest)
+        received = torch.full((length,), ord(" "), dtype=torch.uint8)
         padded = None  # only rank 0 sends
         if self.rank == 0:
             padded = []
             for data in encoded:
-                row = blanks.clone()
+                row = received.clone()
                 row[: len(data)] = data
                 padded.append(row)
-        received = blanks
         dist.scatter(received, padded, src=0, group=self._group)
         return _decode(received)
 

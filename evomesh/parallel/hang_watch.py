@@ -176,14 +176,17 @@ class HangWatch:
 
 def start_watcher(options: WatcherOptions) -> subprocess.Popen[bytes]:
     """Start the watcher of this host, which ends at once if there is one."""
-    package = str(Path(evomesh.__file__).parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
+    # It runs in "/", so that it keeps no folder busy: the package is found by its path.
+    search_path = str(Path(evomesh.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    if inherited:
+        search_path += os.pathsep + inherited
     watcher = subprocess.Popen(
         [sys.executable, "-m", "evomesh.watchdog.watcher"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd="/",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=os.environ | {"PYTHONPATH": search_path},
         start_new_session=True,  # Ctrl-C in a terminal is for the ranks
     )
     assert watcher.stdin is not None

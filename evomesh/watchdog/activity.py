@@ -52,13 +52,21 @@ def remove_old_records(folders: Iterable[Path]) -> None:
     """Remove the folders of runs whose ranks were all killed before a watcher could do it."""
     for folder in folders:
         with contextlib.suppress(OSError):
-            states = [
-                ring.read_ring(path.read_bytes()) for path in folder.glob("*.ring")
-            ]
-            known = [state for state in states if state is not None]
-            ended = [read_state(one.pid, one.started).has_ended for one in known]
-            if ended and len(known) == len(states) and all(ended):
+            if _all_have_ended(folder):
                 remove_record(folder)
+
+
+def _all_have_ended(folder: Path) -> bool:
+    """Return whether every rank that records in ``folder`` has ended; not where a ring cannot be read."""
+    rings = list(folder.glob("*.ring"))
+    for path in rings:
+        state = ring.read_ring(path.read_bytes())
+        if state is None:
+            return False
+        process = read_state(state.pid, state.started)
+        if not process.has_ended:
+            return False
+    return bool(rings)
 
 
 class Activity:
@@ -98,9 +106,14 @@ class Activity:
             opened = mmap.mmap(file.fileno(), ring.SIZE)
         self._pid = os.getpid()
         self._main = threading.get_ident()
-        started = start_time(self._pid)
         ring.IDENTITY.pack_into(
-            opened, 0, b"\0" * 8, rank, self._pid, started, self._main
+            opened,
+            0,
+            bytes(len(ring.MAGIC)),
+            rank,
+            self._pid,
+            start_time(self._pid),
+            self._main,
         )
         self._map = opened
         self._progress()
@@ -235,16 +248,19 @@ class Activity:
 
     def _group_index(self, group: str) -> int:
         """Return the place of a group in the table, from 1; 0 without one or where the table is full."""
-        index = self._groups.get(group, 0)
-        if index or not group or len(self._groups) == ring.MAX_GROUPS:
-            return index
-        index = len(self._groups) + 1
-        self._groups[group] = index
+        known = self._groups.get(group)
+        if known is not None:
+            return known
+        row = len(self._groups)
+        if not group or row == ring.MAX_GROUPS:
+            return 0
+        self._groups[group] = row + 1
         self._entered.append(0)
         if self._map is not None:
-            offset = ring.GROUPS_AT + (index - 1) * ring.GROUP.size
-            ring.GROUP.pack_into(self._map, offset, 0, group.encode()[:55])
-        return index
+            offset = ring.GROUPS_AT + row * ring.GROUP.size
+            name = group.encode()
+            ring.GROUP.pack_into(self._map, offset, 0, name[:55])
+        return row + 1
 
     def _is_in_front(self) -> bool:
         """Return whether the calling thread is the main thread, or one of autograd's, for which that waits."""

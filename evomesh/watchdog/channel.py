@@ -141,17 +141,23 @@ class LinkServer:
         descriptor = link.fileno()
         messages = link.receive()
         if not link.host and messages:
-            first = messages.pop(0)
-            shown = str(first.get("token", ""))
-            if hmac.compare_digest(shown.encode(), self._token.encode()):
-                link.host = str(first.get("host", "")) or "?"
-                link.max_line = MAX_LINE
-            else:
-                link.close()
+            greeting = messages.pop(0)
+            self._greet(link, greeting)
         if link.is_closed:
             self._selector.unregister(descriptor)
             return []
         return [(link.host, message) for message in messages]
+
+    def _greet(self, link: Link, greeting: Message) -> None:
+        """Take the host's name from its first message, or close the link where the token is not ours."""
+        shown = str(greeting.get("token", "")).encode()
+        expected = self._token.encode()
+        if not hmac.compare_digest(shown, expected):
+            link.close()
+            return
+        host = str(greeting.get("host", ""))
+        link.host = host or "?"
+        link.max_line = MAX_LINE
 
 
 def connect(address: tuple[str, int], token: str, host: str) -> Link:

@@ -223,20 +223,36 @@ def _first_mismatch(
     running: list[RankReport],
 ) -> tuple[RankReport, CollectiveEntry, CollectiveEntry] | None:
     """Return a rank, its collective and that of most others under one number of one group."""
+    # Ranks that run the same code meet in the same collective under each number.
     calls: dict[tuple[str, int], list[tuple[RankReport, CollectiveEntry]]] = {}
     for report in running:
         for entry in report.ring.entries:
-            calls.setdefault((entry.group, entry.number), []).append((report, entry))
-    for _, same in sorted(calls.items(), key=lambda item: item[0][1]):
-        kinds = Counter(entry.kind for _, entry in same)
-        if len(kinds) == 1:
-            continue
-        usual, _ = kinds.most_common(1)[0]
-        expected = next(entry for _, entry in same if entry.kind == usual)
-        for report, entry in same:
-            if entry.kind != usual:
-                return report, entry, expected
+            same_call = calls.setdefault((entry.group, entry.number), [])
+            same_call.append((report, entry))
+    by_number = sorted(calls, key=lambda call: call[1])
+    for call in by_number:
+        found = _other_kind(calls[call])
+        if found is not None:
+            return found
     return None
+
+
+def _other_kind(
+    same_call: Sequence[tuple[RankReport, CollectiveEntry]],
+) -> tuple[RankReport, CollectiveEntry, CollectiveEntry] | None:
+    """Return the first rank whose kind of collective is not the most frequent, its entry and a usual one."""
+    kinds = Counter(entry.kind for _, entry in same_call)
+    usual_kind, _ = kinds.most_common(1)[0]
+    usual = None
+    unusual = None
+    for report, entry in same_call:
+        if entry.kind == usual_kind:
+            usual = usual or entry
+        elif unusual is None:
+            unusual = (report, entry)
+    if unusual is None or usual is None:
+        return None
+    return (*unusual, usual)
 
 
 def _late(running: list[RankReport]) -> Suspect | None:

@@ -80,11 +80,16 @@ def _data(stacks: Stacks) -> str:
 def _where(report: RankReport) -> str:
     """Return phase, step and path."""
     ring = report.ring
-    phases = [frame for frame in ring.frames if not frame.place.is_collective]
-    words = [frame.place.words for frame in phases if frame.place != Place.STEP]
-    place = words[-1] if words else Place.NOTHING.words
-    if phases and phases[-1].detail:
-        place += f" of {phases[-1].detail}"
+    place = Place.NOTHING.words
+    detail = ""
+    for frame in ring.frames:
+        if frame.place.is_collective:
+            continue
+        detail = frame.detail
+        if frame.place != Place.STEP:
+            place = frame.place.words
+    if detail:
+        place += f" of {detail}"
     elif ring.background is not None and ring.background.detail:
         place += f" (in the background: {ring.background.detail})"
     if ring.step < 0:
@@ -97,12 +102,18 @@ def _others(suspect: Suspect, reports: Sequence[RankReport]) -> str:
     waits: dict[str, list[int]] = {}
     for report in reports:
         wait = report.wait
-        if report.rank != suspect.report.rank and wait is not None:
-            waits.setdefault(describe_call(wait), []).append(report.rank)
+        if report.rank == suspect.report.rank or wait is None:
+            continue
+        call = describe_call(wait)
+        ranks_in_call = waits.setdefault(call, [])
+        ranks_in_call.append(report.rank)
+    if not waits:
+        return ""
     parts = []
     for call, ranks in waits.items():
         parts.append(f"{name_ranks(ranks)} in {call}")
-    return f"waiting for it: {', '.join(parts)}" if parts else ""
+    listed = ", ".join(parts)
+    return f"waiting for it: {listed}"
 
 
 def name_ranks(ranks: list[int]) -> str:

@@ -235,16 +235,22 @@ def _frame(data: bytes, offset: int, groups: list[str]) -> Frame:
 
 
 def _entries(data: bytes, total: int, groups: list[str]) -> Iterator[CollectiveEntry]:
-    for index in range(max(0, total - ENTRIES), total):
-        offset = RING_AT + index % ENTRIES * ENTRY.size
-        written, _, place, group, background, number, nbytes, step = ENTRY.unpack_from(
-            data, offset
+    oldest = max(0, total - ENTRIES)
+    for index in range(oldest, total):
+        slot = index % ENTRIES
+        offset = RING_AT + slot * ENTRY.size
+        fields = ENTRY.unpack_from(data, offset)
+        written, _, place, group, background, number, nbytes, step = fields
+        if written != index + 1:
+            continue  # overwritten since
+        yield CollectiveEntry(
+            _place(place),
+            _group(groups, group),
+            number,
+            nbytes,
+            step,
+            bool(background),
         )
-        if written == index + 1:  # else it has been overwritten since
-            name = _group(groups, group)
-            yield CollectiveEntry(
-                _place(place), name, number, nbytes, step, bool(background)
-            )
 
 
 def _place(number: int) -> Place:

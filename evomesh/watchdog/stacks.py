@@ -102,8 +102,11 @@ def parse_stacks(text: str, main_thread: int) -> Stacks:
             current = []
             threads[thread] = current
             continue
-        call = _CALL.search(line)
-        if call is not None:
-            current.append(Call(call[1], int(call[2]), call[3]))
-    main = tuple(threads.pop(main_thread, []))
-    return Stacks(main, tuple(tuple(stack) for stack in threads.values()))
+        found = _CALL.search(line)
+        if found is not None:
+            file, line_number, function = found.groups()
+            call = Call(file, int(line_number), function)
+            current.append(call)
+    main = threads.pop(main_thread, [])
+    others = map(tuple, threads.values())
+    return Stacks(tuple(main), tuple(others))

@@ -37,7 +37,9 @@ class RankTracker:
         self._stacks = self._stack_path.open("rb")
         self.state = self._read()
         self.descriptor = self._open_process()
-        self._changed_at = self._stopped_at = self._gone_at = now
+        self._changed_at = now
+        self._stopped_at = now
+        self._gone_at = now
         self._settled_at = now
         self._cpu_when_settled = 0.0
         self._process = ProcessState("S")

@@ -238,8 +238,11 @@ class Watcher:
 
     def __init__(self, options: WatcherOptions) -> None:
         self.options = options
-        self.ranks = HostWatcher(Path(options.folder), options.host)
-        self.server = LinkServer(options.token) if options.serves else None
+        folder = Path(options.folder)
+        self.ranks = HostWatcher(folder, options.host)
+        self.server = None
+        if options.serves:
+            self.server = LinkServer(options.token)
         self._leader: Link | None = None
         self._remote: dict[str, tuple[float, list[RankReport]]] = {}
         self._suspected_at: float | None = None
@@ -308,7 +311,8 @@ class Watcher:
 
     def _judge(self, reports: list[RankReport]) -> HangVerdict | None:
         """Return the verdict once a rank is suspected, its stack is known and it still makes no progress."""
-        is_complete = len({r.rank for r in reports}) >= self.options.world_size
+        ranks = {report.rank for report in reports}
+        is_complete = len(ranks) >= self.options.world_size
         suspect = find_suspect(reports, self.options.limits, is_complete)
         now = time.monotonic()
         if suspect is None:
@@ -330,7 +334,8 @@ class Watcher:
         if self.server is not None and self.server.links:
             time.sleep(OTHER_HOSTS_S)
         if verdict.speaker < 0:
-            print("\n".join([verdict.sentence, *verdict.stack]), file=sys.stderr)
+            lines = [verdict.sentence, *verdict.stack]
+            print("\n".join(lines), file=sys.stderr)
         return verdict
 
     def _tell(self, message: Message) -> None:
@@ -363,7 +368,8 @@ def report_to_json(report: RankReport) -> dict[str, Any]:
     state = report.ring
     if report.stalled_s < FROZEN_S and not state.has_failed_collective:
         state = replace(state, entries=())
-    value = {**vars(report), "ring": ring.as_json(state)}
+    value = dict(vars(report))
+    value["ring"] = ring.as_json(state)
     if report.stacks is not None:
         value["stacks"] = asdict(report.stacks)
     return value
@@ -371,13 +377,18 @@ def report_to_json(report: RankReport) -> dict[str, Any]:
 
 def report_from_json(value: dict[str, Any]) -> RankReport:
     """Take back what ``report_to_json`` made."""
+    fields = dict(value)
+    fields["ring"] = ring.from_json(value["ring"])
     stacks = value["stacks"]
-    value = {**value, "ring": ring.from_json(value["ring"])}
     if stacks is not None:
-        main = tuple(Call(**call) for call in stacks["main"])
-        others = [tuple(Call(**call) for call in stack) for stack in stacks["others"]]
-        value["stacks"] = Stacks(main, tuple(others))
-    return RankReport(**value)
+        main = _stack_from_json(stacks["main"])
+        others = map(_stack_from_json, stacks["others"])
+        fields["stacks"] = Stacks(main, tuple(others))
+    return RankReport(**fields)
+
+
+def _stack_from_json(calls: list[dict[str, Any]]) -> tuple[Call, ...]:
+    return tuple(Call(**call) for call in calls)
 
 
 def main() -> None:

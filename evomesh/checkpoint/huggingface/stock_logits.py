@@ -310,12 +310,12 @@ def _split_wqkv(value: Tensor, config: Any) -> dict[str, Tensor]:
     queries = config.num_attention_heads // config.num_key_value_heads  # R
     columns = value.shape[1:]
     groups = value.reshape(-1, queries + 2, config.head_dim, *columns)
-    q, k, v = torch.split(groups, [queries, 1, 1], dim=1)
-    return {
-        "q_proj": q.reshape(-1, *columns),
-        "k_proj": k.reshape(-1, *columns),
-        "v_proj": v.reshape(-1, *columns),
-    }
+    parts = torch.split(groups, [queries, 1, 1], dim=1)
+    names = ("q_proj", "k_proj", "v_proj")
+    projections = {}
+    for name, part in zip(names, parts, strict=True):
+        projections[name] = part.reshape(-1, *columns)
+    return projections
 
 
 def _without_w_pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -253,9 +253,10 @@ class PieceReader:
         self._checkpoint = checkpoint
         self._ranges: dict[int, list[tuple[int, int]]] = {}  # of bytes, by file
         for item in items:
-            ranges = self._ranges.setdefault(item.piece.file, [])
-            start = item.piece.start
-            ranges.append((start, start + item.size))
+            piece = item.piece
+            ranges = self._ranges.setdefault(piece.file, [])
+            end = piece.start + item.size
+            ranges.append((piece.start, end))
         self._file: int | None = None
         self._reader: StorageReader | None = None
 

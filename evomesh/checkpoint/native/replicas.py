@@ -99,17 +99,20 @@ def _group_by_members(keys_by_rank: Sequence[Sequence[str]]) -> list[list[Any]]:
     ranks_with: dict[str, list[int]] = {}
     for rank, keys in enumerate(keys_by_rank):
         for key in keys:
-            ranks_with.setdefault(key, []).append(rank)
+            ranks = ranks_with.setdefault(key, [])
+            ranks.append(rank)
     answers = []
     for keys in keys_by_rank:
         positions_of: dict[tuple[int, ...], list[int]] = {}
         for position, key in enumerate(keys):
             members = tuple(ranks_with[key])
-            positions_of.setdefault(members, []).append(position)
+            positions = positions_of.setdefault(members, [])
+            positions.append(position)
+        answer = []
         # One order for all ranks: no two wait for each other in different groups.
-        answer = [
-            [list(members), positions_of[members]] for members in sorted(positions_of)
-        ]
+        for members in sorted(positions_of):
+            positions = positions_of[members]
+            answer.append([list(members), positions])
         answers.append(answer)
     return answers
 

@@ -240,7 +240,9 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     # 3. Report what each file contributes.
     report = []
     for plan, stream in zip(plans, streams, strict=True):
-        report += [file_row(source, types, plan) for source in stream]
+        for source in stream:
+            row = file_row(source, types, plan)
+            report.append(row)
     warnings = find_warnings(report, sources, config)
     if config.dataset_weights:
         warnings += _unmatched(report, config.dataset_weights)

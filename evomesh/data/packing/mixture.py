@@ -161,8 +161,10 @@ class MixedSampler:
         counts_after = list(counts)
         packs = []
         for source in self.schedule.take(drawn, size):
-            packs.append(self._pack(source, counts_after[source]))
-            counts_after[source] += 1
+            given = counts_after[source]
+            pack = self._pack(source, given)
+            packs.append(pack)
+            counts_after[source] = given + 1
         return np.array(packs, np.int64), counts_after
 
     def _pack(self, source: int, number: int) -> int:

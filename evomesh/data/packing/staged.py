@@ -75,12 +75,20 @@ class StagedCorpus:
         if len(self.parts) == 1:
             return self.parts[0].manifest
         rows: list[dict[str, Any]] = []
+        hashes = []
         for number, corpus in enumerate(self.parts, 1):
+            part_hash = corpus.manifest["hash"]
+            hashes.append(part_hash)
             for row in corpus.report:
-                rows.append(row | {"file": f"{number}:{row['file']}"})
-        hashes = [corpus.manifest["hash"] for corpus in self.parts]
-        digest = xxhash.xxh3_64_hexdigest(" ".join(hashes).encode())
-        return make_manifest(rows, self.types) | {"hash": digest, "parts": hashes}
+                numbered = dict(row)
+                # Two folders may have files of one name.
+                numbered["file"] = f"{number}:{row['file']}"
+                rows.append(numbered)
+        manifest = make_manifest(rows, self.types)
+        joined = " ".join(hashes)
+        manifest["hash"] = xxhash.xxh3_64_hexdigest(joined.encode())
+        manifest["parts"] = hashes
+        return manifest
 
     @property
     def report(self) -> list[dict[str, Any]]:

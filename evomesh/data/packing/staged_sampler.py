@@ -133,16 +133,19 @@ class StagedSampler:
         assert isinstance(position, StagedPosition)
         entered = self._enter(position)
         stage = self.stages[entered.stage]
+        sampler = stage.sampler
         cursors = list(entered.cursors)
-        if isinstance(stage.sampler, MixedSampler):
+        if isinstance(sampler, MixedSampler):
             counts = [cursors[source].consumed for source in stage.sources]
-            packs, after = stage.sampler.draw(entered.drawn, counts, stage.global_batch)
+            packs, after = sampler.draw(entered.drawn, counts, stage.global_batch)
             for source, count in zip(stage.sources, after, strict=True):
                 cursors[source] = SamplerPosition(consumed=count)
         else:
             (source,) = stage.sources
-            packs, cursors[source] = stage.sampler.take(cursors[source])
-        return packs + stage.first_pack, self._moved(entered, cursors)
+            packs, cursor = sampler.take(cursors[source])
+            cursors[source] = cursor
+        numbered_over_all_stages = packs + stage.first_pack
+        return numbered_over_all_stages, self._moved(entered, cursors)
 
     def seek(self, step: int) -> SamplerPosition:
         """Return the position before step ``step`` of a run that began at step 0."""
@@ -154,20 +157,25 @@ class StagedSampler:
     def _advance(self, position: StagedPosition, step: int) -> StagedPosition:
         """Return the position before ``step``, or at the end of the stage if that comes first."""
         stage = self.stages[position.stage]
+        sampler = stage.sampler
         steps = step - position.step
-        if position.stage < len(self.stages) - 1:
-            steps = min(steps, stage.steps_left(position))
+        last_stage = len(self.stages) - 1
+        if position.stage < last_stage:
+            left = stage.steps_left(position)
+            steps = min(steps, left)
         cursors = list(position.cursors)
-        if isinstance(stage.sampler, MixedSampler):
+        if isinstance(sampler, MixedSampler):
             packs = steps * stage.global_batch
-            drawn = _drawn_packs(stage.sampler, position.drawn, packs)
+            drawn = _drawn_packs(sampler, position.drawn, packs)
             for source, count in zip(stage.sources, drawn, strict=True):
                 consumed = cursors[source].consumed + count
                 cursors[source] = SamplerPosition(consumed=consumed)
         else:
             (source,) = stage.sources
+            cursor = cursors[source]
             for _ in range(steps):
-                cursors[source] = stage.sampler.after(cursors[source])
+                cursor = sampler.after(cursor)
+            cursors[source] = cursor
         return self._moved(position, cursors, steps)
 
     def start(self) -> StagedPosition:

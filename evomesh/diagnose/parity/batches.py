@@ -54,9 +54,8 @@ def _pack(
         positions[start:stop] -= start
 
     # All packs have as many bounds, the last of which repeat the end.
-    missing = MOST_SEGMENTS + 1 - len(bounds)
-    bounds += [tokens] * missing
-    padded_bounds = torch.tensor(bounds, dtype=torch.int32)
+    padded_bounds = torch.full((MOST_SEGMENTS + 1,), tokens, dtype=torch.int32)
+    padded_bounds[: len(bounds)] = torch.tensor(bounds)
     return ids, labels, positions, padded_bounds
 
 
