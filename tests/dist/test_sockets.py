@@ -1,30 +1,26 @@
-"""Sockets of a rank, which a world of a thousand ranks multiplies."""
+"""Sockets of a rank and its messages to the store, which a world of a thousand ranks multiplies."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from evomesh.config.schema import Config
+from evomesh.config.schema import Config, ParallelConfig, Zero1Config
 from evomesh.parallel.exchange import default_exchange
 from evomesh.train.launch import launch
 from tests.support.interpreter import Interpreter
+from tests.support.world_counts import open_sockets, simulate_start
 
 
 def count_sockets() -> None:
     """Make the groups of a data-parallel run: default, data axis, and two of checkpoints."""
     with launch(Config()) as context, ExitStack() as stack:
         exchanges = [stack.enter_context(closing(default_exchange())) for _ in range(2)]
-        descriptors = Path("/proc/self/fd").iterdir()
-        sockets = sum(
-            os.readlink(descriptor).startswith("socket:")
-            for descriptor in descriptors
-            if descriptor.is_symlink()
-        )
+        sockets = open_sockets()
         for exchange in exchanges:
             # The groups work, and nobody leaves before the count.
             exchange.broadcast(exchange.gather(context.rank))
@@ -54,3 +50,26 @@ def test_groups_do_not_connect_every_two_ranks(interpreter: Interpreter) -> None
     """
     few, many = (sockets_of_last_rank(interpreter, ranks, None) for ranks in (2, 4))
     assert many - few <= 2
+
+
+def start_in_simulated_worlds() -> None:
+    parallel = ParallelConfig(zero1=Zero1Config(size=8))
+    counts = [
+        simulate_start(parallel, ranks, rank)
+        for ranks in (16, 1024)
+        for rank in (0, ranks - 1)
+    ]
+    print(json.dumps(counts))
+
+
+def test_a_rank_asks_the_store_as_often_in_a_world_of_a_thousand(
+    interpreter: Interpreter,
+) -> None:
+    finished = interpreter.run(start_in_simulated_worlds)
+    counts = json.loads(finished.stdout.splitlines()[-1])
+    assert len(counts) == 4
+    assert all(count == counts[0] for count in counts)
+    # Three messages introduce the rank, three read what the others wrote of themselves,
+    # two are of the roll call; each group has its address, and some have a barrier.
+    assert 8 < counts[0]["start"] < 20
+    assert counts[0]["heartbeats"] == 4
