@@ -20,13 +20,11 @@ ENGLISH_ONLY = {
     "compatibility.md",
     "generation.md",
     "handover.md",
-    "models.md",
     "monitoring.md",
     "performance.md",
     "recipes.md",
     "reports.md",
     "serving.md",
-    "troubleshooting.md",
     "xtuner.md",
 }
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
