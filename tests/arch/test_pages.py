@@ -15,7 +15,6 @@ from tools.translations import with_chinese_punctuation
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
 ENGLISH_ONLY = {
     "architecture.md",
-    "benchmarks.md",
     "cluster-run.md",
     "compatibility.md",
     "generation.md",
