@@ -53,6 +53,8 @@ def check(
         _check_custom_model(loaded)
     if loaded.config.ckpt.enable_internevo2hf_ckpt:
         _check_export(loaded)
+    if loaded.config.adam.groups:
+        _check_groups(loaded)
     warnings = list(loaded.warnings)
     if gpus is not None:
         warnings += check_world(loaded.config, gpus)
@@ -73,6 +75,20 @@ def _check_custom_model(loaded: LoadedConfig) -> None:
         check_arguments(loaded.config.model)
     except ConfigError as error:
         raise ConfigError(error.problems, path=loaded.path) from None
+
+
+def _check_groups(loaded: LoadedConfig) -> None:
+    """Check that each of ``adam.groups`` has a parameter; their names need the model, here without weights."""
+    from evomesh.models.registry import build_model
+    from evomesh.optim.group_table import check_groups
+
+    model = loaded.config.model.model_copy(update={"compile": False})
+    trained = [
+        name
+        for name, parameter in build_model(model, device="meta").named_parameters()
+        if parameter.requires_grad
+    ]
+    check_groups(loaded.config.adam.groups, trained)
 
 
 def _check_export(loaded: LoadedConfig) -> None:
@@ -175,12 +191,18 @@ def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
     rates = {}
     for step in preview_steps(schedule, 0, total_steps):
         rates[step] = learning_rate(step, schedule, config.adam, total_steps)
+    groups = config.adam.groups
     if as_json:
-        document = {"type": schedule.type, "lr": rates}
+        document: dict[str, Any] = {"type": schedule.type, "lr": rates}
+        if groups:
+            document["groups"] = [group.model_dump() for group in groups]
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
-    rows = [(f"{step:,}", f"{rate:.6g}") for step, rate in rates.items()]
-    _print_table(("step", "lr"), rows)
+    rows = []
+    for step, rate in rates.items():
+        of_groups = [f"{rate * group.lr_scale:.6g}" for group in groups]
+        rows.append((f"{step:,}", f"{rate:.6g}", *of_groups))
+    _print_table(("step", "lr", *(group.pattern for group in groups)), rows)
     typer.echo(f"{schedule.type}, {total_steps:,} steps; a skipped step does not count")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from evomesh.config.section import Section
 from evomesh.config.step_values import SettingError
+from evomesh.config.text_table import text_table
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -199,15 +200,7 @@ def stage_rows(stages: Sequence[DataStage]) -> list[tuple[str, ...]]:
 
 def stage_table(stages: Sequence[DataStage]) -> str:
     """Return the table of data stages as text."""
-    columns = list(zip(*stage_rows(stages), strict=True))
-    return "\n".join(_lines(columns))
-
-
-def _lines(columns: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in columns]
-    for cells in zip(*columns, strict=True):
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        yield "  ".join(padded).rstrip()
+    return text_table(stage_rows(stages))
 
 
 def _describe_data(data: DataConfig) -> str:

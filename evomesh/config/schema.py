@@ -30,6 +30,7 @@ from evomesh.config.model import (
     RotaryType,
 )
 from evomesh.config.optimizer import OptimizerConfig
+from evomesh.config.parameter_groups import GroupsSetting
 from evomesh.config.section import Section
 
 # Imported here and from here.
@@ -245,6 +246,11 @@ class AdamConfig(Section):
     no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = Field(
         (),
         description="Parameters exempt from weight decay; by default none, as InternEvo documents it.",
+    )
+    groups: GroupsSetting = Field(
+        (),
+        description="Parameters with another learning rate or weight decay: "
+        "[dict(pattern=..., lr_scale=..., weight_decay=...), ...]; the first pattern that matches a name holds.",
     )
 
 

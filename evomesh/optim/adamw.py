@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from evomesh.optim.groups import UpdateSettings
+
 
 @dataclass(frozen=True, eq=False)
 class AdamMoments:
@@ -25,10 +27,10 @@ class AdamW:
     """AdamW by the function that ``torch.optim.AdamW`` calls; the class imports torch's compiler, which takes 0.7 s.
 
     Attributes:
-        decays: the tensors to update, with their weight decay.
+        settings: the tensors to update, with what holds for each.
     """
 
-    decays: Mapping[Tensor, float]
+    settings: Mapping[Tensor, UpdateSettings]
     beta1: float
     eps: float
     moments: dict[Tensor, AdamMoments] = field(default_factory=dict)
@@ -36,7 +38,7 @@ class AdamW:
     def __post_init__(self) -> None:
         # torch's optimizers allocate in the first step. Here a checkpoint is loaded into
         # the moments before it, and a lack of memory shows at once.
-        for target in self.decays:
+        for target in self.settings:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
             exp_avg = torch.zeros_like(target)
             exp_avg_sq = torch.zeros_like(target)
@@ -55,11 +57,11 @@ class AdamW:
             grad_scale: float32 scalar by which the kernel divides float32 gradients.
             found_inf: float32 scalar; if it is 1, the kernel changes no tensor, moment or step count.
         """
-        for decay in dict.fromkeys(self.decays.values()):
+        for settings in dict.fromkeys(self.settings.values()):
             group: list[Tensor] = []
             gradients: list[Tensor] = []
-            for target, own_decay in self.decays.items():
-                if own_decay == decay and target.grad is not None:
+            for target, own in self.settings.items():
+                if own == settings and target.grad is not None:
                     group.append(target)
                     gradients.append(target.grad)
             states = [self.moments[target] for target in group]
@@ -76,8 +78,8 @@ class AdamW:
                 amsgrad=False,
                 beta1=self.beta1,
                 beta2=beta2,
-                lr=lr,
-                weight_decay=decay,
+                lr=lr * settings.lr_scale,
+                weight_decay=settings.weight_decay,
                 eps=self.eps,
                 maximize=False,
             )

@@ -1,8 +1,39 @@
-"""The rules that decide which parameters weight decay applies to, and which are hidden matrices."""
+"""The rules that decide learning rate and weight decay of each parameter, and which are hidden matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evomesh.config.parameter_groups import group_number
+from evomesh.config.schema import AdamConfig
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Learning rate and weight decay in the updates of some parameters.
+
+    Attributes:
+        lr_scale: factor of the step's learning rate.
+        weight_decay: times that learning rate, the share of a weight that a step takes away.
+    """
+
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+
+
+def update_settings(name: str, adam: AdamConfig) -> UpdateSettings:
+    """Return what holds for the parameter with this global name: its group's values, else those of all."""
+    decay = adam.weight_decay
+    if not has_weight_decay(name, adam.no_decay):
+        decay = 0.0
+    number = group_number(name, adam.groups)
+    if number is None:
+        return UpdateSettings(weight_decay=decay)
+    group = adam.groups[number - 1]
+    if group.weight_decay is not None:
+        decay = group.weight_decay
+    return UpdateSettings(group.lr_scale, decay)
 
 
 def has_weight_decay(name: str, no_decay: Sequence[str]) -> bool:

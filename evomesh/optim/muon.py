@@ -17,13 +17,14 @@ time in memory, whatever the size of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomesh.config.optimizer import OptimizerConfig
+from evomesh.optim.groups import UpdateSettings
 from evomesh.optim.orthogonal import update_directions
 from evomesh.optim.rule import UpdateCounter, overwrite, true_gradient
 from evomesh.optim.slot import ParameterSlot
@@ -33,11 +34,11 @@ from evomesh.parallel.grid import Axis, Grid
 
 @dataclass(frozen=True, eq=False)
 class MuonMatrix:
-    """A master that Muon updates, with its momentum and its weight decay."""
+    """A master that Muon updates, with its momentum and what holds for its updates."""
 
     master: Tensor
     momentum: Tensor
-    decay: float
+    settings: UpdateSettings
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class Muon(UpdateCounter):
 
     Args:
         slots: matrices [r, c], or stacks [E, r, c] of matrices that count each for itself, such as experts.
-        decays: the weight decay of each slot's master.
+        settings: what holds for each slot's master.
     """
 
     def __init__(
         self,
         slots: Sequence[ParameterSlot],
-        decays: dict[Tensor, float],
+        settings: Mapping[Tensor, UpdateSettings],
         config: OptimizerConfig,
         grid: Grid,
     ) -> None:
@@ -109,7 +110,7 @@ class Muon(UpdateCounter):
         alike: dict[MatrixSharding, dict[object, list[MuonMatrix]]] = {}
         for slot in slots:
             master = slot.master
-            matrix = MuonMatrix(master, torch.zeros_like(master), decays[master])
+            matrix = MuonMatrix(master, torch.zeros_like(master), settings[master])
             self._matrices[master] = matrix
             kinds = alike.setdefault(_sharding_of(slot, grid), {})
             kinds.setdefault((master.shape, master.dtype), []).append(matrix)
@@ -133,8 +134,10 @@ class Muon(UpdateCounter):
             dtype = self._dtype(shards[0].dtype)
             directions = batch.directions(shards, dtype, self.config.ns_steps)
             for matrix, direction in zip(batch.matrices, directions, strict=False):
-                decayed = matrix.master * (1 - lr * matrix.decay)
-                updated = decayed.sub_(direction.to(decayed.dtype), alpha=lr)
+                rate = lr * matrix.settings.lr_scale
+                kept_share = 1 - rate * matrix.settings.weight_decay
+                decayed = matrix.master * kept_share
+                updated = decayed.sub_(direction.to(decayed.dtype), alpha=rate)
                 overwrite(matrix.master, updated, found_inf)
         self.add(found_inf)
 

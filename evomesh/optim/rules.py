@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.schema import AdamConfig
 from evomesh.errors import UserError
 from evomesh.optim.adamw import AdamW
-from evomesh.optim.groups import has_weight_decay, is_hidden_matrix
+from evomesh.optim.groups import UpdateSettings, is_hidden_matrix
 from evomesh.optim.lion import Lion
 from evomesh.optim.muon import Muon
 from evomesh.optim.rule import UpdateRule
@@ -18,45 +19,51 @@ from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot
 from evomesh.parallel.grid import Grid
 
+SettingsOf: TypeAlias = Mapping[Tensor, UpdateSettings]  # by master
 RuleBuilder = Callable[
-    [Sequence[ParameterSlot], AdamConfig, OptimizerConfig, Grid], list[UpdateRule]
+    [Sequence[ParameterSlot], SettingsOf, AdamConfig, OptimizerConfig, Grid],
+    list[UpdateRule],
 ]
 
 
 def make_rules(
     slots: Sequence[ParameterSlot],
+    settings: SettingsOf,
     adam: AdamConfig,
     config: OptimizerConfig,
     grid: Grid,
 ) -> list[UpdateRule]:
     """Return the rules that together update every slot once.
 
+    Args:
+        settings: of every slot's master.
+
     Raises:
         UserError: Muon for a model without matrices that it could update.
     """
-    return RULES[config.type](slots, adam, config, grid)
+    return RULES[config.type](slots, settings, adam, config, grid)
 
 
-def _decays(slots: Sequence[ParameterSlot], adam: AdamConfig) -> dict[Tensor, float]:
-    """Return the weight decay of every slot's master."""
-    decays: dict[Tensor, float] = {}
-    for slot in slots:
-        decayed = has_weight_decay(slot.name, adam.no_decay)
-        decays[slot.master] = adam.weight_decay * decayed
-    return decays
+def _of(
+    slots: Sequence[ParameterSlot], settings: SettingsOf
+) -> dict[Tensor, UpdateSettings]:
+    """Return what holds for the masters of these slots."""
+    return {slot.master: settings[slot.master] for slot in slots}
 
 
 def _adamw(
     slots: Sequence[ParameterSlot],
+    settings: SettingsOf,
     adam: AdamConfig,
     config: OptimizerConfig,
     grid: Grid,
 ) -> list[UpdateRule]:
-    return [AdamW(_decays(slots, adam), adam.adam_beta1, adam.adam_eps)]
+    return [AdamW(_of(slots, settings), adam.adam_beta1, adam.adam_eps)]
 
 
 def _muon(
     slots: Sequence[ParameterSlot],
+    settings: SettingsOf,
     adam: AdamConfig,
     config: OptimizerConfig,
     grid: Grid,
@@ -72,9 +79,9 @@ def _muon(
         raise _no_matrix(slots)
     rules: list[UpdateRule] = []
     if matrices:
-        rules.append(Muon(matrices, _decays(matrices, adam), config, grid))
+        rules.append(Muon(matrices, settings, config, grid))
     if others:
-        rules += _adamw(others, adam, config, grid)
+        rules += _adamw(others, settings, adam, config, grid)
     return rules
 
 
@@ -92,20 +99,22 @@ def _no_matrix(slots: Sequence[ParameterSlot]) -> UserError:
 
 def _lion(
     slots: Sequence[ParameterSlot],
+    settings: SettingsOf,
     adam: AdamConfig,
     config: OptimizerConfig,
     grid: Grid,
 ) -> list[UpdateRule]:
-    return [Lion(_decays(slots, adam), adam.adam_beta1)]
+    return [Lion(_of(slots, settings), adam.adam_beta1)]
 
 
 def _schedule_free(
     slots: Sequence[ParameterSlot],
+    settings: SettingsOf,
     adam: AdamConfig,
     config: OptimizerConfig,
     grid: Grid,
 ) -> list[UpdateRule]:
-    return [ScheduleFree(_decays(slots, adam), adam.adam_beta1, adam.adam_eps)]
+    return [ScheduleFree(_of(slots, settings), adam.adam_beta1, adam.adam_eps)]
 
 
 RULES: dict[str, RuleBuilder] = {

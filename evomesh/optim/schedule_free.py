@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomesh.optim.groups import UpdateSettings
 from evomesh.optim.rule import UpdateCounter, overwrite, true_gradient
 
 
@@ -31,21 +32,21 @@ class ScheduleFree(UpdateCounter):
     """Averages the weights instead of lowering the learning rate; two tensors for each master, as AdamW.
 
     Args:
-        decays: the masters to update, with their weight decay.
+        settings: the masters to update, with what holds for each. A factor of the learning rate leaves c as it is.
         beta1: weight of the average in y; above 0.
     """
 
     def __init__(
-        self, decays: Mapping[Tensor, float], beta1: float, eps: float
+        self, settings: Mapping[Tensor, UpdateSettings], beta1: float, eps: float
     ) -> None:
-        device = next(iter(decays)).device
+        device = next(iter(settings)).device
         super().__init__(device)
-        self.decays = decays
+        self.settings = settings
         self.beta1 = beta1
         self.eps = eps
         self.sequences = {
             master: FastSequence(master.clone(), torch.zeros_like(master))
-            for master in decays
+            for master in settings
         }
         # Of the squares of all learning rates, on the device as the count is.
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -63,17 +64,18 @@ class ScheduleFree(UpdateCounter):
         # 0 for as long as the learning rate is.
         average_weight = lr**2 / weight_sum.clamp(min=torch.finfo(torch.float64).tiny)
         correction = 1 - beta2 ** self._count.double()
-        for master, decay in self.decays.items():
+        for master, own in self.settings.items():
             if master.grad is None:
                 continue
             gradient = true_gradient(master.grad, grad_scale)
             sequence = self.sequences[master]
             squares = torch.lerp(gradient.square(), sequence.exp_avg_sq, beta2)
             scale = (squares / correction).sqrt_().add_(self.eps)
-            direction = (gradient / scale).add_(master, alpha=decay)
-            moved = self._moved(master, sequence.z, direction, average_weight, lr)
+            direction = (gradient / scale).add_(master, alpha=own.weight_decay)
+            rate = lr * own.lr_scale
+            moved = self._moved(master, sequence.z, direction, average_weight, rate)
             overwrite(master, moved, found_inf)
-            fast = sequence.z - lr * direction
+            fast = sequence.z - rate * direction
             overwrite(sequence.z, fast, found_inf)
             overwrite(sequence.exp_avg_sq, squares, found_inf)
 

@@ -35,6 +35,7 @@ from evomesh.optim.clip import (
 )
 from evomesh.optim.ema import WeightEma
 from evomesh.optim.gradient_profile import GradientObserver
+from evomesh.optim.groups import update_settings
 from evomesh.optim.rules import make_rules
 from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot, make_slot
@@ -90,6 +91,9 @@ class ZeroOptimizer:
         model: the module they belong to, which ``overlap_sync_param`` needs: without it, gathers finish in ``step``.
         config: the update rule.
 
+    Attributes:
+        settings: what holds for the updates of each master.
+
     Raises:
         UserError: the rule does not fit the parameters.
     """
@@ -120,7 +124,10 @@ class ZeroOptimizer:
             bucket_size=gather_bucket_size(zero, self.device),
             overlap=zero.overlap_sync_param and model is not None,
         )
-        self._rules = make_rules(self.slots, adam, config, grid)
+        self.settings = {
+            slot.master: update_settings(slot.name, adam) for slot in self.slots
+        }
+        self._rules = make_rules(self.slots, self.settings, adam, config, grid)
         masters = [slot.master for slot in self.slots]
         self.ema = None
         if config.ema.decay is not None:

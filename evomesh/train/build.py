@@ -33,6 +33,11 @@ from evomesh.data.build import (
 )
 from evomesh.errors import UserError
 from evomesh.optim.gradient_profile import GradientProfile
+from evomesh.optim.group_table import (
+    check_groups,
+    group_table,
+    grouped_parameters,
+)
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
@@ -173,6 +178,7 @@ def build_run(
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
     optimizer = _build_optimizer(config, stages, grid)
+    groups = _parameter_groups(config, optimizer)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -185,6 +191,7 @@ def build_run(
     # 6. What the run writes to.
     reporter = RunReporter(config, loaded.text, context, state, train_data)
     reporter.origins = loaded.origins
+    reporter.parameter_groups = groups
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
@@ -250,6 +257,20 @@ def _build_optimizer(config: Config, stages: ModelStages, grid: Grid) -> ZeroOpt
     return ZeroOptimizer(
         named_parameters, config.adam, zero, grid, stages.module, config.optimizer
     )
+
+
+def _parameter_groups(config: Config, optimizer: ZeroOptimizer) -> str:
+    """Return the table of the parameter groups, "" without any.
+
+    Raises:
+        UserError: a group has no parameter.
+    """
+    groups = config.adam.groups
+    if not groups:
+        return ""
+    parameters = grouped_parameters(optimizer)
+    check_groups(groups, parameters)
+    return group_table(groups, parameters)
 
 
 def _gradient_profile(

@@ -69,6 +69,7 @@ class RunReporter:
     Attributes:
         origins: where each value of the config comes from, for ``history.jsonl``.
         reason: what the run starts from, as one line; likewise.
+        parameter_groups: the table of ``adam.groups``; "" without groups.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class RunReporter:
         self.context = context
         self.origins: Mapping[str, str] = {}
         self.reason = ""
+        self.parameter_groups = ""
         self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
 
@@ -156,6 +158,8 @@ class RunReporter:
         logger.info("training data:\n%s", table)
         if self._stages:
             logger.info("data stages:\n%s", stage_table(self._stages))
+        if self.parameter_groups:
+            logger.info("parameter groups:\n%s", self.parameter_groups)
         for warning in self.data.warnings:
             logger.warning("%s", warning)
         total_steps = self.config.data.total_steps
@@ -371,10 +375,10 @@ class RunReporter:
             smallest_batch=int(segments_per_micro_batch.min()),
             adam_beta2=beta2,
             fwd_bwd_time=output.fwd_bwd_time,
-            extras=self._extras(output),
+            extras=self._extras(output, lr),
         )
 
-    def _extras(self, output: StepOutput) -> dict[str, float]:
+    def _extras(self, output: StepOutput, lr: float) -> dict[str, float]:
         """Return the figures of a step that InternEvo's line does not have."""
         extras = output.tally.summary()
         extras.pop("loss", None)  # the record has the objective under this name
@@ -382,6 +386,8 @@ class RunReporter:
             extras[Z_LOSS] = output.z_loss
         if output.gradients is not None:
             extras |= output.gradients.scalars
+        for number, group in enumerate(self.config.adam.groups, 1):
+            extras[f"lr/group{number}"] = lr * group.lr_scale
         return extras
 
 

@@ -318,6 +318,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("adam.weight_decay", 0.1, E),
     CompatibilityRow("adam.clip_grad", 4.0, W),
     CompatibilityRow("adam.no_decay", ["bias", "norm"], E),
+    CompatibilityRow("adam.groups", [{"pattern": "*", "weight_decay": 0.0}], E),
     CompatibilityRow("lr_scheduler.type", "wsd", E),
     CompatibilityRow("lr_scheduler.total_steps", 50, E),
     CompatibilityRow("lr_scheduler.init_steps", 10, E),

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from evomesh.config.families import architecture_of
 from evomesh.config.optimizer import OptimizerConfig
+from evomesh.config.parameter_groups import ParameterGroupConfig
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
@@ -170,6 +171,7 @@ class Layout:
     packs: int = 4
     adam: bool = False  # ZeroOptimizer instead of plain SGD
     rule: str = "adamw"  # of ZeroOptimizer
+    groups: tuple[ParameterGroupConfig, ...] = ()  # likewise
 
     def __str__(self) -> str:
         data = self.ranks // self.tensor // self.pipeline
@@ -192,6 +194,7 @@ class Layout:
         ]
         parts += ["adam"] if self.adam else []
         parts += [self.rule] if self.rule != "adamw" else []
+        parts += ["groups"] if self.groups else []
         parts += [f"packs{self.packs}"] if self.packs != 4 else []
         parts += ["smooth"] if self.smoothing else []
         parts += ["z"] if self.z_loss else []
@@ -307,7 +310,8 @@ def adam(
 ) -> Trained:
     """Three steps of the real optimizer; a large epsilon, since Adam's division amplifies the order of sums."""
     config = layout.config
-    settings = config.adam.model_copy(update={"adam_eps": 1.0})
+    changes = {"adam_eps": 1.0, "groups": layout.groups}
+    settings = config.adam.model_copy(update=changes)
     zero = config.hybrid_zero_optimizer.model_copy(
         update={"clip_grad_norm": 0.3, "reduce_bucket_size": 4000}
     )

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from evomesh.config.parameter_groups import ParameterGroupConfig
 from tests.dist.layouts import Layout, Trained, join, train
 from tests.support.covers import covers
 from tests.support.pool import Pool
@@ -52,8 +53,32 @@ AVERAGES = [
 ]
 
 
-def with_rule(layout: Layout, rule: str) -> Layout:
-    values = {**vars(layout), "adam": True, "rule": rule}
+# Matrices of one kind that Muon exchanges together, in two groups; and whole kinds.
+GROUPS = (
+    ParameterGroupConfig(pattern="layers.1.*", lr_scale=0.25, weight_decay=0.3),
+    ParameterGroupConfig(pattern="*norm*", weight_decay=0.0),
+    ParameterGroupConfig(pattern="embedding.*", lr_scale=0.5),
+)
+GROUPED = {
+    "adamw": [
+        Layout(tensor=2, mode="msp", zero1=2),
+        Layout(tensor=2, mode="isp", weight=4),
+        Layout(pipeline=2, parallel=CUT, family="tied"),
+    ],
+    "muon": [
+        Layout(tensor=2, mode="mtp", model={"num_layers": 5}),
+        Layout(tensor=2, mode="isp", weight=2),
+        Layout(pipeline=2, parallel=CUT, family="tied"),
+    ],
+    "lion": [Layout(tensor=2, mode="fsp", zero1=1)],
+    "schedule_free": [Layout(tensor=2, mode="mtp", pipeline=2)],
+}
+
+
+def with_rule(
+    layout: Layout, rule: str, groups: tuple[ParameterGroupConfig, ...] = ()
+) -> Layout:
+    values = {**vars(layout), "adam": True, "rule": rule, "groups": groups}
     return Layout(**values)
 
 
@@ -62,26 +87,37 @@ ALL = [
     *(with_rule(layout, "lion") for layout in LION),
     *(with_rule(layout, "schedule_free") for layout in AVERAGES),
     *(with_rule(layout, "ema") for layout in AVERAGES),
+    *(
+        with_rule(layout, rule, GROUPS)
+        for rule, layouts in GROUPED.items()
+        for layout in layouts
+    ),
 ]
 
 
 @functools.cache
-def one_process(family: str, rule: str, num_layers: int) -> Trained:
+def one_process(
+    family: str,
+    rule: str,
+    num_layers: int,
+    groups: tuple[ParameterGroupConfig, ...],
+) -> Trained:
     layout = Layout(
         ranks=1,
         family=family,
         adam=True,
         rule=rule,
+        groups=groups,
         model={"num_layers": num_layers},
     )
     return join([train(0, layout)])
 
 
-@covers("optimizer.type", "optimizer.ema.decay")
+@covers("optimizer.type", "optimizer.ema.decay", "adam.groups")
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     layers = layout.config.model.num_layers
-    whole = one_process(layout.family, layout.rule, layers)
+    whole = one_process(layout.family, layout.rule, layers, layout.groups)
     found = join(pool.run(train, layout, ranks=layout.ranks))
     losses = torch.tensor(found.losses, dtype=torch.float64)
     expected = torch.tensor(whole.losses, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ model |= dict(dtype="{dtype}")
 lr_scheduler["total_steps"] = 6
 optimizer = dict(type="{rule}", **{more})
 parallel = dict({parallel})
+adam["groups"] = {groups}
 """
 STEPS, PACKS = 6, 4
 
@@ -30,6 +32,7 @@ def train(
     parallel: str = "",
     dtype: str = "torch.bfloat16",
     more: str = "{}",
+    groups: str = "[]",
 ) -> str:
     data_ranks = ranks if not parallel else 1
     extra = COMMON.format(
@@ -39,6 +42,7 @@ def train(
         parallel=parallel,
         dtype=dtype,
         more=more,
+        groups=groups,
     )
     write_run(folder, extra)
     command = ["evomesh", "train", "config.py"]
@@ -92,13 +96,20 @@ def test_an_average_beside_the_weights(
 def test_muon_goes_on_in_other_layouts(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
+    """With two groups of parameters, of which each stage of a pipeline has one."""
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    wide = "torch.float64"
-    train(interpreter, straight, "muon", dtype=wide)
-    train(interpreter, moved, "muon", steps=2, ranks=2, parallel="tensor=2", dtype=wide)
-    train(interpreter, moved, "muon", steps=4, ranks=2, dtype=wide)
-    train(interpreter, moved, "muon", dtype=wide)
+    groups = (
+        '[dict(pattern="embedding*", lr_scale=0.5), dict(pattern="*.1.*", lr_scale=2)]'
+    )
+    run = partial(train, interpreter, rule="muon", dtype="torch.float64", groups=groups)
+    table = run(straight)
+    assert "1      embedding*" in table
+    run(moved, steps=2, ranks=2, parallel="pipeline=2")
+    run(moved, steps=4, ranks=2)
+    run(moved)
     assert losses(moved) == pytest.approx(losses(straight), rel=1e-10)
+    for row in metrics(straight):
+        assert row["lr/group1"] == row["lr"] / 2 and row["lr/group2"] == row["lr"] * 2
 
 
 def test_another_rule_is_refused_and_started_anew_on_request(

@@ -102,7 +102,7 @@ WITHOUT_EFFECT = {
     "default_hooks.checkpoint.save_best": "there is no best checkpoint: every one within the limit is kept",
     "default_hooks.checkpoint.*": "checkpoints have one format",
     "default_hooks.*": "hooks are not run",
-    "optim_wrapper.paramwise_cfg*": "one learning rate holds for all weights; adam.no_decay exempts from decay",
+    "optim_wrapper.paramwise_cfg*": "adam.groups sets rates and decay by parameter, adam.no_decay exempts from decay",
 }
 
 

@@ -1,0 +1,114 @@
+"""The groups of a run's parameters (``adam.groups``): whether each pattern matches one, and what the log shows."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from evomesh.config.parameter_groups import ParameterGroupConfig, group_number
+from evomesh.config.text_table import text_table
+from evomesh.errors import UserError
+from evomesh.optim.groups import UpdateSettings
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.collectives import all_gather_objects
+
+SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class GroupedParameter:
+    """One trained parameter of the whole model, and what holds for its updates."""
+
+    elements: int
+    settings: UpdateSettings
+
+
+def grouped_parameters(optimizer: ZeroOptimizer) -> dict[str, GroupedParameter]:
+    """Return the trained parameters of the whole model by global name, those of other stages too."""
+    own: dict[str, GroupedParameter] = {}
+    for slot in optimizer.slots:
+        elements = math.prod(slot.spec.stored_shape)
+        settings = optimizer.settings[slot.master]
+        own[slot.name] = GroupedParameter(elements, settings)
+    found: dict[str, GroupedParameter] = {}
+    # A tied embedding is in two stages under one name.
+    for stage in all_gather_objects(own, optimizer.grid.pp):
+        found |= stage
+    return found
+
+
+def check_groups(groups: Sequence[ParameterGroupConfig], names: Iterable[str]) -> None:
+    """Refuse a group without a parameter.
+
+    Args:
+        names: global names of all trained parameters, of every stage of a pipeline.
+
+    Raises:
+        UserError: with the names nearest to the pattern, or the group that has what it matches.
+    """
+    known = list(names)
+    members = {group_number(name, groups) for name in known}
+    for number, group in enumerate(groups, 1):
+        if number in members:
+            continue
+        where = f"adam.groups, item {number}"
+        matched = [name for name in known if group.matches(name)]
+        if not matched:
+            nearest = ", ".join(_nearest(group.pattern, known))
+            raise UserError(
+                f"{group.pattern!r} matches none of the model's {len(known)} trained parameters",
+                where=where,
+                expected=f"a pattern of global names, of which the nearest are {nearest}",
+                fix="correct the pattern, or leave the item out",
+            )
+        earlier = group_number(matched[0], groups)
+        raise UserError(
+            f"all {len(matched)} parameters that {group.pattern!r} matches belong to earlier items, "
+            f"{matched[0]} to item {earlier}",
+            where=where,
+            expected="a parameter that no earlier pattern matches: the first one that does holds",
+            fix="put the narrower pattern first, or leave the item out",
+        )
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names most like a pattern, one of each kind: blocks have the same."""
+    # layers.0.ffn_norm.weight and layers.1.ffn_norm.weight are one kind.
+    first_names: dict[str, str] = {}
+    for name in names:
+        kind = re.sub(r"\d+", "*", name)
+        first_names.setdefault(kind, name)
+
+    def likeness(kind: str) -> tuple[int, float]:
+        words = re.findall("[a-z0-9]+", pattern.lower())
+        in_common = [word for word in words if word in kind]
+        comparison = difflib.SequenceMatcher(None, pattern, kind)
+        return len(in_common), comparison.ratio()
+
+    kinds = sorted(first_names, key=likeness, reverse=True)
+    return [first_names[kind] for kind in kinds[:SHOWN]]
+
+
+def group_table(
+    groups: Sequence[ParameterGroupConfig], parameters: Mapping[str, GroupedParameter]
+) -> str:
+    """Return the groups with their number of parameters, as a table; those without a group come last."""
+    # A group has two rows if its parameters differ otherwise, such as by adam.no_decay.
+    elements: defaultdict[tuple[int, UpdateSettings], int] = defaultdict(int)
+    for name, parameter in parameters.items():
+        number = group_number(name, groups) or len(groups) + 1
+        elements[number, parameter.settings] += parameter.elements
+    rows = [("group", "pattern", "parameters", "lr_scale", "weight_decay")]
+    ordered = sorted(elements, key=lambda key: (key[0], -elements[key]))
+    for number, settings in ordered:
+        label, pattern = "-", "all others"
+        if number <= len(groups):
+            label, pattern = str(number), groups[number - 1].pattern
+        count = f"{elements[number, settings]:,}"
+        scale, decay = f"{settings.lr_scale:g}", f"{settings.weight_decay:g}"
+        rows.append((label, pattern, count, scale, decay))
+    return text_table(rows)
