@@ -35,7 +35,7 @@ from evomesh.optim.clip import (
 )
 from evomesh.optim.ema import WeightEma
 from evomesh.optim.gradient_profile import GradientObserver
-from evomesh.optim.groups import update_settings
+from evomesh.optim.groups import UpdateSettings, update_settings
 from evomesh.optim.rules import make_rules
 from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot, make_slot
@@ -124,9 +124,7 @@ class ZeroOptimizer:
             bucket_size=gather_bucket_size(zero, self.device),
             overlap=zero.overlap_sync_param and model is not None,
         )
-        self.settings = {
-            slot.master: update_settings(slot.name, adam) for slot in self.slots
-        }
+        self.settings = _settings_of(self.slots, adam)
         self._rules = make_rules(self.slots, self.settings, adam, config, grid)
         masters = [slot.master for slot in self.slots]
         self.ema = None
@@ -393,6 +391,12 @@ class ZeroOptimizer:
             wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]
         # Before FSDP2 looks at the shards.
         module.register_forward_pre_hook(wait, prepend=True)
+
+
+def _settings_of(
+    slots: list[ParameterSlot], adam: AdamConfig
+) -> dict[Tensor, UpdateSettings]:
+    return {slot.master: update_settings(slot.name, adam) for slot in slots}
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:

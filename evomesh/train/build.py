@@ -177,8 +177,7 @@ def build_run(
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
-    optimizer = _build_optimizer(config, stages, grid)
-    groups = _parameter_groups(config, optimizer)
+    optimizer, groups = _build_optimizer(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -251,12 +250,16 @@ def _open_stream(
     return stream
 
 
-def _build_optimizer(config: Config, stages: ModelStages, grid: Grid) -> ZeroOptimizer:
+def _build_optimizer(
+    config: Config, stages: ModelStages, grid: Grid
+) -> tuple[ZeroOptimizer, str]:
+    """Return the optimizer, and the table of its parameter groups."""
     named_parameters = stages.parameters().items()
     zero = config.hybrid_zero_optimizer
-    return ZeroOptimizer(
+    optimizer = ZeroOptimizer(
         named_parameters, config.adam, zero, grid, stages.module, config.optimizer
     )
+    return optimizer, _parameter_groups(config, optimizer)
 
 
 def _parameter_groups(config: Config, optimizer: ZeroOptimizer) -> str:
