@@ -19,7 +19,6 @@ ENGLISH_ONLY = {
     "compatibility.md",
     "generation.md",
     "handover.md",
-    "monitoring.md",
     "performance.md",
     "recipes.md",
     "reports.md",
