@@ -23,7 +23,6 @@ ENGLISH_ONLY = {
     "recipes.md",
     "reports.md",
     "serving.md",
-    "xtuner.md",
 }
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
 
