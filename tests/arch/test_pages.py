@@ -17,12 +17,10 @@ ENGLISH_ONLY = {
     "architecture.md",
     "cluster-run.md",
     "compatibility.md",
-    "generation.md",
     "handover.md",
     "performance.md",
     "recipes.md",
     "reports.md",
-    "serving.md",
 }
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
 
