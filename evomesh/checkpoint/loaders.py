@@ -15,9 +15,8 @@ holds of each and refuses names of no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomesh.checkpoint.deepspeed.load import load_xtuner, load_xtuner_state
@@ -29,26 +28,22 @@ from evomesh.checkpoint.internevo.model import (
     read_model_section,
 )
 from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
-from evomesh.checkpoint.native.boxes import Box, Coordinates
+from evomesh.checkpoint.lazy_replicas import (
+    LazyRead,
+    LazyTensor,
+    copy_checked,
+    read_alone,
+    read_together,
+)
+from evomesh.checkpoint.native.agreement import run_on_all_ranks
+from evomesh.checkpoint.native.boxes import Box
 from evomesh.checkpoint.native.plan import LocalTensor
 from evomesh.checkpoint.native.read import (
     refuse_differing,
     refuse_missing,
-    refuse_not_finite,
     refuse_unwanted,
 )
-
-
-class LazyTensor(Protocol):
-    """A tensor that is still on disk."""
-
-    @property
-    def shape(self) -> Coordinates: ...
-
-    def read(self, box: Box | None = None) -> Tensor:
-        """Return the tensor, or a box of it."""
-        ...
-
+from evomesh.parallel.exchange import Exchange
 
 Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor | LazyTensor]]]
 
@@ -160,9 +155,39 @@ def fill(
         CheckpointError: wanted tensors are missing, some are wanted by no rank, or shapes differ (all are named); or
             NaN or infinity in the first tensor that has any.
     """
+    for read in fill_from_memory(local, source, where, elsewhere):
+        read_alone(read, where)
+
+
+def fill_on_all_ranks(
+    local: Mapping[str, LocalTensor],
+    source: Callable[[], Iterable[tuple[str, Tensor | LazyTensor]]],
+    where: str,
+    elsewhere: Collection[str],
+    exchange: Exchange,
+) -> None:
+    """Do on every rank what ``fill`` does; ranks that want the same of a file read it once, together.
+
+    Raises:
+        CheckpointError: that of the first rank that has one, on every rank.
+    """
+    reads = run_on_all_ranks(
+        exchange, lambda: fill_from_memory(local, source(), where, elsewhere)
+    )
+    run_on_all_ranks(exchange, lambda: read_together(reads, where, exchange))
+
+
+def fill_from_memory(
+    local: Mapping[str, LocalTensor],
+    source: Iterable[tuple[str, Tensor | LazyTensor]],
+    where: str,
+    elsewhere: Collection[str] = (),
+) -> list[LazyRead]:
+    """Do what ``fill`` does with tensors in memory, and return those that are still to be read."""
     missing = set(local)
     unknown: list[str] = []
     differing: list[str] = []
+    unread: list[LazyRead] = []
     for name, tensor in source:
         wanted = local.get(name)
         if wanted is None:
@@ -172,23 +197,18 @@ def fill(
         if tuple(tensor.shape) != wanted.shape:
             shapes = f"the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}"
             differing.append(f"{name}: {shapes}")
+        elif not isinstance(tensor, Tensor):
+            unread.append(LazyRead(wanted, tensor))
         elif not differing:
             _copy(wanted, tensor, where)
     refuse_differing(differing, where)
     refuse_missing(sorted(missing), unknown, where)
     refuse_unwanted(unknown, elsewhere, where)
+    return unread
 
 
-def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor, where: str) -> None:
+def _copy(wanted: LocalTensor, tensor: Tensor, where: str) -> None:
     """Copy this rank's parts of a tensor, and check that they are finite."""
+    whole = Box.whole(tuple(tensor.shape))
     for part in wanted.parts:
-        values = _read_box(tensor, part.box)
-        with torch.no_grad():
-            part.tensor.copy_(values)
-        refuse_not_finite(wanted.name, values, part.tensor, where)
-
-
-def _read_box(tensor: Tensor | LazyTensor, box: Box) -> Tensor:
-    if isinstance(tensor, Tensor):
-        return tensor[box.within(Box.whole(tuple(tensor.shape)))]
-    return tensor.read(box)
+        copy_checked(wanted.name, part, tensor[part.box.within(whole)], where)

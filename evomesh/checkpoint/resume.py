@@ -13,7 +13,12 @@ from torch import Tensor
 from evomesh.checkpoint import detect
 from evomesh.checkpoint.foreign_runs import NO_MOMENTS, newest_of_other_systems
 from evomesh.checkpoint.hub_cache import hub_model, local_folder
-from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_foreign_state
+from evomesh.checkpoint.loaders import (
+    checkpoint_loaders,
+    fill,
+    fill_on_all_ranks,
+    load_foreign_state,
+)
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
 from evomesh.checkpoint.native.ema_weights import EMA
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
@@ -414,10 +419,8 @@ def _load_foreign(
         group[name] = tensor
     if start.wants("model"):
         read = partial(loader, start.path, model)
-        # What is wrong with one rank's part of a tensor ends all ranks with that message.
-        run_on_all_ranks(
-            reader.exchange,
-            lambda: fill(parameters, read(), start.path, wanted_anywhere),
+        fill_on_all_ranks(
+            parameters, read, start.path, wanted_anywhere, reader.exchange
         )
     if start.content == {"model"}:
         return {}

@@ -35,6 +35,8 @@ class XTunerWeights:
         CheckpointError: there is no such checkpoint, it is not complete, or not one of a whole language model.
     """
 
+    reads_boxes = False
+
     def __init__(self, url: str) -> None:
         place = find_checkpoint(url)
         self.path = str(place)

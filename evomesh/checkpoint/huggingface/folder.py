@@ -31,9 +31,14 @@ META_ROW_PARALLEL = (".wo.weight", ".w2.weight")
 
 
 class WeightFolder(Protocol):
-    """A folder of named tensors."""
+    """A folder of named tensors.
+
+    Attributes:
+        reads_boxes: whether a box of a tensor costs no more than its bytes.
+    """
 
     path: str
+    reads_boxes: bool
 
     @property
     def shapes(self) -> dict[str, Coordinates]:
@@ -93,6 +98,8 @@ class HfFolder:
 
     It holds ``model.safetensors`` or ``pytorch_model.bin``, or shards with an index.
     """
+
+    reads_boxes = True
 
     def __init__(self, storage: Storage, path: str) -> None:
         self.storage = storage
@@ -218,6 +225,8 @@ class HfFolder:
 
 class MetaFolder:
     """``consolidated.00.pth`` ...: one file per tensor-parallel rank, merged tensor by tensor."""
+
+    reads_boxes = False
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)

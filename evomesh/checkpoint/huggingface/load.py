@@ -83,6 +83,11 @@ class ForeignTensor:
     def shape(self) -> Coordinates:
         return self.link.native_shape
 
+    @property
+    def reads_boxes(self) -> bool:
+        """Return whether a box costs no more than its bytes."""
+        return self.folder.reads_boxes
+
     def read(self, box: Box | None = None) -> Tensor:
         """Read the tensor, or a box of it.
 
