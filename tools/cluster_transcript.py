@@ -1,9 +1,10 @@
-"""Write docs/cluster-run.md: a run on a real Slurm cluster that loses a node, hangs, and still ends bit-equal.
+"""Write docs/cluster-run.md, in both languages: a run on a real Slurm cluster that loses a node, hangs, and still ends
+bit-equal.
 
     python tools/cluster_transcript.py          # root, with Debian's slurm-wlm and munge; a few minutes
 
-All that stands in the page was printed by this very run: the batch job's log, Slurm's own words, and the alerts that a
-web server on this machine received. The cluster is the one of tests/e2e/test_slurm.py.
+All that stands in the blocks was printed by this very run: the batch job's log, Slurm's own words, and the alerts that
+a web server on this machine received. The cluster is the one of tests/e2e/test_slurm.py.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # After the path is set.
 from tests.support import slurm  # noqa: E402
+from tests.support.pages import DOCS, Page  # noqa: E402
 from tests.support.runs import write_run  # noqa: E402
 from tests.support.slurm import Cluster, wait_until  # noqa: E402
 from tests.support.webhook import WebhookServer  # noqa: E402
+from tools.translations import mark  # noqa: E402
 
-PAGE = ROOT / "docs/cluster-run.md"
+PAGE = Page(DOCS / "cluster-run.md")
 STEPS = 300
 PATIENCE_S = 600  # a wait takes seconds; more only on a busy machine
 CONFIG = f"""
@@ -47,14 +51,44 @@ FIGURES = re.compile(r".*(step=\d+,loss=[\d.]+).*")
 SHOWN = re.compile(
     r"^job \d+ on|resuming step|checkpoint of step|is lost|is stopped by|^  at |is queued again"
 )
-INTRODUCTION = """\
+
+
+class Prose(NamedTuple):
+    """The same words in both languages."""
+
+    english: str
+    chinese: str
+
+    def naming(self, rank: int) -> Prose:
+        """Return the words with a rank's process id at their {rank}."""
+        return Prose(*(words.format(rank=rank) for words in self))
+
+
+INTRODUCTION = Prose(
+    """\
 # A run that loses a node and hangs
 
 Two virtual nodes of a real Slurm (Debian's 22.05, two daemons on one machine), two ranks on CPUs with gloo. Written by
 `python tools/cluster_transcript.py`: every line is of one run, shortened to time and message; most steps are left out.
-What each part does is in [Starting a job](launching.md) and [Monitoring](monitoring.md).
+What each part does is in [Starting a job](launching.md) and [Monitoring](monitoring.md).""",
+    """\
+# 一次丢失节点并卡住的运行
 
-"""
+真实的 Slurm（Debian 的 22.05，两个守护进程在一台机器上）中的两个虚拟节点，CPU 上用 gloo 的两个进程。\
+本页由 `python tools/cluster_transcript.py` 写出：每一行都来自同一次运行，只保留时间和信息；大部分步略去。\
+各部分的作用见[启动任务](launching.md)和[监控](monitoring.md)。""",
+)
+SUBMITTED = Prose("Submitted", "提交")
+NODE_LOST = Prose(
+    "The node of the batch script loses its power", "批处理脚本所在的节点断电"
+)
+RANK_HANGS = Prose(
+    "Queued again by Slurm; then rank 1 hangs (kill -STOP {rank})",
+    "由 Slurm 重新排队；然后 rank 1 卡住（kill -STOP {rank}）",
+)
+FINISHED = Prose("Queued again by its script; finished", "由脚本重新排队；完成")
+LEFT_ALONE = Prose("The same config, left alone", "同样的配置，不受干扰")
+TITLES = (SUBMITTED, NODE_LOST, RANK_HANGS, FINISHED, LEFT_ALONE)
 
 
 class Transcript:
@@ -63,16 +97,26 @@ class Transcript:
     def __init__(self) -> None:
         self._parts = [INTRODUCTION]
 
-    def add(self, title: str, *blocks: tuple[str, str]) -> None:
+    def add(self, title: Prose, *blocks: tuple[str, str]) -> None:
         """Add a section: each block is a command and what it printed."""
-        lines = [f"## {title}", "", "```"]
+        lines = []
         for command, printed in blocks:
             lines += [f"$ {command}", *printed.strip("\n").splitlines()]
-        self._parts.append("\n".join([*lines, "```", "", ""]))
+        fenced = "\n".join(["```", *lines, "```"])
+        section = Prose(*(f"## {words}\n\n{fenced}" for words in title))
+        self._parts.append(section)
+
+    @property
+    def text(self) -> Prose:
+        """The page in both languages."""
+        english, chinese = zip(*self._parts, strict=True)
+        return Prose("\n\n".join(english) + "\n", "\n\n".join(chinese) + "\n")
 
     def write(self) -> None:
-        """Write the page."""
-        PAGE.write_text("".join(self._parts).rstrip("\n") + "\n", encoding="utf-8")
+        """Write the page and its translation."""
+        PAGE.path.write_text(self.text.english, encoding="utf-8")
+        PAGE.translation.path.write_text(self.text.chinese, encoding="utf-8")
+        mark(PAGE)
 
 
 class WatchedJob:
@@ -138,7 +182,7 @@ def losses(folder: Path) -> dict[int, str]:
 
 
 def main() -> None:
-    """Make the run and write the page."""
+    """Make the run and write the page, in both languages."""
     if slurm.missing():
         sys.exit(slurm.missing())
     folder = Path(tempfile.mkdtemp(prefix="transcript"))
@@ -159,7 +203,7 @@ def tell(
     write_run(folder / "job", CONFIG + ALERTS)
     write_run(folder / "alone", CONFIG)
     printed = cluster.call(*SUBMIT.split(), cwd=folder / "job")
-    story.add("Submitted", (SUBMIT, printed))
+    story.add(SUBMITTED, (SUBMIT, printed))
     found = re.search(r"job (\d+)", printed)
     assert found, printed
     job = WatchedJob(cluster, found[1], folder / "job")
@@ -177,7 +221,7 @@ def tell(
     ]
     grep = ('grep "due to failure" slurmctld.log', "\n".join(reason))
     story.add(
-        "The node of the batch script loses its power",
+        NODE_LOST,
         (follow, job.new_lines()), (SINFO, down), grep, (hook, alerts_of(server, 0)),
     )  # fmt: skip
 
@@ -188,7 +232,7 @@ def tell(
     os.kill(rank, signal.SIGSTOP)
     job.wait_for("is queued again")
     story.add(
-        f"Queued again by Slurm; then rank 1 hangs (kill -STOP {rank})",
+        RANK_HANGS.naming(rank),
         (follow, job.new_lines()),
         (hook, alerts_of(server, seen)),
     )
@@ -196,11 +240,11 @@ def tell(
     seen = len(server.documents)
     job.wait_for_state("COMPLETED 2")
     story.add(
-        "Queued again by its script; finished",
+        FINISHED,
         (follow, job.new_lines()),
         (hook, alerts_of(server, seen)),
     )
-    story.add("The same config, left alone", compare(cluster, folder))
+    story.add(LEFT_ALONE, compare(cluster, folder))
 
 
 def compare(cluster: Cluster, folder: Path) -> tuple[str, str]:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.pages import DOCS, Page, english_pages
+from tests.support.pages import BLOCK, DOCS, STAMP, Page, english_pages
+from tools.cluster_transcript import PAGE as TRANSCRIPT_PAGE
+from tools.cluster_transcript import TITLES, Transcript
 from tools.translations import with_chinese_punctuation
 
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
 ENGLISH_ONLY = {
-    "cluster-run.md",
     "compatibility.md",
     "handover.md",
     "performance.md",
@@ -46,6 +47,17 @@ def test_both_languages_have_the_same_structure(page: Page) -> None:
     # Two links of one sentence may change places.
     assert sorted(chinese.links) == sorted(page.links)
     assert chinese.table_rows == page.table_rows
+
+
+def test_the_cluster_transcript_has_the_prose_that_its_tool_writes() -> None:
+    rank = re.search(r"kill -STOP (\d+)", TRANSCRIPT_PAGE.text)
+    assert rank
+    transcript = Transcript()
+    for title in TITLES:
+        transcript.add(title.naming(int(rank[1])))
+    english, chinese = (BLOCK.sub("", text) for text in transcript.text)
+    assert TRANSCRIPT_PAGE.prose == english
+    assert STAMP.sub("", TRANSCRIPT_PAGE.translation.prose) == chinese
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
