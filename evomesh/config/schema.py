@@ -1,7 +1,7 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-The sections ``model``, ``data``, ``lr_scheduler``, ``grad_profiling`` and
-``ckpt.export_hf`` have files of their name; ``monitor`` is in ``alert.py``.
+The sections ``model``, ``data``, ``lr_scheduler``, ``grad_profiling``, ``spike``
+and ``ckpt.export_hf`` have files of their name; ``monitor`` is in ``alert.py``.
 
 Field names are InternEvo's. A field's default and description are written here and
 nowhere else. The loader (``loader.py``) resolves older spellings
@@ -32,6 +32,7 @@ from evomesh.config.model import (
 from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.parameter_groups import GroupsSetting
 from evomesh.config.section import Section
+from evomesh.config.spike import SpikeConfig
 
 # Imported here and from here.
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "OptimizerConfig",
     "RotaryType",
     "Section",
+    "SpikeConfig",
 ]
 
 INF = math.inf
@@ -469,6 +471,10 @@ class Config(Section):
     grad_profiling: GradProfilingConfig = Field(
         GradProfilingConfig(),
         description="Gradient norms and zeros of single layers, for the metrics.",
+    )
+    spike: SpikeConfig = Field(
+        SpikeConfig(),
+        description="Spikes of the loss and the gradient norm, and what is done about them.",
     )
     generation: GenerationConfig | None = Field(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,6 +19,26 @@ from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec
 
 GradientCheck = Literal["ok", "inf", "nan"]
+
+
+@dataclass(frozen=True)
+class UpdateLimits:
+    """The largest gradient norm and loss of a step whose update is made; a loss that is not finite is too large.
+
+    Attributes:
+        overflows: a norm that is not finite is usual if the loss is finite, and no reason to leave the step out.
+    """
+
+    norm: float = math.inf
+    loss: float = math.inf
+    overflows: bool = False
+
+    def are_exceeded(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """Return whether the update is left out, a bool scalar: on the device, for which the host never waits."""
+        is_large = (loss > self.loss) | ~loss.isfinite()
+        if self.overflows:
+            return is_large | ((norm > self.norm) & norm.isfinite())
+        return is_large | (norm > self.norm) | ~norm.isfinite()
 
 
 def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evomesh.config.optimizer import EmaConfig
+from evomesh.optim.rule import overwrite
 
 
 class WeightEma:
@@ -25,9 +26,19 @@ class WeightEma:
         self.averages = {master: master.clone() for master in masters}
         self.calls = 0
 
-    def after_step(self) -> None:
-        """Take part of the present weights into the average, if a step is due."""
+    def after_step(self, is_left_out: Tensor | None = None) -> None:
+        """Take part of the present weights into the average, if a step is due.
+
+        Args:
+            is_left_out: bool scalar; if it is true, no average changes, and the host need not know.
+        """
         self.calls += 1
-        if self.calls % self.config.every == 0:
+        if self.calls % self.config.every:
+            return
+        weight = 1 - self.decay
+        if is_left_out is None:
             averages = list(self.averages.values())
-            torch._foreach_lerp_(averages, list(self.averages), 1 - self.decay)
+            torch._foreach_lerp_(averages, list(self.averages), weight)
+            return
+        for master, average in self.averages.items():
+            overwrite(average, average.lerp(master, weight), is_left_out)

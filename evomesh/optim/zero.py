@@ -29,6 +29,7 @@ from evomesh.optim.buckets import (
 )
 from evomesh.optim.clip import (
     GradientCheck,
+    UpdateLimits,
     check_norm,
     clip_factor,
     global_norm_and_sums,
@@ -158,6 +159,7 @@ class ZeroOptimizer:
         inv_scale: float,
         profile: GradientObserver | None = None,
         sums: Tensor | None = None,
+        limits: UpdateLimits | None = None,
     ) -> StepResult:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
 
@@ -169,6 +171,8 @@ class ZeroOptimizer:
             inv_scale: 1 / the loss scale that the gradients carry.
             profile: measures the gradients of this step too.
             sums: [K] float64, this rank's summands of totals that travel with the norm.
+            limits: beyond which nothing changes either, and the step counts for the moving average as none;
+                the first of ``sums`` is the loss.
 
         Returns:
             the norm, the same on every rank. If it is not finite, nothing changes.
@@ -197,11 +201,15 @@ class ZeroOptimizer:
 
         # 4. The rules on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
         divisor = self._scale_gradients(gradients, norm, inv_scale)
-        not_finite = (~norm.isfinite()).float()
+        is_left_out = ~norm.isfinite()
+        beyond_limits = None
+        if limits is not None:
+            beyond_limits = limits.are_exceeded(norm, totals[0])
+            is_left_out = is_left_out | beyond_limits
         for rule in self._rules:
-            rule.step(lr, beta2, divisor, found_inf=not_finite)
+            rule.step(lr, beta2, divisor, found_inf=is_left_out.float())
         if self.ema is not None:
-            self.ema.after_step()
+            self.ema.after_step(beyond_limits)
 
         # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
         copy_masters_to_parameters(self.slots)
@@ -236,6 +244,11 @@ class ZeroOptimizer:
             rule.communicate()
         self._parameters.start()
         self._parameters.wait()
+
+    def forget_step(self) -> None:
+        """Count the last step, which was beyond its limits, as none."""
+        if self.ema is not None:
+            self.ema.calls -= 1
 
     def zero_grad(self) -> None:
         """Drop the gradients accumulated so far."""

@@ -22,6 +22,7 @@ from evomesh.monitor.alerts.sender import BackgroundSender
 from evomesh.monitor.alerts.spike import LossSpike
 from evomesh.monitor.metrics import StepRecord
 from evomesh.outside_errors import as_user_error, gigabytes
+from evomesh.train.spikes import SpikeFinding
 
 DISK_CHECK_S = 60.0
 TRACEBACK_LINES = 10  # the last ones of a crash
@@ -104,12 +105,23 @@ class TrainingAlerts:
         plural = "" if world_size == 1 else "s"
         self.raise_alert(kind, f"{world_size} rank{plural}: {reason}")
 
-    def after_step(self, record: StepRecord, bytes_per_save: int = 0) -> None:
-        """Look at the figures of a step; takes microseconds."""
+    def after_step(
+        self,
+        record: StepRecord,
+        bytes_per_save: int = 0,
+        spike: SpikeFinding | None = None,
+    ) -> None:
+        """Look at the figures of a step; takes microseconds.
+
+        Args:
+            spike: what ``spike`` of the config has found, which is told instead of a loss far above its mean.
+        """
         if not self._is_main:
             return
         mean = self._spike.exceeded_mean(record.loss)
-        if mean is not None:
+        if spike is not None:
+            self.raise_alert("loss spike", spike.describe())
+        elif mean is not None:
             self.raise_alert(
                 "loss spike",
                 f"the loss of step {record.step} is {record.loss:.4f}, and its running mean was {mean:.4f}",

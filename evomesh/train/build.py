@@ -21,7 +21,7 @@ from evomesh.config.data_stages import check_data_stages
 from evomesh.config.epochs import packs_left_out, resolve_epochs, steps_per_epoch
 from evomesh.config.folders import FolderPlace
 from evomesh.config.loader import LoadedConfig
-from evomesh.config.schema import CheckpointConfig, Config, RunConfig
+from evomesh.config.schema import CheckpointConfig, Config, RunConfig, SpikeConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import (
     BatchStream,
@@ -48,6 +48,7 @@ from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
+from evomesh.train.spikes import SpikeWatch, rows_of_all_ranks
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
 from evomesh.train.stored_state import check_stored_state
@@ -67,6 +68,7 @@ class TrainingRun:
         stream: the batches; taken by ``take_batch``.
         gradient_profile: measures gradients in the steps of ``grad_profiling``; None when it is off.
         early_stop: what ends the run when its validation does not improve.
+        spikes: judges the steps, and keeps what was decided about spikes.
     """
 
     config: Config
@@ -85,6 +87,7 @@ class TrainingRun:
     reason: str
     gradient_profile: GradientProfile | None = None
     early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(None))
+    spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch(SpikeConfig()))
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -139,6 +142,7 @@ class TrainingRun:
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),
             "early_stop": self.early_stop.state(),
+            "spikes": self.spikes.state(),
         }
 
 
@@ -211,7 +215,27 @@ def build_run(
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
         early_stop=_early_stop(config, valid_sets, start, stored),
+        spikes=_spike_watch(config, reporter, scaler, start, stored),
     )
+
+
+def _spike_watch(
+    config: Config,
+    reporter: RunReporter,
+    scaler: LossScaler,
+    start: StartPoint,
+    stored: dict[str, Any],
+) -> SpikeWatch:
+    """Return what judges the steps, with the decisions of a run that continues."""
+    continues = start.keeps_counters and not start.is_branch
+    rows: list[dict[str, Any]] = []
+    if continues:
+        rows = rows_of_all_ranks(reporter.folder, reporter.main)
+    watch = SpikeWatch(config.spike, scaler.active, rows)
+    if start.keeps_counters:
+        watch.load_state(stored.get("spikes"))
+    watch.open_log(reporter.folder, is_main=reporter.main, continues=continues)
+    return watch
 
 
 def _early_stop(

@@ -261,7 +261,9 @@ class RunReporter:
             # Other extras have a line each; z-loss is part of the loss.
             terms = {key: record.extras[key] for key in record.extras if key == Z_LOSS}
             line = replace(record, extras=terms).line()
-            if output.update.check == "ok":
+            if output.left_out:
+                logger.warning("the update of step %d is left out (%s)", step, line)
+            elif output.update.check == "ok":
                 logger.info("%s", line)
             else:
                 logger.warning(

@@ -12,6 +12,7 @@ from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.monitor.profile import region
+from evomesh.optim.clip import UpdateLimits
 from evomesh.optim.gradient_profile import GradientFigures, GradientObserver
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
@@ -35,6 +36,7 @@ class StepOutput:
         fwd_bwd_time: seconds in forward and backward.
         z_loss: the part of ``loss`` that is z-loss.
         gradients: figures of single layers; None in steps that are not profiled.
+        left_out: the step was beyond its limits: no update, and not counted by the loss scale.
     """
 
     loss: float
@@ -43,6 +45,7 @@ class StepOutput:
     fwd_bwd_time: float = 0.0
     z_loss: float = 0.0
     gradients: GradientFigures | None = None
+    left_out: bool = False
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
@@ -66,6 +69,7 @@ def train_step(
     beta2: float,
     should_stop: Callable[[int], bool] | None = None,
     profile: GradientObserver | None = None,
+    limits: UpdateLimits | None = None,
 ) -> StepOutput | None:
     """Accumulate the gradient of the mean loss over all target tokens of the global batch, and apply it.
 
@@ -79,6 +83,7 @@ def train_step(
         should_stop: called between micro-batches with the number of finished ones; True
             interrupts the step. Never called in a pipeline.
         profile: measures the gradients of this step.
+        limits: of loss and gradient norm, beyond which the step changes nothing.
 
     Returns:
         None when ``should_stop`` interrupted the step: its gradients are dropped and nothing else has changed.
@@ -105,14 +110,28 @@ def train_step(
     # 3. Update: clips, skips what is not finite, applies AdamW; sums norm and losses.
     own_sums = sums.of_this_rank(grid)
     with region("optimizer"), this_process().phase(Place.OPTIMIZER):
-        update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile, own_sums)
+        update = optimizer.step(
+            lr, beta2, 1.0 / scaler.scale, profile, own_sums, limits
+        )
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
     results, measured = _read_results(update, sums)
     results = _with_gradients(results, profile, measured, scaler.scale)
-    scaler.update(results.update.check)
-    return replace(results, fwd_bwd_time=watch.seconds())
+    left_out = _is_left_out(results, limits)
+    if left_out:
+        optimizer.forget_step()
+    else:
+        scaler.update(results.update.check)
+    return replace(results, fwd_bwd_time=watch.seconds(), left_out=left_out)
+
+
+def _is_left_out(results: StepOutput, limits: UpdateLimits | None) -> bool:
+    """Return what the device has decided: it compared the same numbers."""
+    if limits is None:
+        return False
+    loss = torch.tensor(results.loss, dtype=torch.float64)
+    return bool(limits.are_exceeded(results.update.norm, loss))
 
 
 def _with_gradients(

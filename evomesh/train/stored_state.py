@@ -79,6 +79,7 @@ def _check_parts(state: Mapping[str, Any]) -> None:
     _check_optimizer(state["optimizer"])
     _check_scaler(state["scaler"])
     _check_early_stop(state.get("early_stop"))
+    _check_spikes(state.get("spikes"))
     _check_manifest(state["data"])
     position = mapping(state["sampler"], "sampler")
     _check_position(position)
@@ -125,6 +126,22 @@ def _check_early_stop(counts: Any) -> None:
     best = counts["best"]
     if best is not None and type(best) not in (int, float):
         raise ValueError("early_stop.best is not a number")
+
+
+def _check_spikes(spikes: Any) -> None:
+    # Checkpoints of earlier versions, and imported ones, have none.
+    if spikes is None:
+        return
+    _check_integers(spikes, ["rollbacks"], "spikes")
+    for step in array(spikes["left_out"], "spikes.left_out"):
+        integer(step, "spikes.left_out")
+    for figures in array(spikes["history"], "spikes.history"):
+        numbers = array(figures, "spikes.history")
+        are_finite = [
+            type(number) in (int, float) and math.isfinite(number) for number in numbers
+        ]
+        if are_finite != [True, True]:
+            raise ValueError("spikes.history is not pairs of finite numbers")
 
 
 def _check_scaler(scaler: Mapping[str, Any]) -> None:

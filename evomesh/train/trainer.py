@@ -24,7 +24,8 @@ from evomesh.train.build import TrainingRun
 from evomesh.train.diagnosis import Diagnosis, DiskProbe
 from evomesh.train.memory_profile import MemoryProfile
 from evomesh.train.signals import StopRequest
-from evomesh.train.step import seed_step, train_step
+from evomesh.train.spikes import SpikeFinding
+from evomesh.train.step import StepOutput, seed_step, train_step
 from evomesh.train.step_file import StepFile
 from evomesh.train.stop import StopPoll
 from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
@@ -70,6 +71,8 @@ class Trainer:
         self.last_step = total_steps if until is None else min(until, total_steps)
         data = run.config.data
         self.skipped_steps = data.skip_batches
+        # The spike of the present step, until it is dealt with.
+        self.spike: SpikeFinding | None = None
         self.step_file = StepFile.of_this_process()
         self.upkeep = PeriodicUpkeep(
             data.empty_cache_and_diag_interval, self._diagnosis()
@@ -148,12 +151,23 @@ class Trainer:
     def _has_steps_left(self) -> bool:
         """Return whether the run is to take another step."""
         is_complete = self.state.step >= self.last_step
-        return not is_complete and not self.run.early_stop.is_due
+        return not (is_complete or self.run.early_stop.is_due or self._ends_at_spike)
+
+    @property
+    def _ends_at_spike(self) -> bool:
+        return self.spike is not None and self.spike.ends_run
 
     def _report_stop(self, stop_request: StopRequest) -> int:
         """Log why the run ended early and return the exit code."""
         kind: AlertKind = "stopped"
-        if self.run.early_stop.is_due and stop_request.signal is None:
+        if self.spike is not None and self._ends_at_spike:
+            step = self.spike.verdict.step
+            line = (
+                f"stopped before the update of step {step}, a spike (spike.policy); what it was trained on: evomesh "
+                f'replay {self.run.reporter.folder} --step {step} --blame; leave it out: data.skip_batches="{step}"'
+            )
+            exit_code = EXIT_TRAINING_STOPPED
+        elif self.run.early_stop.is_due and stop_request.signal is None:
             kind = "done"
             line = (
                 f"stopped after {self.state.step} steps: {self.run.early_stop.reason}"
@@ -238,6 +252,11 @@ class Trainer:
             run.stream.skip()
             logger.info("step %d skipped because data.skip_batches lists it", step)
             return
+        if step in run.spikes.left_out:
+            run.stream.skip()
+            logger.warning("step %d is left out: spikes.jsonl has it as a spike", step)
+            self._save_if_due()
+            return
         activity = this_process()
         activity.begin_step(step)
         history = run.reporter.history
@@ -259,12 +278,16 @@ class Trainer:
                 step,
             )
             return
+        if self._ends_at_spike:
+            self._return_spike(step, record)
+            return
         record = self._with_validation(record)
         with self._phase(Place.REPORT):
             run.reporter.write(record)
         status.step_done(record, state.step, data_wait)
         saves = run.checkpoints
-        self.alerts.after_step(record, 0 if saves is None else saves.bytes_per_save)
+        bytes_per_save = 0 if saves is None else saves.bytes_per_save
+        self.alerts.after_step(record, bytes_per_save, self.spike)
         self._refuse_endless_skipping(step)
         with self._phase(Place.UPKEEP):
             self.upkeep.after_step(record.fwd_bwd_time)
@@ -272,6 +295,14 @@ class Trainer:
         status.note_saves(run.saved_step, saves is not None and saves.saving)
         history.step_done(step, status.status.memory)
         activity.end_step()
+
+    def _return_spike(self, step: int, record: StepRecord) -> None:
+        """Record a spike that ends this process, whose step is as if it had not begun."""
+        self.state.step = step
+        self.run.return_batch()
+        with self._phase(Place.REPORT):
+            self.run.reporter.write(record)
+        self.alerts.after_step(record, spike=self.spike)
 
     def _validate_at_start(self) -> None:
         """Validate the weights that a new run begins with; the figures stand in the record of its first step."""
@@ -353,14 +384,13 @@ class Trainer:
             beta2=adam_beta2,
             should_stop=partial(poll.between_micro_batches, step),
             profile=run.gradient_profile if is_profiled else None,
+            limits=run.spikes.limits(),
         )
         if output is None:
             return None
         if not output.tally.targets:
             raise self._no_target(step, batch)
-        state.record_step(
-            batch.tokens.numel() * run.grid.dp.size, applied=output.update.check == "ok"
-        )
+        self._count_step(step, batch, output)
         seconds = time.perf_counter() - started
         return run.reporter.step(
             step,
@@ -371,6 +401,19 @@ class Trainer:
             loss_scale=loss_scale,
             seconds=seconds,
         )
+
+    def _count_step(self, step: int, batch: Batch, output: StepOutput) -> None:
+        """Count a step that was tried, and judge it; one that is left out counts as none."""
+        applied = output.update.check == "ok" and not output.left_out
+        if not output.left_out:
+            tokens = batch.tokens.numel() * self.run.grid.dp.size
+            self.state.record_step(tokens, applied)
+        spikes = self.run.spikes
+        self.spike = spikes.after_step(
+            step, output.loss, output.update.grad_norm, applied
+        )
+        if self.spike is not None:
+            logger.warning("%s", self.spike.describe())
 
     def _no_target(self, step: int, batch: Batch) -> UserError:
         """Describe a step that taught nothing, although its weight decay would have counted.
@@ -388,6 +431,13 @@ class Trainer:
 
     def _refuse_endless_skipping(self, step: int) -> None:
         limit = self.config.run.max_consecutive_skips
+        if self.run.spikes.consecutive_skips(step) >= limit:
+            raise UserError(
+                f"the last {limit} steps were spikes and no update was applied (last: step {step})",
+                expected="a spike now and then (spike.policy)",
+                fix="raise spike.zscore, if the loss has come to another level, or max_consecutive_skips",
+                exit_code=EXIT_TRAINING_STOPPED,
+            )
         if self.state.consecutive_skips >= limit:
             raise UserError(
                 f"the gradient has been inf or NaN for {limit} consecutive steps (last: step {step}) and no update "
