@@ -11,7 +11,8 @@ from tests.support.runs import CONFIG
 LENGTH = 32  # tokens of each document and of a pack: a document is a pack
 DOCUMENTS = 192
 COUNTED = 24  # the ids of the counting sequences
-POISONED = "en/data.bin", 32 # file and row
+POISONED = "en/data.bin", 32  # file and row
+STEP = 27  # that reads it, in micro-batch 2
 GARBAGE = [251, 7, 199, 251]
 STEPS = 40
 EXTRA = f"""
@@ -23,7 +24,7 @@ lr_scheduler = dict(total_steps={STEPS}, warmup_ratio=0.1, eta_min=1e-3)
 def write_poisoned_run(folder: Path, extra: str = "") -> Path:
     """Write a config with its training data into ``folder``; ``extra`` is appended to the config's text.
 
-    The document at ``POISONED`` is read once, in step 27, micro-batch 2.
+    The document at ``POISONED`` is read once, in ``STEP``.
     """
     draw = random.Random(0)
     documents = []
