@@ -201,15 +201,8 @@ class ZeroOptimizer:
 
         # 4. The rules on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
         divisor = self._scale_gradients(gradients, norm, inv_scale)
-        is_left_out = ~norm.isfinite()
-        beyond_limits = None
-        if limits is not None:
-            beyond_limits = limits.are_exceeded(norm, totals[0])
-            is_left_out = is_left_out | beyond_limits
-        for rule in self._rules:
-            rule.step(lr, beta2, divisor, found_inf=is_left_out.float())
-        if self.ema is not None:
-            self.ema.after_step(beyond_limits)
+        is_beyond = None if limits is None else limits.are_exceeded(norm, totals[0])
+        self._apply_rules(lr, beta2, divisor, norm, is_beyond)
 
         # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
         copy_masters_to_parameters(self.slots)
@@ -219,6 +212,23 @@ class ZeroOptimizer:
         for slot in self.slots:
             slot.master.grad = None
         return StepResult(norm, measured, totals)
+
+    def _apply_rules(
+        self,
+        lr: float,
+        beta2: float,
+        divisor: Tensor | None,
+        norm: Tensor,
+        is_beyond: Tensor | None,
+    ) -> None:
+        """Update the masters and their average, unless the norm is not finite or the step is beyond its limits."""
+        is_left_out = ~norm.isfinite()
+        if is_beyond is not None:
+            is_left_out = is_left_out | is_beyond
+        for rule in self._rules:
+            rule.step(lr, beta2, divisor, found_inf=is_left_out.float())
+        if self.ema is not None:
+            self.ema.after_step(is_beyond)
 
     def _scale_gradients(
         self, gradients: list[Tensor], norm: Tensor, inv_scale: float

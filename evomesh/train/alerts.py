@@ -114,7 +114,7 @@ class TrainingAlerts:
         """Look at the figures of a step; takes microseconds.
 
         Args:
-            spike: what ``spike`` of the config has found, which is told instead of a loss far above its mean.
+            spike: what ``spike`` of the config has found, which is reported instead of a loss far above its mean.
         """
         if not self._is_main:
             return

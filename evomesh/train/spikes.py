@@ -219,7 +219,7 @@ class SpikeWatch:
     def after_step(
         self, step: int, loss: float, grad_norm: float, applied: bool
     ) -> SpikeFinding | None:
-        """Judge a step and decide; None if it is no spike.
+        """Judge a step and decide; None if it is not a spike.
 
         Args:
             applied: its update was made.
@@ -282,7 +282,7 @@ class SpikeWatch:
         """Begin to write into the run folder.
 
         Args:
-            continues: the run goes on from an earlier start that wrote there.
+            continues: the run continues an earlier start that wrote there.
         """
         self.log = SpikeLog(folder / SPIKES_FILE if is_main else None)
         if not continues:

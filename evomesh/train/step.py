@@ -75,24 +75,21 @@ def train_step(
 
     The one division is by the global count of targets (invariant 4 in docs/architecture.md);
     ``loss.reduction="micro_batch"`` averages each micro-batch first, which favors tokens of sparse micro-batches.
-
     The host waits for the device once, to read the results.
 
     Args:
         batch: on the host; pinned, if there is a device to copy it to.
-        should_stop: called between micro-batches with the number of finished ones; True
-            interrupts the step. Never called in a pipeline.
+        should_stop: called between micro-batches, not in a pipeline, with how many are finished; True interrupts it.
         profile: measures the gradients of this step.
         limits: of loss and gradient norm, beyond which the step changes nothing.
 
     Returns:
         None when ``should_stop`` interrupted the step: its gradients are dropped and nothing else has changed.
     """
-    device = optimizer.device
-    watch = Stopwatch(device)
+    watch = Stopwatch(optimizer.device)
 
     # 1. Weights of the micro-batches, which never leave the device.
-    batch = batch.to(device)
+    batch = batch.to(optimizer.device)
     weights = micro_batch_weights(batch.labels, grid, loss_config)
     scales = (weights * scaler.scale).unbind()
 
@@ -109,21 +106,16 @@ def train_step(
 
     # 3. Update: clips, skips what is not finite, applies AdamW; sums norm and losses.
     own_sums = sums.of_this_rank(grid)
+    rates = (lr, beta2, 1.0 / scaler.scale)
     with region("optimizer"), this_process().phase(Place.OPTIMIZER):
-        update = optimizer.step(
-            lr, beta2, 1.0 / scaler.scale, profile, own_sums, limits
-        )
+        update = optimizer.step(*rates, profile, own_sums, limits)
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
     results, measured = _read_results(update, sums)
     results = _with_gradients(results, profile, measured, scaler.scale)
-    left_out = _is_left_out(results, limits)
-    if left_out:
-        optimizer.forget_step()
-    else:
-        scaler.update(results.update.check)
-    return replace(results, fwd_bwd_time=watch.seconds(), left_out=left_out)
+    results = _counted(results, limits, optimizer, scaler)
+    return replace(results, fwd_bwd_time=watch.seconds())
 
 
 def _is_left_out(results: StepOutput, limits: UpdateLimits | None) -> bool:
@@ -132,6 +124,21 @@ def _is_left_out(results: StepOutput, limits: UpdateLimits | None) -> bool:
         return False
     loss = torch.tensor(results.loss, dtype=torch.float64)
     return bool(limits.are_exceeded(results.update.norm, loss))
+
+
+def _counted(
+    results: StepOutput,
+    limits: UpdateLimits | None,
+    optimizer: ZeroOptimizer,
+    scaler: LossScaler,
+) -> StepOutput:
+    """Let the loss scale count the step; one that is left out counts as none."""
+    left_out = _is_left_out(results, limits)
+    if left_out:
+        optimizer.forget_step()
+    else:
+        scaler.update(results.update.check)
+    return replace(results, left_out=left_out)
 
 
 def _with_gradients(

@@ -434,7 +434,7 @@ class Trainer:
         if self.run.spikes.consecutive_skips(step) >= limit:
             raise UserError(
                 f"the last {limit} steps were spikes and no update was applied (last: step {step})",
-                expected="a spike now and then (spike.policy)",
+                expected="a spike from time to time (spike.policy)",
                 fix="raise spike.zscore, if the loss has come to another level, or max_consecutive_skips",
                 exit_code=EXIT_TRAINING_STOPPED,
             )

@@ -21,6 +21,7 @@ ENGLISH_ONLY = {
     "performance.md",
     "recipes.md",
     "reports.md",
+    "spikes.md",
 }
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
 

@@ -1,4 +1,4 @@
-"""A poisoned document in a real run: found, and the run goes on as one whose data never had it, to the bit."""
+"""A poisoned document in a real run: found, and the run continues as one whose data never had it, to the bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_run_that_skips_equals_one_without_the_packs(
     assert spike["left_out"] == [STEP]
     assert f"step {STEP} is a spike: gradient norm" in text
 
-    # 2. A run that was told to leave out the step, and one whose order of packs never had it.
+    # 2. A run whose config leaves out the step, and one whose order of packs never had it.
     told = tmp_path / "told"
     trained(interpreter, told, f'data["skip_batches"] = "{STEP}"\n')
     assert state_of(skipping, 40) == state_of(told, 40)
@@ -127,7 +127,7 @@ def test_a_run_that_stops_saves_the_state_before_the_spike(
     undisturbed = tmp_path / "undisturbed"
     trained(interpreter, undisturbed, "ckpt['checkpoint_every'] = 27\n")
     assert state_of(stopping, STEP) == state_of(undisturbed, STEP)
-    # The same command stops there again; a run that is told to leave the step out goes on.
+    # The same command stops there again; a run whose config leaves the step out continues.
     trained(interpreter, stopping, extra, code=6)
     trained(interpreter, stopping, extra + f'data["skip_batches"] = "{STEP}"\n')
     assert metrics(stopping)[-1]["step"] == 39
