@@ -196,8 +196,7 @@ def build_run(
     reporter.origins = loaded.origins
     reporter.parameter_groups = groups
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
-    if writer is not None and start.checkpoint is not None:
-        writer.continue_from(start.checkpoint)
+    _continue_saves(writer, start)
     return TrainingRun(
         config=config,
         grid=grid,
@@ -217,6 +216,12 @@ def build_run(
         early_stop=_early_stop(config, valid_sets, start, stored),
         spikes=_spike_watch(config, reporter, scaler, start, stored),
     )
+
+
+def _continue_saves(writer: CheckpointWriter | None, start: StartPoint) -> None:
+    """Let the writer know the checkpoint that the run starts from."""
+    if writer is not None and start.checkpoint is not None:
+        writer.continue_from(start.checkpoint)
 
 
 def _spike_watch(
