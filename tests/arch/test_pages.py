@@ -17,7 +17,6 @@ from tools.translations import with_chinese_punctuation
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
 ENGLISH_ONLY = {
     "compatibility.md",
-    "handover.md",
     "performance.md",
     "recipes.md",
     "reports.md",
