@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from evomesh.config.data_stages import StagesSetting
+from evomesh.config.evaluation import SamplesConfig
 from evomesh.config.section import Section
 from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 
@@ -58,6 +59,12 @@ class DataConfig(Section):
     )
     stop_when: StopWhenConfig | None = Field(
         None, description="End the run early, when its validation does not improve."
+    )
+    sample_every: int = Field(
+        0, description="Steps between answers to samples.prompts; <= 0: never."
+    )
+    samples: SamplesConfig | None = Field(
+        None, description="Prompts that the model answers during training."
     )
     valid_min_length: int = Field(
         0, ge=0, description="Validation samples with fewer tokens are left out."

@@ -56,6 +56,7 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
     if data.stages:
         yield from _stages_findings(config)
+    yield from _samples_findings(data)
 
 
 def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
@@ -74,6 +75,37 @@ def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
             ("data.rampup_batch_size", "data.type"),
             'data.type="streaming" needs a fixed number of packs per step',
             fix="remove rampup_batch_size, or tokenize the text first",
+        )
+
+
+def _samples_findings(data: DataConfig) -> Iterator[ConfigFinding]:
+    """Yield what is wrong with the prompts that are answered during training."""
+    samples = data.samples
+    if samples is None:
+        if data.sample_every > 0:
+            yield ConfigFinding(
+                ("data.sample_every", "data.samples"),
+                f"sample_every={data.sample_every}, but there are no prompts",
+                expected='data.samples=dict(prompts=["..."])',
+            )
+        return
+    if data.sample_every <= 0:
+        yield ConfigFinding(
+            ("data.samples", "data.sample_every"),
+            "samples are never taken",
+            expected="data.sample_every=N, steps between samples",
+        )
+    if not samples.prompts or not all(samples.prompts):
+        yield ConfigFinding(
+            ("data.samples.prompts",),
+            f"prompts={list(samples.prompts)}",
+            expected="at least one text, none of them empty",
+        )
+    if data.tokenizer_path is None:
+        yield ConfigFinding(
+            ("data.tokenizer_path", "data.samples"),
+            "prompts are text, and no tokenizer is named",
+            expected="the tokenizer that the data was tokenized with",
         )
 
 

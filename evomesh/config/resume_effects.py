@@ -77,6 +77,8 @@ NOTHING = (
     "data.valid_at_start",
     "data.valid_at_end",
     "data.stop_when",
+    "data.sample_every",
+    "data.samples",
     "data.valid_min_length",
     "data.valid_split_name",
     "data.num_worker",

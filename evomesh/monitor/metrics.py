@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 from evomesh.config.json_codec import float_word
 
@@ -85,10 +87,10 @@ class StepRecord:
         return ",".join(parts)
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object per step, no step twice.
+class StepObjects:
+    """A file of JSON objects with a ``step`` each, in the order of the steps.
 
-    It is written as soon as the step is done. Floats are
+    They are written as soon as the step is done. Floats are
     written so that they read back exactly. JSON has no NaN and no infinity:
     these are written as the strings "NaN", "Infinity" and "-Infinity", which
     ``float()`` reads.
@@ -118,17 +120,17 @@ class MetricsFile:
         self._file.truncate(kept_bytes)
         self._whole_bytes = kept_bytes  # of complete lines
 
-    def write(self, record: StepRecord) -> None:
-        """Append the object of one step.
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append one object.
 
         Raises:
             OSError: the disk is full, or the file was removed. No part of the object
                 stays in the file.
         """
-        values = {}
-        for name, value in record.values().items():
-            values[name] = float_word(value)
-        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        words = {}
+        for name, value in values.items():
+            words[name] = float_word(value)
+        text = json.dumps(words, ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="backslashreplace") + b"\n"
         # A file without a name has no link, and what is written to it is lost.
         status = os.fstat(self._file.fileno())
@@ -137,12 +139,12 @@ class MetricsFile:
                 errno.ENOENT, "the file was removed", str(self._path)
             )
         try:
-            self._append(line)
+            self._append_bytes(line)
         except OSError:
             self._file.truncate(self._whole_bytes)
             raise
 
-    def _append(self, line: bytes) -> None:
+    def _append_bytes(self, line: bytes) -> None:
         view = memoryview(line)
         while view:  # a disk with little room takes a part
             count = self._file.write(view)
@@ -152,7 +154,7 @@ class MetricsFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> MetricsFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -162,6 +164,14 @@ class MetricsFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class MetricsFile(StepObjects):
+    """``metrics.jsonl``: one object per step, no step twice."""
+
+    def write(self, record: StepRecord) -> None:
+        """Append the object of one step; raises as ``append`` does."""
+        self.append(record.values())
 
 
 def _step_of(line: bytes) -> int:

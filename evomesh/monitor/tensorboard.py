@@ -49,9 +49,9 @@ class TensorBoardWriter:
         if len(steps) >= self._queue:
             self.flush()
 
-    def text(self, name: str, value: Any) -> None:
+    def text(self, name: str, value: Any, step: int | None = None) -> None:
         """Write a text, for example the config, with its secrets redacted."""
-        self._writer.add_text(name, redact_text(str(value)))
+        self._writer.add_text(name, redact_text(str(value)), step)
 
     def flush(self) -> None:
         for step, values in self._buffered:

@@ -133,7 +133,12 @@ def _apply_fsdp(
     device: torch.device,
 ) -> None:
     # Slow to import.
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     assert axis.group is not None
     # FSDP2 warns about in-place changes to views that modules return; there are none
@@ -157,6 +162,9 @@ def _apply_fsdp(
                 mp_policy=policy,
                 ignored_params=replicated,
             )
+        if hasattr(unit, "logits"):
+            # Called during a run only between steps, and gathers as forward does.
+            register_fsdp_forward_method(unit, "logits")
     # The root shards no further weights: it shares streams and order among the units.
     not_sharded = {
         parameter for parameter in model.parameters() if parameter not in sharded

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,39 +15,25 @@ from torch import Tensor, nn
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
 from evomesh.layers.loss import PLAIN, LossOutput, LossTerms
-from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
-from evomesh.parallel.collectives import (
-    gather_from_axis,
-    launch_send,
-    receive,
-    shard_to_axis,
-)
+from evomesh.layers.sequence_bounds import micro_batch_bounds
+from evomesh.parallel.collectives import launch_send, receive
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.recording import TransferRecord
 from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots, first_inputs
+from evomesh.pipeline.stage_module import (
+    LossScale,
+    OnHidden,
+    OnOutput,
+    ScheduleInputs,
+    StageModel,
+    StageModule,
+    model_loss,
+)
 from evomesh.pipeline.stages import stages_of_rank
 
 ZBV_SINCE = "2.13"  # the first version of torch that it is known to work with
-# Factor of a micro-batch's summed loss; a scalar tensor keeps it on the device.
-LossScale = float | Tensor
-OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
 ShouldStop = Callable[[int], bool]  # number of finished micro-batches
-
-
-class StageModel(Protocol):
-    """A whole model, or the part of it that one stage holds."""
-
-    def __call__(self, x: Tensor, docs: SequenceBounds) -> Tensor: ...
-
-    def loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        grad_scale: float | Tensor = 1.0,
-        label_smoothing: float = 0.0,
-        z_loss_coeff: float = 0.0,
-    ) -> LossOutput: ...
 
 
 class Schedule(Protocol):
@@ -70,6 +55,9 @@ class Schedule(Protocol):
 
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
         """Run forward only, without gradient."""
+
+    def read(self, batch: Batch, on_hidden: OnHidden) -> None:
+        """Run forward only and without loss: the last stage's model and hidden states go to ``on_hidden``, in order."""
 
 
 class SingleStageSchedule:
@@ -99,84 +87,17 @@ class SingleStageSchedule:
         for index in range(len(batch.tokens)):
             on_output(index, self._loss(batch, index, 1.0, PLAIN))
 
+    @torch.no_grad()
+    def read(self, batch: Batch, on_hidden: OnHidden) -> None:
+        for index, tokens in enumerate(batch.tokens):
+            hidden = self.model(tokens, micro_batch_bounds(batch, index))
+            on_hidden(index, self.model, hidden)
+
     def _loss(
         self, batch: Batch, index: int, scale: LossScale, terms: LossTerms
     ) -> LossOutput:
         hidden = self.model(batch.tokens[index], micro_batch_bounds(batch, index))
-        return _model_loss(self.model, hidden, batch.labels[index], scale, terms)
-
-
-def _model_loss(
-    model: StageModel,
-    hidden: Tensor,
-    labels: Tensor,
-    scale: LossScale,
-    terms: LossTerms,
-) -> LossOutput:
-    """Call ``model.loss``, whose ``z_loss_coeff`` a custom model may lack (the build refuses that)."""
-    z_loss = {}
-    if terms.z_loss_coeff:
-        z_loss["z_loss_coeff"] = terms.z_loss_coeff
-    return model.loss(hidden, labels, scale, terms.label_smoothing, **z_loss)
-
-
-@dataclass
-class _ScheduleInputs:
-    """Inputs that the stages of this rank read while a schedule runs."""
-
-    batch: Batch
-    scales: Sequence[LossScale]
-    terms: LossTerms
-    on_output: OnOutput
-
-
-class _StageModule(nn.Module):
-    """A stage as torch's pipeline calls it: hidden states in, hidden states (or the loss) out.
-
-    Every schedule runs the micro-batches of a stage in ascending order. So a stage
-    counts them and looks up token ids, sequence bounds and labels in the batch, which
-    every rank has anyway; torch's splitting never sees these.
-
-    It is also a plain module around an FSDP root: PipelineStage would keep the weights
-    of an FSDP root unsharded until the last micro-batch.
-    """
-
-    def __init__(
-        self, model: nn.Module, first: bool, last: bool, column_axis: Axis
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.first = first
-        self.last = last
-        self.column_axis = column_axis
-        self.inputs: _ScheduleInputs | None = None
-        self.num_done = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map hidden states [S, D] (mtp: this tp rank's columns of them) to the same, or to the scaled loss, a scalar.
-
-        The first stage is given the number of the micro-batch, [1, 1] int64.
-        """
-        assert self.inputs is not None
-        batch = self.inputs.batch
-        micro_batch = self.num_done
-        self.num_done += 1
-        # In mtp all tp ranks hold the same hidden states: each sends its columns, and
-        # the receivers gather them.
-        if self.first:
-            x = batch.tokens[micro_batch]
-        else:
-            x = gather_from_axis(x, self.column_axis, dim=1)
-        hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
-        if not self.last:
-            return shard_to_axis(hidden, self.column_axis, dim=1)
-        model: Any = self.model
-        labels = batch.labels[micro_batch]
-        scale = self.inputs.scales[micro_batch]
-        output = _model_loss(model, hidden, labels, scale, self.inputs.terms)
-        self.inputs.on_output(micro_batch, output)
-        loss: Tensor = output.scaled_sum
-        return loss
+        return model_loss(self.model, hidden, batch.labels[index], scale, terms)
 
 
 class PipelineSchedule:
@@ -225,7 +146,7 @@ class PipelineSchedule:
         for model, stage in zip(models, self._stages, strict=True):
             is_first = stage == 0
             is_last = stage == self._num_stages - 1
-            module = _StageModule(model, is_first, is_last, column_axis)
+            module = StageModule(model, is_first, is_last, column_axis)
             self._modules.append(module)
         self._torch_schedules: dict[tuple[int, int], Any] = {}
         self._transfers = TransferRecord(pp)
@@ -256,23 +177,31 @@ class PipelineSchedule:
         target = None
         if self._num_stages - 1 in self._stages:
             target = batch.labels
-        inputs = _ScheduleInputs(batch, scales, terms, on_output)
+        inputs = ScheduleInputs(batch, scales, terms, on_output)
         with self._stage_inputs(inputs), self._transfers.running():
             self._torch_schedules[key].step(
                 *arguments, target=target, return_outputs=False
             )
         return True
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
+        unscaled = [1.0] * len(batch.tokens)
+        self._run_forward(ScheduleInputs(batch, unscaled, PLAIN, on_output))
+
+    def read(self, batch: Batch, on_hidden: OnHidden) -> None:
+        def no_output(index: int, output: LossOutput) -> None:
+            raise AssertionError("a pass that only reads has no loss")
+
+        self._run_forward(ScheduleInputs(batch, [], PLAIN, no_output, on_hidden))
+
+    @torch.no_grad()
+    def _run_forward(self, inputs: ScheduleInputs) -> None:
         """Run forward only, in the order of ``evaluation_slots``.
 
         Written out because torch's own evaluation does not support a V-shaped stage
         order.
         """
-        num_micro_batches, tokens = batch.tokens.shape
-        unscaled = [1.0] * num_micro_batches
-        inputs = _ScheduleInputs(batch, unscaled, PLAIN, on_output)
+        num_micro_batches, tokens = inputs.batch.tokens.shape
         all_stages = range(self._num_stages)
         rank_of_stage = list(map(self._rank_of, all_stages))
         slots = evaluation_slots(rank_of_stage, num_micro_batches)
@@ -343,14 +272,14 @@ class PipelineSchedule:
         """
         del should_stop
         tokens = batch.tokens.shape[1]
-        with self._stage_inputs(_ScheduleInputs(batch, scales, terms, on_output)):
+        with self._stage_inputs(ScheduleInputs(batch, scales, terms, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 for index in range(len(scales)):
                     self._rehearse_micro_batch(module, stage, index, tokens)
         return True
 
     def _rehearse_micro_batch(
-        self, module: _StageModule, stage: int, index: int, tokens: int
+        self, module: StageModule, stage: int, index: int, tokens: int
     ) -> None:
         x = self._receive(stage - 1, index, tokens)
         if not module.first:
@@ -404,7 +333,7 @@ class PipelineSchedule:
         return tokens // self._row_shards, self._hidden_size // self._column_shards
 
     @contextmanager
-    def _stage_inputs(self, inputs: _ScheduleInputs) -> Iterator[None]:
+    def _stage_inputs(self, inputs: ScheduleInputs) -> Iterator[None]:
         for module in self._modules:
             module.inputs, module.num_done = inputs, 0
         try:

@@ -212,7 +212,13 @@ def _quiet(config: Config, scratch: Path, checkpoint: str) -> Config:
         start = LoadConfig(path=checkpoint, content=("all",))
     changes = {
         "run": {"run_dir": str(scratch), "enable_tb": False, "resume_tb_folder": None},
-        "data": {"valid_every": 0, "valid_at_start": False, "stop_when": None},
+        "data": {
+            "valid_every": 0,
+            "valid_at_start": False,
+            "stop_when": None,
+            "sample_every": 0,
+            "samples": None,
+        },
         "ckpt": {
             "enable_save_ckpt": False,
             "auto_resume": False,

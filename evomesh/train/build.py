@@ -48,6 +48,7 @@ from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
+from evomesh.train.samples import PromptSampler
 from evomesh.train.spikes import SpikeWatch, rows_of_all_ranks
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
@@ -69,6 +70,7 @@ class TrainingRun:
         gradient_profile: measures gradients in the steps of ``grad_profiling``; None when it is off.
         early_stop: what ends the run when its validation does not improve.
         spikes: judges the steps, and keeps what was decided about spikes.
+        samples: what answers prompts while the run trains; None where there are none.
     """
 
     config: Config
@@ -88,6 +90,7 @@ class TrainingRun:
     gradient_profile: GradientProfile | None = None
     early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(None))
     spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch(SpikeConfig()))
+    samples: PromptSampler | None = None
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -215,11 +218,13 @@ def build_run(
         gradient_profile=_gradient_profile(config, optimizer),
         early_stop=_early_stop(config, valid_sets, start, stored),
         spikes=_spike_watch(config, reporter, scaler, start, stored),
+        samples=_prompt_sampler(config, stages, context),
     )
 
 
 def _continue_saves(writer: CheckpointWriter | None, start: StartPoint) -> None:
     """Let the writer know the checkpoint that the run starts from."""
+    """Tell the writer which checkpoint its saves follow."""
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
 
@@ -241,6 +246,15 @@ def _spike_watch(
         watch.load_state(stored.get("spikes"))
     watch.open_log(reporter.folder, is_main=reporter.main, continues=continues)
     return watch
+
+
+def _prompt_sampler(
+    config: Config, stages: ModelStages, context: RunContext
+) -> PromptSampler | None:
+    """Return what answers prompts while the run trains, None if nothing does."""
+    if config.data.sample_every <= 0:
+        return None
+    return PromptSampler(config, stages, context)
 
 
 def _early_stop(

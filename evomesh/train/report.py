@@ -6,9 +6,9 @@ import logging
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,12 @@ from evomesh.data.build import TrainData
 from evomesh.errors import UserError
 from evomesh.monitor.history import HISTORY_FILE, HistoryFile
 from evomesh.monitor.log import setup_logging
-from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
+from evomesh.monitor.metrics import (
+    MetricsFile,
+    StepObjects,
+    StepRecord,
+    model_tflops,
+)
 from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.monitor.progress import ProgressLine
 from evomesh.monitor.run_folder import (
@@ -49,6 +54,7 @@ from evomesh.storage.atomic_file import write_atomically
 from evomesh.train.agreement import source_digest
 from evomesh.train.launch import RunContext
 from evomesh.train.memory import memory_in_use
+from evomesh.train.samples import PromptSample
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
 
@@ -114,8 +120,10 @@ class RunReporter:
         # A full disk must not end a run: training continues without these files.
         self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
+        self._samples: StepObjects | None = None
         self._board: TensorBoardWriter | None = None
         self._metrics_output = OptionalOutput("metrics.jsonl", tries_again=True)
+        self._samples_output = OptionalOutput("samples.jsonl", tries_again=True)
         self._board_output = OptionalOutput("TensorBoard files", tries_again=False)
         self._rows_output = OptionalOutput("grad_norm", tries_again=True)
         self._progress: ProgressLine | None = None
@@ -149,6 +157,9 @@ class RunReporter:
         open_until_end = self._open_files.enter_context
         metrics = MetricsFile(self.folder / "metrics.jsonl", step)
         self._metrics = open_until_end(metrics)
+        if self.config.data.sample_every > 0:
+            samples = StepObjects(self.folder / "samples.jsonl", step)
+            self._samples = open_until_end(samples)
         if self.config.run.enable_tb:
             self._board = self._open_board(step)
         self.history.start(self._facts())
@@ -328,6 +339,34 @@ class RunReporter:
         if board is not None:
             self._board_output.attempt(
                 lambda: board.scalars(record.step, record.values())
+            )
+
+    def write_samples(
+        self, record: StepRecord, samples: Sequence[PromptSample]
+    ) -> None:
+        """Write answers of the model to the log, ``samples.jsonl``, TensorBoard and the trackers."""
+        file = self._samples
+        if file is None:
+            return
+        shown = []
+        for sample in samples:
+            logger.info(
+                "Sample: step=%d %r -> %r", record.step, sample.prompt, sample.text
+            )
+            values = {
+                "step": record.step,
+                "tokens": record.num_consumed_tokens,
+                **asdict(sample),
+            }
+            self._samples_output.attempt(partial(file.append, values))
+            shown.append(f"**{sample.prompt}**{sample.text}")
+        text = "\n\n---\n\n".join(shown)
+        self._trackers.text(f"samples/step-{record.step:08d}", text)
+        board = self._board
+        if board is not None:
+            clean = self._without_addresses(text)
+            self._board_output.attempt(
+                lambda: board.text("samples", clean, record.step)
             )
 
     def _record(

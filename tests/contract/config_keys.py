@@ -54,6 +54,8 @@ LONGROPE = (
 )
 EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
+PROMPTS = ("data.samples.prompts=['Hello']", "data.tokenizer_path=tok")
+SAMPLES = (PROMPTS[0], "data.sample_every=10", PROMPTS[1])
 STOP = ("data.stop_when.metric=val/en_loss",)
 WSD = ("lr_scheduler.type=wsd",)
 FP16 = ("model.dtype=torch.float16",)
@@ -111,6 +113,14 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.stop_when.metric", "val/en_loss", E),
     CompatibilityRow("data.stop_when.patience", 5, E, STOP),
     CompatibilityRow("data.stop_when.min_delta", 0.01, E, STOP),
+    CompatibilityRow("data.sample_every", 10, E, PROMPTS),
+    CompatibilityRow("data.samples", {"prompts": ["Hello"]}, E, SAMPLES[1:]),
+    CompatibilityRow("data.samples.prompts", ["Hello"], E, SAMPLES[1:]),
+    CompatibilityRow("data.samples.max_new_tokens", 32, E, SAMPLES),
+    CompatibilityRow("data.samples.temperature", 0.7, E, SAMPLES),
+    CompatibilityRow("data.samples.top_k", 40, E, SAMPLES),
+    CompatibilityRow("data.samples.top_p", 0.9, E, SAMPLES),
+    CompatibilityRow("data.samples.seed", 7, E, SAMPLES),
     CompatibilityRow("data.valid_every", 10, E),
     CompatibilityRow("data.valid_min_length", 10, E),
     CompatibilityRow("data.min_length", 50, E),
