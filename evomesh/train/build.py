@@ -195,8 +195,7 @@ def build_run(
     stream = _open_stream(train_data, start, stored, grid)
 
     # 6. What the run writes to.
-    reporter = RunReporter(config, loaded.text, context, state, train_data)
-    reporter.origins = loaded.origins
+    reporter = _open_reporter(loaded, config, context, state, train_data)
     reporter.parameter_groups = groups
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
     _continue_saves(writer, start)
@@ -220,6 +219,18 @@ def build_run(
         spikes=_spike_watch(config, reporter, scaler, start, stored),
         samples=_prompt_sampler(config, stages, context),
     )
+
+
+def _open_reporter(
+    loaded: LoadedConfig,
+    config: Config,
+    context: RunContext,
+    state: TrainState,
+    train_data: TrainData,
+) -> RunReporter:
+    reporter = RunReporter(config, loaded.text, context, state, train_data)
+    reporter.origins = loaded.origins
+    return reporter
 
 
 def _continue_saves(writer: CheckpointWriter | None, start: StartPoint) -> None:
