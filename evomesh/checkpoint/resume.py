@@ -146,6 +146,7 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
         CheckpointError: naming each such key with both values; or the optimizer state is of another update rule.
     """
     refuse_other_optimizer(start, config.optimizer)
+    _refuse_foreign_scale(start, config)
     if start.checkpoint is None or not (start.wants("model") or start.resumes):
         return
     _refuse_other_dtype(start, config)
@@ -171,6 +172,21 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
             *_changed_batch(start.checkpoint, config, reader),
         ):
             logger.warning("the training changes: %s", line)
+
+
+def _refuse_foreign_scale(start: StartPoint, config: Config) -> None:
+    """Refuse weights of other systems under muP, whose factors they do not have.
+
+    Raises:
+        CheckpointError: with what to leave out.
+    """
+    if start.path and start.wants("model") and config.model.mup.is_on:
+        raise CheckpointError(
+            "these weights are of a model without muP: with model.mup they compute something else",
+            where=start.path,
+            expected="a checkpoint of a run with model.mup",
+            fix="remove model.mup, or train from scratch",
+        )
 
 
 def _refuse_other_dtype(start: StartPoint, config: Config) -> None:

@@ -177,6 +177,7 @@ def _print_values(loaded: LoadedConfig, values: dict[str, Any]) -> None:
 
 def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
     """Print the learning rate at the borders of the schedule and between them."""
+    from evomesh.optim.groups import hidden_lr_scale
     from evomesh.optim.schedule import learning_rate, preview_steps
 
     config = loaded.config
@@ -192,17 +193,21 @@ def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
     for step in preview_steps(schedule, 0, total_steps):
         rates[step] = learning_rate(step, schedule, config.adam, total_steps)
     groups = config.adam.groups
+    scales = {group.pattern: group.lr_scale for group in groups}
+    if config.model.mup.is_on:
+        multiplier = config.model.width_multiplier
+        scales["muP: hidden"] = hidden_lr_scale(config.optimizer.type, multiplier)
     if as_json:
         document: dict[str, Any] = {"type": schedule.type, "lr": rates}
-        if groups:
-            document["groups"] = [group.model_dump() for group in groups]
+        if scales:
+            document["lr_scales"] = scales
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     rows = []
     for step, rate in rates.items():
-        of_groups = [f"{rate * group.lr_scale:.6g}" for group in groups]
-        rows.append((f"{step:,}", f"{rate:.6g}", *of_groups))
-    _print_table(("step", "lr", *(group.pattern for group in groups)), rows)
+        scaled = [f"{rate * scale:.6g}" for scale in scales.values()]
+        rows.append((f"{step:,}", f"{rate:.6g}", *scaled))
+    _print_table(("step", "lr", *scales), rows)
     typer.echo(f"{schedule.type}, {total_steps:,} steps; a skipped step does not count")
 
 

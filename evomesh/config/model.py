@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from evomesh.config.families import ARCHITECTURE_KEYS, FAMILY_FACTS, FamilyFacts
+from evomesh.config.mup import MupConfig
 from evomesh.config.rope import RopeScaling
 from evomesh.config.section import Section
 
@@ -257,6 +259,10 @@ class ModelConfig(Section):
         "auto",
         description="torch.compile the blocks; auto: on CUDA, if triton and a C compiler are there.",
     )
+    mup: MupConfig = Field(
+        MupConfig(),
+        description="Scale learning rates, initial weights, logits and attention scores with the width (muP).",
+    )
     extra: dict[str, Any] = Field(
         {}, description="Parameters of a registered custom model."
     )
@@ -284,6 +290,18 @@ class ModelConfig(Section):
         if are_numbers and heads > 0:
             completed["head_dim"] = max(width // heads, 1)
         return completed
+
+    @property
+    def width_multiplier(self) -> float:
+        """Return the width over that of ``mup``'s base; 1 without muP."""
+        base = self.mup.base_hidden_size
+        return 1.0 if base is None else self.hidden_size / base
+
+    @property
+    def query_multiplier(self) -> float:
+        """Return what muP multiplies attention scores with, beside 1 / sqrt(head_dim): they fall as 1 / head_dim."""
+        base = self.mup.base_head_dim
+        return 1.0 if base is None else math.sqrt(base / self.head_dim)
 
     @property
     def has_dropout(self) -> bool:

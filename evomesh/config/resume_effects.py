@@ -58,6 +58,8 @@ FUNCTION = (
     "model.nope_layers",
     "model.norm_head",
     "model.tie_word_embeddings",
+    "model.mup.base_hidden_size",
+    "model.mup.base_head_dim",
     "model.extra",
 )
 # They act through dynamic NTK and longrope only.

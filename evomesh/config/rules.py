@@ -16,6 +16,7 @@ from evomesh.config.folders import shared_role
 from evomesh.config.grad_profiling import profiling_findings
 from evomesh.config.layout import data_stage_layout_findings, layout_findings
 from evomesh.config.lr_rules import learning_rate_findings, learning_rate_warnings
+from evomesh.config.mup_rules import mup_findings
 from evomesh.config.optimizer import optimizer_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
@@ -62,6 +63,7 @@ def check(
         *_rope_findings(config),
         *window_findings(config.model),
         *architecture_findings(config.model),
+        *mup_findings(config.model),
         *data_findings(config),
         *_loss_scale_findings(config),
         *learning_rate_findings(config),

@@ -35,6 +35,8 @@ class ScoreRule:
     def of(cls, config: ModelConfig) -> ScoreRule:
         scalar = config.query_pre_attn_scalar
         scale = None if scalar is None else scalar**-0.5
+        if config.query_multiplier != 1:
+            scale = config.query_multiplier * config.head_dim**-0.5
         return cls(scale, config.attn_logit_softcapping)
 
     def apply(self, products: Tensor, head_dim: int) -> Tensor:

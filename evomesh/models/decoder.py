@@ -251,7 +251,13 @@ class OutputHead(nn.Module):
         return wide if softcap is None else soft_cap(wide, softcap)
 
     def _gathered(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of the whole sequence, [T, D], in the dtype of the weight."""
+        """Return the hidden states of the whole sequence, [T, D], in the dtype of the weight.
+
+        With muP they are divided by the multiple of the base width, and so are the logits.
+        """
+        multiplier = self.config.width_multiplier
+        if multiplier != 1:
+            hidden = hidden / multiplier
         return self.placement.gather_sequence(hidden.to(self.placement.dtype))
 
     def _effective_weight(self) -> Tensor:

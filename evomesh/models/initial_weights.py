@@ -8,6 +8,9 @@ from evomesh.config.model import ModelConfig
 from evomesh.layers.init import InitialWeight
 from evomesh.models.family import DecoderFamily
 
+# Matrices with a row for each token, whose initial values muP leaves as they are.
+OF_VOCABULARY = ("embedding.weight", "head.weight")
+
 
 def initial_weight(
     name: str, config: ModelConfig, family: DecoderFamily
@@ -23,6 +26,9 @@ def initial_weight(
         std = _residual_std(part, name, config, family)
     else:
         std = _input_std(part, config, family)
+    if part not in OF_VOCABULARY:
+        # Each sum over a width keeps its variance.
+        std /= math.sqrt(config.width_multiplier)
     return InitialWeight(config.init_type, std)
 
 

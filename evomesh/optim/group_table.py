@@ -9,10 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from evomesh.config.model import ModelConfig
+from evomesh.config.optimizer import OptimizerType
 from evomesh.config.parameter_groups import ParameterGroupConfig, group_number
 from evomesh.config.text_table import text_table
 from evomesh.errors import UserError
-from evomesh.optim.groups import UpdateSettings
+from evomesh.optim.groups import UpdateSettings, hidden_lr_scale
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
 
@@ -75,6 +77,17 @@ def check_groups(groups: Sequence[ParameterGroupConfig], names: Iterable[str]) -
         )
 
 
+def mup_line(model: ModelConfig, rule: OptimizerType) -> str:
+    """Return what muP scales in a run."""
+    multiplier = model.width_multiplier
+    scale = hidden_lr_scale(rule, multiplier)
+    return (
+        f"muP: hidden_size is {multiplier:g} times {model.mup.base_hidden_size}; factors: {scale:g} of the learning "
+        f"rate of hidden matrices, {multiplier**-0.5:g} of their initial weights, {1 / multiplier:g} of the logits, "
+        f"{model.query_multiplier:g} of attention scores"
+    )
+
+
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
     """Return the names most like a pattern, one of each kind: blocks have the same."""
     # layers.0.ffn_norm.weight and layers.1.ffn_norm.weight are one kind.
@@ -96,7 +109,7 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
 def group_table(
     groups: Sequence[ParameterGroupConfig], parameters: Mapping[str, GroupedParameter]
 ) -> str:
-    """Return the groups with their number of parameters, as a table; those without a group come last."""
+    """Return the groups with their number of parameters, as a table; parameters without a group come last."""
     # A group has two rows if its parameters differ otherwise, such as by adam.no_decay.
     elements: defaultdict[tuple[int, UpdateSettings], int] = defaultdict(int)
     for name, parameter in parameters.items():
@@ -105,7 +118,7 @@ def group_table(
     rows = [("group", "pattern", "parameters", "lr_scale", "weight_decay")]
     ordered = sorted(elements, key=lambda key: (key[0], -elements[key]))
     for number, settings in ordered:
-        label, pattern = "-", "all others"
+        label, pattern = "-", "all others" if groups else "all"
         if number <= len(groups):
             label, pattern = str(number), groups[number - 1].pattern
         count = f"{elements[number, settings]:,}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evomesh.config.optimizer import OptimizerType
 from evomesh.config.parameter_groups import group_number
 from evomesh.config.schema import AdamConfig
 
@@ -34,6 +35,21 @@ def update_settings(name: str, adam: AdamConfig) -> UpdateSettings:
     if group.weight_decay is not None:
         decay = group.weight_decay
     return UpdateSettings(group.lr_scale, decay)
+
+
+def hidden_lr_scale(rule: OptimizerType, width_multiplier: float) -> float:
+    """Return the factor that muP gives the learning rate of hidden matrices.
+
+    Elements of an update of AdamW have a size, and their sum over the width grows with it.
+    The update of Muon has singular values sqrt(width) times that size: it grows with the root.
+    """
+    exponent = -0.5 if rule == "muon" else -1.0
+    return float(width_multiplier**exponent)
+
+
+def scaled_settings(settings: UpdateSettings, factor: float) -> UpdateSettings:
+    """Return settings with another learning rate; what decay takes away stays the same."""
+    return UpdateSettings(settings.lr_scale * factor, settings.weight_decay / factor)
 
 
 def has_weight_decay(name: str, no_decay: Sequence[str]) -> bool:

@@ -36,7 +36,13 @@ from evomesh.optim.clip import (
 )
 from evomesh.optim.ema import WeightEma
 from evomesh.optim.gradient_profile import GradientObserver
-from evomesh.optim.groups import UpdateSettings, update_settings
+from evomesh.optim.groups import (
+    UpdateSettings,
+    hidden_lr_scale,
+    is_hidden_matrix,
+    scaled_settings,
+    update_settings,
+)
 from evomesh.optim.rules import make_rules
 from evomesh.optim.schedule_free import ScheduleFree
 from evomesh.optim.slot import ParameterSlot, make_slot
@@ -91,6 +97,7 @@ class ZeroOptimizer:
         grid: the axes as this rank sees them.
         model: the module they belong to, which ``overlap_sync_param`` needs: without it, gathers finish in ``step``.
         config: the update rule.
+        width_multiplier: of muP (``ModelConfig.width_multiplier``).
 
     Attributes:
         settings: what holds for the updates of each master.
@@ -107,6 +114,7 @@ class ZeroOptimizer:
         grid: Grid = Grid(),  # noqa: B008 (frozen)
         model: nn.Module | None = None,
         config: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        width_multiplier: float = 1.0,
     ) -> None:
         self.adam = adam
         self.zero = zero
@@ -125,7 +133,8 @@ class ZeroOptimizer:
             bucket_size=gather_bucket_size(zero, self.device),
             overlap=zero.overlap_sync_param and model is not None,
         )
-        self.settings = _settings_of(self.slots, adam)
+        hidden_scale = hidden_lr_scale(config.type, width_multiplier)
+        self.settings = _settings_of(self.slots, adam, hidden_scale)
         self._rules = make_rules(self.slots, self.settings, adam, config, grid)
         masters = [slot.master for slot in self.slots]
         self.ema = None
@@ -417,9 +426,20 @@ class ZeroOptimizer:
 
 
 def _settings_of(
-    slots: list[ParameterSlot], adam: AdamConfig
+    slots: list[ParameterSlot], adam: AdamConfig, hidden_scale: float
 ) -> dict[Tensor, UpdateSettings]:
-    return {slot.master: update_settings(slot.name, adam) for slot in slots}
+    """Return what holds for each master.
+
+    Args:
+        hidden_scale: factor of the learning rate of hidden matrices.
+    """
+    found: dict[Tensor, UpdateSettings] = {}
+    for slot in slots:
+        settings = update_settings(slot.name, adam)
+        if is_hidden_matrix(slot.name, slot.spec.shape):
+            settings = scaled_settings(settings, hidden_scale)
+        found[slot.master] = settings
+    return found
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:

@@ -128,6 +128,7 @@ def built_rank(
             grid,
             stages.module,
             config.optimizer,
+            config.model.width_multiplier,
         )
         yield grid, stages, optimizer
 

@@ -37,6 +37,7 @@ from evomesh.optim.group_table import (
     check_groups,
     group_table,
     grouped_parameters,
+    mup_line,
 )
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
@@ -311,23 +312,32 @@ def _build_optimizer(
     named_parameters = stages.parameters().items()
     zero = config.hybrid_zero_optimizer
     optimizer = ZeroOptimizer(
-        named_parameters, config.adam, zero, grid, stages.module, config.optimizer
+        named_parameters,
+        config.adam,
+        zero,
+        grid,
+        stages.module,
+        config.optimizer,
+        config.model.width_multiplier,
     )
     return optimizer, _parameter_groups(config, optimizer)
 
 
 def _parameter_groups(config: Config, optimizer: ZeroOptimizer) -> str:
-    """Return the table of the parameter groups, "" without any.
+    """Return the table of the parameter groups, "" without any and without muP.
 
     Raises:
         UserError: a group has no parameter.
     """
     groups = config.adam.groups
-    if not groups:
+    if not groups and not config.model.mup.is_on:
         return ""
     parameters = grouped_parameters(optimizer)
     check_groups(groups, parameters)
-    return group_table(groups, parameters)
+    table = group_table(groups, parameters)
+    if not config.model.mup.is_on:
+        return table
+    return f"{table}\n{mup_line(config.model, config.optimizer.type)}"
 
 
 def _gradient_profile(

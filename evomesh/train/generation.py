@@ -66,6 +66,7 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
     "rope_scaling",
     "norm_head",
     "nope_layers",
+    "mup",
 )
 
 

@@ -50,6 +50,7 @@ from evomesh.monitor.run_folder import (
 from evomesh.monitor.status import StatusWriter
 from evomesh.monitor.tensorboard import TensorBoardWriter
 from evomesh.monitor.trackers.group import TrackerGroup
+from evomesh.optim.groups import hidden_lr_scale
 from evomesh.storage.atomic_file import write_atomically
 from evomesh.train.agreement import source_digest
 from evomesh.train.launch import RunContext
@@ -429,6 +430,10 @@ class RunReporter:
             extras |= output.gradients.scalars
         for number, group in enumerate(self.config.adam.groups, 1):
             extras[f"lr/group{number}"] = lr * group.lr_scale
+        if self.config.model.mup.is_on:
+            rule = self.config.optimizer.type
+            scale = hidden_lr_scale(rule, self.config.model.width_multiplier)
+            extras["lr/hidden"] = lr * scale
         return extras
 
 

@@ -56,6 +56,7 @@ EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
 PROMPTS = ("data.samples.prompts=['Hello']", "data.tokenizer_path=tok")
 SAMPLES = (PROMPTS[0], "data.sample_every=10", PROMPTS[1])
+MUP = ("model.mup.base_hidden_size=256",)
 STOP = ("data.stop_when.metric=val/en_loss",)
 WSD = ("lr_scheduler.type=wsd",)
 FP16 = ("model.dtype=torch.float16",)
@@ -253,6 +254,8 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.num_chunks", 4, E, STAGES),
     CompatibilityRow("model.use_flash_attn", False, W),
     CompatibilityRow("model.compile", False, E),
+    CompatibilityRow("model.mup.base_hidden_size", 256, E),
+    CompatibilityRow("model.mup.base_head_dim", 32, E, MUP),
     CompatibilityRow("model.enable_qkv_fusion", False, W),
     CompatibilityRow("model.mlp_layer_fusion", True, W),
     CompatibilityRow("model.selective_checkpoint", True, W),

@@ -322,6 +322,7 @@ def adam(
         grid,
         stages.module,
         OptimizerConfig.model_validate(RULES.get(layout.rule, {"type": layout.rule})),
+        config.model.width_multiplier,
     )
     losses = []
     for step in range(STEPS):

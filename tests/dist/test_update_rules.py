@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from evomesh.config.mup import MupConfig
 from evomesh.config.parameter_groups import ParameterGroupConfig
 from tests.dist.layouts import Layout, Trained, join, train
 from tests.support.covers import covers
@@ -82,6 +83,18 @@ def with_rule(
     return Layout(**values)
 
 
+# Widths and heads of four times the base, whose factors each stage and shard must have.
+MUP = {"mup": MupConfig(base_hidden_size=8, base_head_dim=1)}
+SCALED = {
+    "adamw": [
+        Layout(tensor=2, mode="fsp", zero1=2, model=MUP),
+        Layout(tensor=2, mode="isp", weight=2, model=MUP),
+        Layout(pipeline=2, parallel=CUT, family="tied", model=MUP),
+    ],
+    "muon": [Layout(tensor=2, mode="mtp", pipeline=2, family="qwen3", model=MUP)],
+}
+
+
 ALL = [
     *(with_rule(layout, "muon") for layout in MUON),
     *(with_rule(layout, "lion") for layout in LION),
@@ -90,6 +103,11 @@ ALL = [
     *(
         with_rule(layout, rule, GROUPS)
         for rule, layouts in GROUPED.items()
+        for layout in layouts
+    ),
+    *(
+        with_rule(layout, rule)
+        for rule, layouts in SCALED.items()
         for layout in layouts
     ),
 ]
@@ -101,6 +119,7 @@ def one_process(
     rule: str,
     num_layers: int,
     groups: tuple[ParameterGroupConfig, ...],
+    mup: MupConfig,
 ) -> Trained:
     layout = Layout(
         ranks=1,
@@ -108,7 +127,7 @@ def one_process(
         adam=True,
         rule=rule,
         groups=groups,
-        model={"num_layers": num_layers},
+        model={"num_layers": num_layers, "mup": mup},
     )
     return join([train(0, layout)])
 
@@ -116,8 +135,10 @@ def one_process(
 @covers("optimizer.type", "optimizer.ema.decay", "adam.groups")
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
-    layers = layout.config.model.num_layers
-    whole = one_process(layout.family, layout.rule, layers, layout.groups)
+    model = layout.config.model
+    whole = one_process(
+        layout.family, layout.rule, model.num_layers, layout.groups, model.mup
+    )
     found = join(pool.run(train, layout, ranks=layout.ranks))
     losses = torch.tensor(found.losses, dtype=torch.float64)
     expected = torch.tensor(whole.losses, dtype=torch.float64)

@@ -59,6 +59,11 @@ from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.read import read_tensor
 from evomesh.checkpoint.native.write import as_bytes, not_finite, safetensors_header
+from evomesh.checkpoint.standard_weights import (
+    rounds,
+    standard_weight,
+    without_mup,
+)
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
@@ -325,7 +330,8 @@ class _WeightExport:
         return safetensors_header(entries)
 
     def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
-        value = read_tensor(self.found, record)
+        stored = read_tensor(self.found, record)
+        value = standard_weight(link.native, stored, self.model)
         if link.native == "head.weight" and self.normalizes_head:
             # What the model multiplies with, rounded as it is there: readers of the
             # folder know no norm_head.
@@ -354,8 +360,9 @@ def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterato
     """
     dtype = job.dtype_name
     model = job.model
-    # What is normalized and then rounded differs from what is rounded first.
-    tolerance = tolerance_of(model, dtype) if job.normalizes_head else TOLERANCE
+    # What is scaled or normalized and then rounded differs from what is rounded first.
+    is_rounded_later = job.normalizes_head or rounds(model)
+    tolerance = tolerance_of(dtype) if is_rounded_later else TOLERANCE
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",
         "rope_scaling_factor": rotary.factor,
@@ -405,7 +412,7 @@ def _read_back(job: _WeightExport, folder: Path, native: ModelConfig) -> Tensor:
         "norm_head": native.norm_head and not job.normalizes_head,
         "qk_interleaved": False,
     }
-    described = native.model_copy(update=changes)
+    described = without_mup(native).model_copy(update=changes)
     written = HfFolder(LocalStorage(), str(folder))
     stored = dict(foreign_tensors(written, job.naming, described))
 

@@ -21,6 +21,7 @@ from evomesh.checkpoint.internevo.model import (
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.read import read_tensor
+from evomesh.checkpoint.standard_weights import standard_weight
 from evomesh.config.model import differing_key
 from evomesh.config.schema import ModelConfig
 from evomesh.pipeline.stages import layer_ranges
@@ -106,7 +107,8 @@ def _stage_states(
         parameters = _foreign_parameters(name, layers, model)
         if not parameters:
             continue
-        whole = read_tensor(found, record)
+        stored = read_tensor(found, record)
+        whole = standard_weight(name, stored, model).to(stored.dtype)
         for their_name, shard in parameters:
             for position, part in _rank_shards(name, whole, shard, tensor, weight):
                 states[position][their_name] = part

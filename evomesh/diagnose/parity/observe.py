@@ -113,6 +113,7 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
         grid,
         stages.module,
         config.optimizer,
+        config.model.width_multiplier,
     )
     optimizer.refresh_masters()
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
