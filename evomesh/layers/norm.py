@@ -91,24 +91,41 @@ class Norm(nn.Module):
         self.placement = placement
         splits_columns = sharded and placement.mode.weight_axis == "tp"
         self.columns_axis = placement.axis if splits_columns else Axis("tp")
-        spec = self._spec(of_heads, sharded)
-        local_size = size // self.columns_axis.size
         dtype = promote(placement.dtype) if fp32_weight else placement.dtype
+        is_wider = dtype != placement.dtype
+        spec = self._spec(of_heads, sharded, is_wider)
+        local_size = size // self.columns_axis.size
         self.weight = placement.make_parameter((local_size,), spec, dtype)
         self.bias = None
         if kind == "layernorm":
             self.bias = placement.make_parameter((size,), spec, dtype)
 
-    def _spec(self, of_heads: bool, sharded: bool) -> ShardSpec:
+    def _spec(self, of_heads: bool, sharded: bool, is_wider: bool) -> ShardSpec:
         if self.placement.mode.weight_axis == "wp":
-            # Weight sharding shards it like every parameter of a block.
-            return ShardSpec((self.size,), (("wp", 0),), self.placement.partial)
+            return self._spec_under_isp(is_wider)
+        shape = (self.size,)
         if sharded:
-            return ShardSpec((self.size,), (("tp", 0),))
+            return ShardSpec(shape, (("tp", 0),))
         # Ranks with other heads have other summands of the gradient, also where all of
         # them see the whole sequence.
-        partial = frozenset({"tp"}) if of_heads else self.placement.partial
-        return ShardSpec((self.size,), (), partial)
+        partial = self.placement.partial
+        if of_heads:
+            partial = frozenset({"tp"})
+        return ShardSpec(shape, partial=partial)
+
+    def _spec_under_isp(self, is_wider: bool) -> ShardSpec:
+        shape = (self.size,)
+        if is_wider:
+            # With a dtype other than its block's it would be gathered separately, 16 KiB
+            # that take as long as megabytes. It stays whole, and its gradient is summed
+            # like that of the last norm.
+            of_last_norm = self.placement.on_tensor_axis()
+            partial = of_last_norm.partial
+            return ShardSpec(shape, partial=partial)
+        # Weight sharding shards it like every parameter of a block.
+        shards = (("wp", 0),)
+        partial = self.placement.partial
+        return ShardSpec(shape, shards, partial)
 
     def _scale_of_columns(self, x_shard: Tensor) -> Tensor:
         """Return 1 / sqrt(mean(x^2) + eps) of whole rows, [T, 1], where each rank has some of the columns.

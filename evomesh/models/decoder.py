@@ -14,7 +14,7 @@ shows what the modes communicate:
     layers.N.feed_forward.w1, w3      rows over tp                  rows over wp
     layers.N.feed_forward.w2          columns over tp               rows over wp
     bias of wqkv, w1, w3              over tp                       over wp
-    bias of wo, w2, norms of blocks   replicated                    over wp
+    bias of wo, w2, norms of blocks   replicated                    over wp; norms wider than their block replicated
     attention.q_norm, k_norm          replicated; over tp where they norm all heads together     over wp
     embedding                         vocabulary over tp, or hidden size with embed_split_hidden
     head                              vocabulary over tp

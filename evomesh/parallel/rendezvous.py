@@ -138,8 +138,10 @@ def wait_for_name(host: str, limit_s: float = NAME_LIMIT_S) -> None:
         try:
             socket.getaddrinfo(host, None)
         # A name with an empty or too long label is no name for Python either.
-        except (OSError, UnicodeError):
-            return False
+        except (OSError, UnicodeError) as error:
+            # Without a descriptor even a number does not resolve, and waiting does not
+            # help: the connection, tried next, fails with a message about descriptors.
+            return isinstance(error, OSError) and error.errno == errno.EMFILE
         return True
 
     if _wait(resolves, f"the name {host} (MASTER_ADDR) to resolve", limit_s):

@@ -58,8 +58,8 @@ def shard_weights(
     Args:
         units: the modules whose weights are gathered together, a module before what contains it. Parameters on meta
             are allocated on ``device`` once they are sharded, so that no rank ever holds the unsharded model.
-        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated,
-            and those of another dtype than most of their unit.
+        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated.
+            Over both, those of another dtype than most of their unit are replicated, if their layers allow it.
         device: the device the model computes on.
         prefetch: where in forward the gathers of later units start; without, each unit gathers when it begins.
         read_in_forward_only: units whose backward does not read their weights: they are not gathered for it.
@@ -74,10 +74,11 @@ def shard_weights(
     sharded = {
         parameter for parameter in in_units if parameter.shape[0] % axis.size == 0
     }
-    if axis.name == "zero":
-        sharded -= _parameters_of_minor_dtype(units)
+    whole = _parameters_of_minor_dtype(units)
     if axis.name == "wp":
-        _refuse_indivisible(model, in_units - sharded, axis)
+        whole = {parameter for parameter in whole if _stays_whole(parameter)}
+        _refuse_indivisible(model, in_units - sharded - whole, axis)
+    sharded -= whole
     specs = _specs_after_sharding(model, sharded, axis)
     shared = _shared_parameters(model)
 
@@ -249,8 +250,17 @@ def _parameters_of_minor_dtype(units: Sequence[nn.Module]) -> set[nn.Parameter]:
     return minor
 
 
+def _stays_whole(parameter: nn.Parameter) -> bool:
+    """Return whether the layer that made a parameter says how the gradients of whole copies are summed under isp.
+
+    Those of a custom module, without a spec, are sharded like all others.
+    """
+    has_spec = hasattr(parameter, "spec")
+    return has_spec and ("wp", 0) not in spec_of(parameter).shards
+
+
 def _same_dtype(block: nn.Module, sharded: set[nn.Parameter]) -> Iterable[nn.Module]:
-    """Yield modules whose sharded weights differ in dtype from most of the block (isp's float32 norms), then the block.
+    """Yield modules whose sharded weights differ in dtype from most of the block (custom ones), then the block.
 
     FSDP2 needs one dtype per unit.
     """

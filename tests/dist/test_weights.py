@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from evomesh.config.schema import ModelConfig
+from evomesh.layers import norm
 from evomesh.models.decoder import Decoder
 from evomesh.models.llama import LLAMA
 from evomesh.models.registry import model_initializer
@@ -33,7 +35,7 @@ from tests.dist.layouts import (
 from tests.support.covers import covers
 from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
-from tests.support.tolerances import LAYOUT, assert_close
+from tests.support.tolerances import FLOAT32_LAYOUT, LAYOUT, assert_close
 
 CUT = {"zero1": {"fsdp": True}}
 EVEN = {"vocab_size": 68}  # divides by 4; the packs' ids are below 67
@@ -102,12 +104,12 @@ def test_fsdp_leaves_each_rank_its_part_of_everything(pool: Pool) -> None:
     whole = sum(
         p.numel() for p in build_one(Layout(ranks=1, model=EVEN)).parameters().values()
     )
-    norm = 32  # the last one, whole on every rank
+    last_norm = 32  # whole on every rank
     for found in pool.run(held, Layout(model=EVEN, parallel=CUT)):
-        part = (whole - norm) // 4 + norm
+        part = (whole - last_norm) // 4 + last_norm
         assert (found.parameters, found.gradients, found.state) == (part, part, part)
     for found in pool.run(held, Layout(model=EVEN, zero1=2, parallel=CUT)):
-        assert found.parameters == (whole - norm) // 2 + norm
+        assert found.parameters == (whole - last_norm) // 2 + last_norm
 
 
 def test_fsdp_gathers_blocks_twice_and_ends_once_and_reduces_once_a_micro_batch(
@@ -256,3 +258,41 @@ def test_a_model_of_one_s_own_is_cut_too(pool: Pool, layout: Layout) -> None:
     assert found.losses == pytest.approx(whole.losses, rel=1e-10)
     for name, tensor in whole.final.items():
         assert_close(found.final[name], tensor, LAYOUT, name)
+
+
+NORMS = [
+    Layout(mode="isp", weight=2),
+    Layout(tensor=2, mode="isp", weight=4, family="qwen3"),
+    Layout(tensor=2, mode="isp", weight=2, family="olmo2"),
+    Layout(tensor=2, mode="isp", weight=4, family="gemma3"),
+    Layout(tensor=2, mode="isp", weight=2, pipeline=2, family="post_norm"),
+]
+FLOAT32 = {"dtype": "float32", "use_fp32_norm": True}
+
+
+def train_with_wider_norms(rank: int, layout: Layout) -> Trained:
+    """Train in float32 with norms in float64, as float32 is to 16 bits, but exact enough to compare."""
+    with patch.object(norm, "promote", lambda dtype: torch.float64):
+        return train(rank, layout)
+
+
+@pytest.mark.parametrize("layout", NORMS, ids=str)
+def test_norms_of_another_dtype_stay_whole_under_isp_and_train_alike(
+    pool: Pool, layout: Layout
+) -> None:
+    layout = replace(layout, model=FLOAT32)
+    alone = replace(
+        layout, ranks=1, tensor=1, mode="mtp", weight=1, pipeline=1, zero1=-1
+    )
+    whole = join([train_with_wider_norms(0, alone)])
+    ranks = pool.run(train_with_wider_norms, layout)
+    for piece_of in ranks:
+        for name, piece in piece_of.initial.items():
+            if "norm" in name:
+                assert piece.local.dtype == torch.float64
+                assert piece.local.shape == piece.shape
+    found = join(ranks)
+    for name, tensor in whole.gradients.items():
+        assert_close(found.gradients[name], tensor, FLOAT32_LAYOUT, name)
+    losses = torch.tensor(found.losses), torch.tensor(whole.losses)
+    assert_close(*losses, FLOAT32_LAYOUT, "losses")

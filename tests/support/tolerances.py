@@ -10,6 +10,7 @@ LAYOUT = 1e-10
 FIRST_LOSS = 1e-14  # float64, relative: data, ZeRO and pipeline splits change no sum inside a token's loss
 ACCUMULATION = 1e-12  # float64: micro-batches added up against one large batch
 FLOAT32_RUN = 2e-5  # relative, losses of a few AdamW steps in another layout: Adam amplifies the order of sums
+FLOAT32_LAYOUT = 1e-5  # as LAYOUT, of a float32 model
 # Float64, logits and gradients against transformers with its upcasts patched.
 TRANSFORMERS = 1e-9
 TRANSFORMERS_FLOAT32 = 1e-5  # the same unpatched: it drops to float32 inside

@@ -98,3 +98,17 @@ def test_fsdp_gathers_blocks_twice_and_the_ends_once(
     # The first gather in backward is of the last block, which is not freed before.
     assert calls.count("all_gather") == 2 * 12 + 2 + norm_head
     assert calls.count("reduce_scatter") == 12 + 2
+
+
+@pytest.mark.parametrize("fp32_norms", [False, True])
+def test_isp_gathers_no_norm_alone(fp32_norms: bool) -> None:
+    parallel = {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 4}}
+    found = traced(parallel, world_size=4, use_fp32_norm=fp32_norms)
+    in_passes = found.traffic.calls[: found.passes]
+    calls = [call.operation for call in in_passes if call.axis == "wp"]
+    assert calls.count("all_gather") == 2 * 12
+    assert calls.count("reduce_scatter") == 12
+    # All norms are summed with the last one.
+    after = [call.operation for call in found.traffic.calls[found.passes :]]
+    few = traced(parallel, world_size=4, use_fp32_norm=fp32_norms, num_layers=6)
+    assert after == [call.operation for call in few.traffic.calls[few.passes :]]
