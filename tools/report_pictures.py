@@ -1,9 +1,11 @@
-"""Take the pictures of ``evomesh report`` for the docs, in a real browser.
+"""Take the pictures of ``evomesh report`` and ``evomesh data report`` for the docs, in a real browser.
 
     python tools/report_pictures.py RUN docs/images
+    python tools/report_pictures.py --data demo_data/train --tokenizer demo_data/tokenizer.json docs/images
 
 RUN is a run folder, such as that of the demo (`make train`). Writes report.png (light), report-dark.png,
-report-narrow.png (400 px wide) and report-print.png (as it is printed).
+report-narrow.png (400 px wide) and report-print.png (as it is printed). Of a data folder it writes data-report.png and
+data-report-dark.png.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
+from evomesh.config.data import DataConfig
+from evomesh.data.survey.documents import open_folder
+from evomesh.data.survey.survey import survey_of
+from evomesh.data.tokenizer import load_tokenizer
 from evomesh.monitor.overview import find_run
-from evomesh.runs.page import render_page
+from evomesh.runs.page import render_data_page, render_page
 from evomesh.runs.payload import payload_of
 from evomesh.runs.read import read_run
 
@@ -46,28 +52,51 @@ def take(
     page.close()
 
 
+def run_page(paths: list[Path]) -> str:
+    """Return the page of runs, without the folders that this machine has them in."""
+    runs = [read_run(find_run(path)) for path in paths]
+    payload = payload_of(runs, time.time())
+    for entry in payload["runs"]:
+        entry["folder"] = f"RUN/{entry['name']}"
+    return render_page(payload)
+
+
+def data_page(folder: str, tokenizer_path: str) -> str:
+    """Return the page of a data folder, packed as a config without a ``data`` section would."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    opened = open_folder(folder, "text", tokenizer, 0)
+    survey = survey_of(opened, tokenizer, DataConfig(train_folder=folder))
+    survey["written"] = time.time()
+    survey["folder"] = "/".join(Path(folder).parts[-2:])
+    survey["tokenizer"] = tokenizer.path.name
+    return render_data_page(survey)
+
+
 def main() -> None:
     """Write the pictures into the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, nargs="+")
+    parser.add_argument("run", type=Path, nargs="*")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", metavar="FOLDER")
+    parser.add_argument("--tokenizer", default="demo_data/tokenizer.json")
     options = parser.parse_args()
-    runs = [read_run(find_run(path)) for path in options.run]
+    folder: Path = options.folder
     executable = next(filter(None, map(shutil.which, BROWSERS)))
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
-        page_file = Path(scratch) / "report.html"
-        payload = payload_of(runs, time.time())
-        for entry in payload["runs"]:
-            entry["folder"] = f"RUN/{entry['name']}"  # not where this machine has it
-        page_file.write_text(render_page(payload), "utf-8")
+        file = Path(scratch) / "report.html"
         browser = playwright.chromium.launch(
             executable_path=executable, args=["--no-sandbox"]
         )
-        folder: Path = options.folder
-        take(browser, page_file, folder / "report.png", 1280, 1000, "light")
-        take(browser, page_file, folder / "report-dark.png", 1280, 1000, "dark")
-        take(browser, page_file, folder / "report-narrow.png", 400, 900, "light")
-        take(browser, page_file, folder / "report-print.png", 760, 1075, "print")
+        if options.run:
+            file.write_text(run_page(options.run), "utf-8")
+            take(browser, file, folder / "report.png", 1280, 1000, "light")
+            take(browser, file, folder / "report-dark.png", 1280, 1000, "dark")
+            take(browser, file, folder / "report-narrow.png", 400, 900, "light")
+            take(browser, file, folder / "report-print.png", 760, 1075, "print")
+        if options.data:
+            file.write_text(data_page(options.data, options.tokenizer), "utf-8")
+            take(browser, file, folder / "data-report.png", 1280, 1300, "light")
+            take(browser, file, folder / "data-report-dark.png", 1280, 1300, "dark")
         browser.close()
 
 

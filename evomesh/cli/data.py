@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli import data_report
+
 if TYPE_CHECKING:
     from evomesh.config.data import DataConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command("report")(data_report.report)
 
 MAX_SAMPLE_TOKENS = 400  # of a decoded document
 

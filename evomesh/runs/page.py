@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,22 @@ CONTENT_POLICY = (
 )
 
 
+RUN_SCRIPTS = ("charts.js", "run_figures.js", "report.js")
+DATA_SCRIPTS = ("charts.js", "data_words.js", "data_report.js")
+
+
 def render_page(payload: dict[str, Any]) -> str:
     """Return the page of a payload (``payload_of``); a live one may ask the server that it came from for news."""
     connect = "'self'" if payload.get("live") else "'none'"
+    return _render(payload, RUN_SCRIPTS, connect)
+
+
+def render_data_page(payload: dict[str, Any]) -> str:
+    """Return the page of a survey of a data folder (``survey_of``)."""
+    return _render(payload, DATA_SCRIPTS, "'none'")
+
+
+def _render(payload: dict[str, Any], scripts: Sequence[str], connect: str) -> str:
     page = _asset("report.html")
     parts = {
         "POLICY": CONTENT_POLICY.format(connect=connect),
@@ -28,8 +42,8 @@ def render_page(payload: dict[str, Any]) -> str:
         "LICENSE": _asset("uPlot.LICENSE.txt"),
         "LIBRARY": _asset("uPlot.iife.min.js"),
         "WORDS": _asset("words.js"),
-        "CHARTS": _asset("charts.js"),
-        "SCRIPT": _asset("report.js"),
+        "BASE": _asset("base.js"),
+        "SCRIPT": "\n".join(map(_asset, scripts)),
         "PAYLOAD": embedded_json(payload),
     }
     for name, content in parts.items():
@@ -54,13 +68,7 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         UserError: the path is a folder, or cannot be written.
     """
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a folder",
-            where="OUT.html",
-            expected="a file to write, such as report.html",
-            fix=f"name a file in it: {path / 'report.html'}",
-        )
+    refuse_folder(path)
     try:
         with write_atomically(path) as file:
             file.write(page.encode())
@@ -70,3 +78,18 @@ def write_page(path: Path, page: str) -> None:
             where="OUT.html",
             expected="a file in a folder that can be written into",
         ) from None
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder as the file to write.
+
+    Raises:
+        UserError: it is one.
+    """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder",
+            where="OUT.html",
+            expected="a file to write, such as report.html",
+            fix=f"name a file in it: {path / 'report.html'}",
+        )

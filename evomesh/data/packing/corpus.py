@@ -30,7 +30,6 @@ from evomesh.data.packing.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocu
 from evomesh.data.token_files.bin_dataset import BinDataset, LongLineCache
 from evomesh.data.token_files.fingerprint import check_vocabulary
 from evomesh.data.token_files.folders import (
-    TokenFile,
     assign_types,
     check_folder,
     find_files,
@@ -220,13 +219,8 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         return _synthetic_corpus(config, vocab_size)
 
     # 1. Find the files and open them.
-    folder = check_folder(config.train_folder, "data.train_folder")
-    files = find_files(folder, "data.train_folder", config.data_order_path)
-    types = assign_types(files, folder)
-    if vocab_size is not None:
-        check_vocabulary(files, vocab_size)
     shared = _shared_folder(config)
-    sources = _open_sources(config, files, types, vocab_size, shared)
+    sources, types = open_sources(config, vocab_size, shared)
     check_filtered(config, sources)
 
     # 2. Plan the packs: each file is a separate stream, or all files are one stream.
@@ -289,13 +283,23 @@ def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     return Corpus(config, [plan], TYPES, [row], [warning])
 
 
-def _open_sources(
-    config: DataConfig,
-    files: Sequence[TokenFile],
-    types: Sequence[str],
-    vocab_size: int | None,
-    shared: Path | None,
-) -> list[BinDataset]:
+def open_sources(
+    config: DataConfig, vocab_size: int | None = None, shared: Path | None = None
+) -> tuple[list[BinDataset], list[str]]:
+    """Open every file of ``data.train_folder``, without the documents that are too short for it.
+
+    Returns:
+        The files in their order, and the names of the types that they number.
+
+    Raises:
+        UserError: no usable file, or a broken one.
+    """
+    assert config.train_folder is not None
+    folder = check_folder(config.train_folder, "data.train_folder")
+    files = find_files(folder, "data.train_folder", config.data_order_path)
+    types = assign_types(files, folder)
+    if vocab_size is not None:
+        check_vocabulary(files, vocab_size)
     last_long = LongLineCache()
     sources = []
     for file in files:
@@ -312,4 +316,4 @@ def _open_sources(
             shared=shared,
         )
         sources.append(source)
-    return sources
+    return sources, types

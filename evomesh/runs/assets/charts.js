@@ -1,46 +1,6 @@
 "use strict";
-// Charts: their figures, drawing, zoom, keys, and the table beside each.
-const CHARTS = [
-  { id: "loss", names: /^loss$/ }, { id: "types", names: /^loss\// }, { id: "val", names: /^val\/.*_loss$/, points: true },
-  { id: "acc", names: /^(acc|val\/.*_acc)$/ }, { id: "lr", names: /^lr$/ }, { id: "norm", names: /^grad_norm$/ },
-  { id: "speed", names: /^speed$/ }, { id: "tflops", names: /^tflops$/ }, { id: "memory", names: /^memory$/, factor: 2 ** -30 },
-  { id: "progress", names: /^tokens\//, sums: true }, { id: "consumed", names: /^num_consumed_tokens$/ },
-  { id: "seconds", names: /^(seconds|wait)$/ }, { id: "samples", names: /^num_samples_in_batch$/ }, { id: "scale", names: /^loss_scale$/, varies: true },
-];
+// Charts: drawing, zoom, keys, and the table beside each.
 const DASHES = [[], [6, 3], [2, 3], [9, 3, 2, 3]];
-
-function numbersOf(text) {
-  const bytes = atob(text), buffer = new Uint8Array(bytes.length);
-  for (let i = 0; i < bytes.length; i++) buffer[i] = bytes.charCodeAt(i);
-  return new Float32Array(buffer.buffer);
-}
-
-function decodeRun(run) {
-  const steps = run.steps.map((text) => Array.from(numbersOf(text))), figures = {};
-  for (const [name, column] of Object.entries(run.columns)) {
-    const raw = numbersOf(column.y), values = new Array(raw.length);
-    for (let i = 0; i < raw.length; i++) values[i] = Number.isNaN(raw[i]) ? null : raw[i];
-    figures[name] = { x: steps[column.x], y: values };
-  }
-  return figures;
-}
-
-function seriesOf(chart, runs) {
-  const found = [];
-  for (const run of runs) {
-    for (const [name, figure] of Object.entries(run.figures)) {
-      if (!chart.names.test(name)) continue;
-      let y = figure.y;
-      if (chart.factor) y = y.map((v) => (v === null ? null : v * chart.factor));
-      if (chart.sums) { let sum = 0; y = y.map((v) => (sum += v || 0)); }
-      if (chart.varies && y.every((v) => v === y[0])) continue;
-      const label = name.replace(/^(loss|tokens)\//, "").replace(/^val\/(.*)_(loss|acc)$/, "$1");
-      const short = { speed: "tokens/s", memory: "GiB", num_consumed_tokens: t("tokens"), num_samples_in_batch: t("c_samples"), seconds: t("seconds"), wait: t("wait"), lr: t("c_lr"), grad_norm: t("c_norm"), loss: t("loss") }[name] || label;
-      found.push({ label: runs.length > 1 ? `${run.short} · ${short}` : short, x: figure.x, y });
-    }
-  }
-  return found;
-}
 
 function aligned(series) {
   if (series.every((s) => s.x === series[0].x)) return [series[0].x, ...series.map((s) => s.y)];
@@ -71,22 +31,24 @@ function short(value) {
   return String(+value.toPrecision(4));
 }
 
-function sentence(series) {
+// Where on the x axis: the step, or of a chart with "labels" the name of the place.
+function placeOf(chart, x) { return chart.labels ? chart.labels[x] ?? "" : String(x); }
+function sentence(chart, series) {
   return series.slice(0, 12).map((s) => {
     const e = extremes(s);
     if (!e) return `${s.label}: ${t("none")}`;
-    const at = (i) => (language === "zh" ? `${t("at")} ${s.x[i]} 步` : `${t("at")} ${s.x[i]}`);
+    const at = (i) => (chart.x ? `${t("for_x")} ${placeOf(chart, s.x[i])}` : language === "zh" ? `${t("at")} ${s.x[i]} 步` : `${t("at")} ${s.x[i]}`);
     return `${s.label}: ${t("first")} ${short(s.y[e.first])}, ${t("last")} ${short(s.y[e.last])}, ${t("lowest")} ${short(s.y[e.low])} ${at(e.low)}, ${t("highest")} ${short(s.y[e.high])} ${at(e.high)}`;
   }).join("; ");
 }
 
-function sampleTable(series, data) {
-  const count = data[0].length, rows = [], wanted = Math.min(count, 25);
+function sampleTable(chart, series, data) {
+  const count = data[0].length, rows = [], wanted = Math.min(count, chart.labels ? 60 : 25);
   for (let k = 0; k < wanted; k++) {
     const i = wanted === 1 ? 0 : Math.round((k * (count - 1)) / (wanted - 1));
-    rows.push([data[0][i], ...series.map((_, s) => short(data[s + 1][i]))]);
+    rows.push([placeOf(chart, data[0][i]), ...series.map((_, s) => short(data[s + 1][i]))]);
   }
-  return tableOf([t("step"), ...series.map((s) => s.label)], rows, rows[0] ? rows[0].map(() => true) : []);
+  return tableOf([t(chart.x || "step"), ...series.map((s) => s.label)], rows, rows[0] ? rows[0].map(() => true) : []);
 }
 
 const drawn = [];
@@ -96,15 +58,15 @@ class ChartView {
     this.chart = chart; this.series = series; this.log = false; this.plot = null;
     this.data = aligned(series);
     const title = t(`c_${chart.id}`);
-    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${sentence(series)}. ${t("keys")}` });
+    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${sentence(chart, series)}. ${t("keys")}` });
     const logs = make("button", { type: "button", "aria-pressed": "false" }, t("log"));
     logs.onclick = () => { this.log = !this.log; logs.setAttribute("aria-pressed", this.log); this.draw(); };
     const whole = make("button", { type: "button" }, t("all"));
     whole.onclick = () => this.zoom(null);
     this.details = make("details", {}, make("summary", {}, `${t("table")}: ${title}`));
-    this.details.addEventListener("toggle", () => { if (this.details.open && !this.details.dataset.made) { this.details.dataset.made = "1"; this.details.append(sampleTable(series, this.data)); } });
+    this.details.addEventListener("toggle", () => { if (this.details.open && !this.details.dataset.made) { this.details.dataset.made = "1"; this.details.append(sampleTable(chart, series, this.data)); } });
     this.figure = make("figure", { id: `chart-${chart.id}` }, make("div", { class: "head" }, make("h3", {}, title), make("div", { class: "buttons" }, logs, whole)),
-      this.box, make("figcaption", {}, sentence(series)), this.details);
+      this.box, make("figcaption", {}, sentence(chart, series)), this.details);
     this.box.addEventListener("keydown", (event) => this.key(event));
     this.sizes = new ResizeObserver(() => { if (this.plot && this.box.clientWidth) this.plot.setSize({ width: this.box.clientWidth, height: 230 }); });
     this.sizes.observe(this.box);
@@ -118,14 +80,21 @@ class ChartView {
     const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") }, font: "12px system-ui, sans-serif" };
     const few = this.data[0].length < 60 || this.chart.points;
     const lines = this.series.map((s, i) => ({ label: s.label, stroke: color(`--c${i % 8}`), width: 1.5, dash: DASHES[Math.floor(i / 8) % 4],
-      spanGaps: Boolean(this.chart.points) || this.series.some((o) => o.x !== this.series[0].x), points: { show: few, size: 5 }, value: (_, v) => short(v) }));
+      spanGaps: Boolean(this.chart.points) || this.series.some((o) => o.x !== this.series[0].x), points: { show: few && !this.chart.bars, size: 5 }, ...(this.chart.bars ? { paths: uPlot.paths.bars({ size: [0.8, 60] }), fill: `${color(`--c${i % 8}`)}99` } : {}), value: (_, v) => short(v) }));
     const data = this.log ? this.data.map((column, i) => (i ? column.map((v) => (v > 0 ? v : null)) : column)) : this.data;
     const height = 230, width = this.box.clientWidth || 500;
     this.plot = new uPlot({ width, height, legend: { live: true }, cursor: { drag: { x: true, y: false, dist: 5 }, focus: { prox: 24 } },
-      scales: { x: { time: false }, y: this.log ? { distr: 3 } : {} },
-      series: [{ label: t("step"), value: (_, v) => (v === null ? "–" : String(v)) }, ...lines],
-      axes: [axis, { ...axis, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) }] }, data, this.box);
+      scales: { x: { time: false, ...(this.chart.logX ? { distr: 3 } : {}), ...(this.chart.labels ? { range: (_, low, high) => [low - 0.6, high + 0.6] } : {}) }, y: this.log ? { distr: 3 } : {} },
+      series: [{ label: t(this.chart.x || "step"), value: (_, v) => (v === null ? "–" : placeOf(this.chart, v)) }, ...lines],
+      axes: [{ ...axis, ...this.places() }, { ...axis, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) }] }, data, this.box);
     if (range && range[0] !== null) this.zoom(range);
+  }
+
+  // The axis of a chart with "labels" has one of them at each whole number, as far as there is room.
+  places() {
+    if (this.chart.logX) return { values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) };
+    if (!this.chart.labels) return {};
+    return { incrs: [1, 2, 3, 4, 5, 10], space: 62, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? placeOf(this.chart, v) : "")) };
   }
 
   zoom(range) {
@@ -154,7 +123,7 @@ class ChartView {
     if (x[to] < min || x[to] > max) this.zoom([x[to] - span / 2, x[to] + span / 2]);
     plot.setCursor({ left: plot.valToPos(x[to], "x"), top: 20 });
     const values = this.series.map((s, i) => `${s.label} ${short(this.data[i + 1][to])}`);
-    document.getElementById("spoken").textContent = `${t("step")} ${x[to]}: ${values.join(", ")}`;
+    document.getElementById("spoken").textContent = `${t(this.chart.x || "step")} ${placeOf(this.chart, x[to])}: ${values.join(", ")}`;
   }
 
   close() { this.sizes.disconnect(); if (this.plot) this.plot.destroy(); }

@@ -1,36 +1,7 @@
 "use strict";
 // The page: summary, charts and tables of the runs in the payload, in two languages.
-let payload = JSON.parse(document.getElementById("payload").textContent);
-const stored = (key, value) => { try { if (value !== undefined) localStorage.setItem(key, value); return localStorage.getItem(key); } catch { return null; } };
-let language = stored("evomesh-language") || ((navigator.language || "").startsWith("zh") ? "zh" : "en");
-let theme = stored("evomesh-theme") || "auto";
 let runs = [];
 
-function t(key) { const word = WORDS[key]; return word ? word[language === "zh" ? 1 : 0] : key; }
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children.filter((child) => child !== null && child !== undefined));
-  return element;
-}
-function tableOf(heads, rows, numbers = [], marks = () => "") {
-  const cell = (tag, value, i, extra = {}) => make(tag, { ...extra, class: numbers[i] ? "number" : "wrap" }, value instanceof Node ? value : String(value ?? "–"));
-  const body = rows.map((row) => make("tr", marks(row) ? { class: marks(row) } : {}, ...row.slice(0, heads.length).map((value, i) => cell("td", value, i))));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((head, i) => cell("th", head, i, { scope: "col" })))), make("tbody", {}, ...body));
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": heads.join(", ") }, table);
-}
-const date = (seconds) => (typeof seconds === "number" ? new Date(seconds * 1000).toLocaleString(language === "zh" ? "zh-CN" : "en-GB", { dateStyle: "medium", timeStyle: "medium" }) : "–");
-const fixed = (value, digits = 1) => (typeof value === "number" ? value.toLocaleString("en-US", { maximumFractionDigits: digits, minimumFractionDigits: digits }) : "–");
-const whole = (value) => (typeof value === "number" ? value.toLocaleString("en-US") : "–");
-function duration(seconds) {
-  if (typeof seconds !== "number") return "–";
-  if (seconds < 100) return `${fixed(seconds)} s`;
-  const all = Math.round(seconds), h = Math.floor(all / 3600), m = Math.floor((all % 3600) / 60);
-  return h ? `${h} h ${m} min` : `${m} min ${all % 60} s`;
-}
-const percent = (value) => (typeof value === "number" ? `${fixed(100 * value)} %` : "–");
-
-function section(id, ...children) { return make("section", { id, "aria-labelledby": `${id}-h` }, make("h2", { id: `${id}-h` }, t(id)), ...children); }
 function perRun(id, part) {
   const parts = runs.map((run) => { const content = part(run); return content && make("div", { class: "run" }, runs.length > 1 ? make("h3", {}, run.name) : null, content); });
   return parts.some(Boolean) ? section(id, ...parts.filter(Boolean)) : null;
@@ -96,43 +67,21 @@ function config() {
   show();
   return section("config", make("div", { class: "buttons" }, input, only), box);
 }
-function drawNear(views) {
-  const watcher = new IntersectionObserver((entries) => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); entry.target.view.draw(); } }, { rootMargin: "400px" });
-  for (const view of views) { view.box.view = view; watcher.observe(view.box); }
-}
 function build() {
-  for (const view of drawn.splice(0)) view.close();
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  startPage();
   runs = payload.runs.map((run) => ({ ...run, short: run.name.split("/").pop(), figures: decodeRun(run) }));
   const names = runs.map((run) => run.name).join(", ");
   document.title = `${names} – evomesh`;
   document.getElementById("title").textContent = `${t("report")}: ${runs.length > 2 ? `${runs.length} ${t("runs")}` : names}`;
   document.getElementById("subtitle").textContent = `${runs.map((run) => run.folder).join(", ")} · ${t("written")} ${date(payload.written)}`;
-  for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
-  document.getElementById("language").textContent = language === "zh" ? "English" : "中文";
-  document.getElementById("theme").textContent = `${t("theme")}: ${t(theme)}`;
   const views = [];
   for (const chart of CHARTS) { const series = seriesOf(chart, runs).filter((s) => s.x.length); if (series.length) views.push(new ChartView(chart, series)); }
   const grid = views.length ? section("charts", make("p", { class: "soft" }, t("drag")), make("div", { class: "charts" }, ...views.map((view) => view.figure))) : null;
   const parts = [perRun("summary", (run) => make("div", {}, cards(run), ...notes(run))), grid, perRun("time", times), perRun("starts", starts), perRun("saves", saves),
     perRun("skipped", skipped), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);
-  document.getElementById("main").replaceChildren(...parts);
-  document.getElementById("contents").setAttribute("aria-label", t("report"));
-  document.getElementById("contents").replaceChildren(...parts.map((part) => make("a", { href: `#${part.id}` }, t(part.id))));
+  showParts(parts, t("report"));
   drawNear(views);
 }
-function applyTheme() { if (theme === "auto") document.documentElement.removeAttribute("data-theme"); else document.documentElement.dataset.theme = theme; }
-function redraw() { for (const view of drawn) if (view.plot) view.draw(); }
-
-document.getElementById("language").onclick = () => { language = language === "zh" ? "en" : "zh"; stored("evomesh-language", language); build(); };
-document.getElementById("theme").onclick = () => {
-  theme = { auto: "light", light: "dark", dark: "auto" }[theme] || "auto";
-  stored("evomesh-theme", theme); applyTheme(); redraw();
-  document.getElementById("theme").textContent = `${t("theme")}: ${t(theme)}`;
-};
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; for (const view of drawn) { view.draw(); view.plot.setSize({ width: Math.min(340, view.box.clientWidth || 340), height: 200 }); } });
-addEventListener("afterprint", () => { applyTheme(); redraw(); });
 function follow() {
   const line = document.getElementById("live"), source = new EventSource("events");
   line.hidden = false;

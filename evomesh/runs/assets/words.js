@@ -18,7 +18,7 @@ const WORDS = {
   c_seconds: ["Seconds of a step", "每步秒数"], c_samples: ["Segments in the batch of the main rank", "主进程每批的片段数"],
   c_scale: ["Loss scale", "损失缩放"], c_consumed: ["Tokens consumed", "已用词元"],
   log: ["log scale", "对数轴"], all: ["whole range", "全部范围"], table: ["Table", "表格"], step: ["step", "步"],
-  first: ["first", "首个"], last: ["last", "最后"], lowest: ["lowest", "最低"], highest: ["highest", "最高"], at: ["at step", "在第"],
+  first: ["first", "首个"], last: ["last", "最后"], lowest: ["lowest", "最低"], highest: ["highest", "最高"], at: ["at step", "在第"], for_x: ["at", "在"],
   keys: ["Arrow keys move the cursor, plus and minus zoom, 0 shows the whole range.", "方向键移动光标，加减号缩放，0 显示全部。"],
   drag: ["Drag over a chart to zoom, double-click for the whole range; charts also take arrow keys, + and −.", "拖动图表放大，双击还原；也可用方向键、+ 和 −。"],
   cause: ["cause", "原因"], seconds: ["seconds", "秒"], share: ["share", "占比"],
