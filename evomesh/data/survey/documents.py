@@ -213,7 +213,7 @@ class TextFolder:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether units are ids of tokens."""
+        """Tell whether units are ids of tokens."""
         return self.tokenizer is not None
 
     @property

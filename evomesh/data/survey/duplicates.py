@@ -49,7 +49,7 @@ class DuplicateGroup:
 
 @dataclass(frozen=True)
 class DuplicateFigures:
-    """What was found among the documents that were looked at.
+    """The duplicates that were found among the documents that were looked at.
 
     Attributes:
         looked_at, looked_at_tokens: documents, and their tokens.

@@ -17,7 +17,7 @@ LARGEST_ID = 2**24  # a larger one is not of a vocabulary
 
 
 class TokenCounts:
-    """How often each id occurs.
+    """The number of occurrences of each id.
 
     Attributes:
         beyond: ids above any vocabulary.

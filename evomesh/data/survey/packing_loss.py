@@ -1,4 +1,4 @@
-"""What packs leave out, pad and split, for a config and for other lengths: computed from the lengths of documents."""
+"""Count what packs leave out, pad and split, for a config and for other lengths, from the lengths of documents."""
 
 from __future__ import annotations
 
