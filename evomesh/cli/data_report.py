@@ -14,40 +14,52 @@ if TYPE_CHECKING:
 READ_TOKENS = 20_000_000
 
 
+FolderArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Folder of token files, or of jsonl, json, csv, txt, parquet or arrow files; or one of these.",
+    ),
+]
+OutArgument = Annotated[
+    str, typer.Argument(metavar="OUT.html", help="The file to write.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config", help="Show the packing loss, and use the tokenizer, of this."
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option("--tokenizer", "-t", help="Tokenizer of the data."),
+]
+SeqLenOption = Annotated[
+    int, typer.Option(min=1, help="Maximum attention segment, without --config.")
+]
+MicroBszOption = Annotated[
+    int, typer.Option(min=1, help="Pack length in multiples of seq-len.")
+]
+TextFieldOption = Annotated[
+    str, typer.Option(help="Field of a raw record that holds its text.")
+]
+TokensOption = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Read about so many tokens, evenly spaced; 0: everything."
+    ),
+]
+
+
 def report(
-    folder: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER",
-            help="Folder of token files, or of jsonl, json, csv, txt, parquet or arrow files; or one of these.",
-        ),
-    ],
-    out: Annotated[str, typer.Argument(metavar="OUT.html", help="The file to write.")],
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config", help="Show the packing loss, and use the tokenizer, of this."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", "-t", help="Tokenizer of the data."),
-    ] = None,
-    seq_len: Annotated[
-        int, typer.Option(min=1, help="Maximum attention segment, without --config.")
-    ] = 2048,
-    micro_bsz: Annotated[
-        int, typer.Option(min=1, help="Pack length in multiples of seq-len.")
-    ] = 1,
-    text_field: Annotated[
-        str, typer.Option(help="Field of a raw record that holds its text.")
-    ] = "text",
-    tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Read about so many tokens, evenly spaced; 0: everything."
-        ),
-    ] = READ_TOKENS,
+    folder: FolderArgument,
+    out: OutArgument,
+    config: ConfigOption = None,
+    tokenizer: TokenizerOption = None,
+    seq_len: SeqLenOption = 2048,
+    micro_bsz: MicroBszOption = 1,
+    text_field: TextFieldOption = "text",
+    tokens: TokensOption = READ_TOKENS,
 ) -> None:
     """Write one HTML page of a data folder.
 
