@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,10 +17,18 @@ if TYPE_CHECKING:
     from evomesh.data.tokenizer import Tokenizer
 
 
-ConfigArgument = Annotated[str, typer.Argument(help="The run's Python config file.")]
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG|RUN", help="The run's Python config file, or a run folder."
+    ),
+]
 GpusOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes of the run [default: one data-parallel rank]."),
+    typer.Option(
+        min=1,
+        help="Processes of the run [default: those of RUN; one data-parallel rank].",
+    ),
 ]
 StepOption = Annotated[
     int | None, typer.Option(min=0, help="List the documents of this step.")
@@ -70,16 +77,15 @@ def ledger(
 
     Lists the parts of documents that a step is trained on, or the steps in which a
     document is used. The answer is computed from config and data, so the run need not
-    have happened yet.
+    have happened yet. Of a run folder, the steps that were left out because of a spike are marked.
     """
     if (step is None) == (document is None):
         raise UserError("exactly one of --step and --document is needed")
 
-    from evomesh.config.loader import load_config
     from evomesh.data.tokenizer import load_tokenizer
 
-    settings = load_config(config, overrides or []).config
-    lookup = _open_ledger(settings, gpus)
+    settings, ranks, spikes = _settings_of(config, overrides or [])
+    lookup = _open_ledger(settings, gpus or ranks)
     if step is not None:
         _check_step(step, settings)
         entries = lookup.step(step, _check_rank(rank, lookup.dp_size))
@@ -88,15 +94,51 @@ def ledger(
         last_step = settings.data.total_steps
         entries = lookup.uses(file, row, min(until or last_step, last_step))
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    show = (
-        _as_json if as_json else partial(_as_text, skipped=settings.data.skip_batches)
-    )
-    count = 0
-    for count, entry in enumerate(entries, 1):  # noqa: B007
-        typer.echo(show(entry))
+    show = _as_json if as_json else _as_text
+    used: set[int] = set()
+    skipped: set[int] = set()
+    for entry in entries:
+        reason = _reason(entry.step, settings.data.skip_batches, spikes)
+        (skipped if reason else used).add(entry.step)
+        typer.echo(show(entry, reason))
         if loaded is not None:
             typer.echo(f"    {_text(entry, lookup, loaded)!r}")
-    if not count and not as_json:
+    if document is not None and not as_json:
+        _summarize(used, skipped)
+
+
+def _settings_of(
+    config: str, overrides: list[str]
+) -> tuple[Config, int | None, frozenset[int]]:
+    """Return the config, the processes if they are known, and the steps that spikes left out."""
+    from evomesh.config.loader import load_config
+    from evomesh.config.user import expand_home
+
+    if not expand_home(config).is_dir():
+        return load_config(config, overrides).config, None, frozenset()
+    from evomesh.runs.ledger import open_run_data
+
+    if overrides:
+        raise UserError(
+            "a run has been made with the values that it has",
+            where="--set",
+            expected="a config file",
+        )
+    run = open_run_data(config)
+    return run.config, run.gpus, run.spikes
+
+
+def _reason(step: int, listed: StepRanges, spikes: frozenset[int]) -> str:
+    """Return why a step is not trained on; "" if it is."""
+    if step in listed:
+        return "data.skip_batches"
+    return "spike" if step in spikes else ""
+
+
+def _summarize(used: set[int], skipped: set[int]) -> None:
+    if skipped:
+        typer.echo(f"used in {len(used)} steps, skipped in {len(skipped)}")
+    elif not used:
         typer.echo("not used in these steps")
 
 
@@ -148,12 +190,13 @@ def _parse_document(text: str) -> tuple[str, int]:
     return file, int(row)
 
 
-def _as_json(entry: LedgerEntry) -> str:
-    return json.dumps(asdict(entry))
+def _as_json(entry: LedgerEntry, reason: str) -> str:
+    note = {"skipped": reason} if reason else {}
+    return json.dumps(asdict(entry) | note)
 
 
-def _as_text(entry: LedgerEntry, skipped: StepRanges | None) -> str:
-    note = " (skipped: data.skip_batches)" if skipped and entry.step in skipped else ""
+def _as_text(entry: LedgerEntry, reason: str) -> str:
+    note = f" (skipped: {reason})" if reason else ""
     return (
         f"step {entry.step} rank {entry.rank} micro-batch {entry.micro_batch} pack {entry.pack} at {entry.offset}: "
         f"{entry.file} row {entry.row} tokens {entry.start}..{entry.stop - 1}{note}"

@@ -20,6 +20,13 @@ from evomesh.cli.options import LauncherOption, RendezvousPortOption
 if TYPE_CHECKING:
     from evomesh.runs.replay import ReplayPlan, ReplayResult
 
+BlameOption = Annotated[
+    bool,
+    typer.Option(
+        "--blame",
+        help="Also rank the micro-batches and layers of the step, and show its documents.",
+    ),
+]
 SCRATCH = "EVOMESH_REPLAY_FOLDER"  # where all ranks of a replay write
 LEAVE_S = 10.0  # for all ranks to have read it
 
@@ -33,17 +40,25 @@ def replay(
             help="Such as tensor=2,mode=msp, as in evomesh parity; config: that of the run."
         ),
     ] = "config",
+    blame: BlameOption = False,
     launcher: LauncherOption = "auto",
     port: RendezvousPortOption = 8888,
 ) -> None:
     """Compute a step of RUN again, from the checkpoint before it, and compare with what was logged.
 
     In the layout of the run every figure must be equal to the bit; in another one the
-    first step must be within the bound of the numerics contract. Started alone, it starts the ranks itself. Exit
+    first step must be within the bound of the numerics contract. With --blame, the micro-batches of the step are
+    ranked by loss and gradient norm, its layers by gradients and activations, and the documents of the most suspicious
+    ones are shown. Started alone, it starts the ranks itself. Exit
     codes: 0 equal; 1 a figure differs; 2 it cannot be replayed.
     """
     from evomesh.runs.read import find_runs, read_run
-    from evomesh.runs.replay import compare_replay, plan_replay, ranks_of_replay
+    from evomesh.runs.replay import (
+        compare_replay,
+        court_lines,
+        plan_replay,
+        ranks_of_replay,
+    )
     from evomesh.train.launchers import detect, planned_world_size, spawn_ranks
     from evomesh.train.main import run_training
 
@@ -61,13 +76,15 @@ def replay(
     process = detect(os.environ, launcher, port)
     try:
         plan = plan_replay(logged, step, layout, scratch)
-        run_training(plan.loaded(), launcher=launcher, port=port, until=step + 1)
+        run_training(
+            plan.loaded(), launcher=launcher, port=port, until=step + 1, blames=blame
+        )
         result = compare_replay(plan)
+        found = court_lines(plan) if blame else []
     finally:
         _leave(scratch, process.rank, process.world_size)
     if process.rank == 0:
-        for line in lines_of(plan, result):
-            typer.echo(line)
+        typer.echo("\n".join([*lines_of(plan, result), *found]))
     if result.differing:
         sys.exit(1)
 

@@ -191,15 +191,7 @@ class ZeroOptimizer:
 
         # 2. Sum the gradients over ranks; each master gets the gradient of its rows.
         self._gradients.finish()
-        gradients: list[Tensor] = []
-        counted: list[Tensor] = []
-        for slot in self.slots:
-            gradient = slot.master.grad
-            if gradient is None:
-                continue
-            gradients.append(gradient)
-            if slot.counts_in_norm:
-                counted.append(gradient)
+        gradients, counted = self._summed_gradients()
 
         # 3. One norm over all parameters and ranks, each element counted once.
         if sums is None:
@@ -221,6 +213,37 @@ class ZeroOptimizer:
         for slot in self.slots:
             slot.master.grad = None
         return StepResult(norm, measured, totals)
+
+    def _summed_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients of this rank's rows, and those of them that it counts in the norm."""
+        gradients: list[Tensor] = []
+        counted: list[Tensor] = []
+        for slot in self.slots:
+            gradient = slot.master.grad
+            if gradient is None:
+                continue
+            gradients.append(gradient)
+            if slot.counts_in_norm:
+                counted.append(gradient)
+        return gradients, counted
+
+    @torch.no_grad()
+    def measure_only(self, profile: GradientObserver) -> tuple[Tensor, Tensor]:
+        """Sum the gradients over ranks, measure them and drop them; nothing is updated.
+
+        Returns:
+            their norm and what the profile measured, both with the loss scale.
+        """
+        self._parameters.wait()
+        self._gradients.finish()
+        _, counted = self._summed_gradients()
+        no_sums = _no_sums().to(self.device)
+        norm, _ = global_norm_and_sums(counted, no_sums, self.grid)
+        measured = profile.measure()
+        for slot in self.slots:
+            slot.master.grad = None
+        self.zero_grad()
+        return norm, measured
 
     def _apply_rules(
         self,

@@ -22,13 +22,16 @@ from evomesh.config.layout import axis_sizes, smallest_world
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, LoadConfig
+from evomesh.config.step_values import StepRanges
 from evomesh.diagnose.layouts import AS_WRITTEN, layout_overrides
 from evomesh.diagnose.parity.compare import BOUNDS
 from evomesh.errors import UserError
 from evomesh.monitor.history import HISTORY_FILE
+from evomesh.monitor.spikes import left_out_steps, read_spikes
 from evomesh.runs.compare import FigureDifference, figure_differences
 from evomesh.runs.read import Row, RunFiles, StartRecord, read_run
 from evomesh.storage.urls import open_storage
+from evomesh.train.court import describe_court
 
 
 def ranks_of_replay(run: RunFiles, step: int, layout: str) -> int:
@@ -106,7 +109,7 @@ def plan_replay(run: RunFiles, step: int, layout: str, scratch: Path) -> ReplayP
     return ReplayPlan(
         run=run,
         step=step,
-        config=_quiet(config, scratch, checkpoint),
+        config=_without_spikes(_quiet(config, scratch, checkpoint), run.folder, step),
         ranks=_ranks_with(config, dp),
         first_step=first_step,
         checkpoint=checkpoint,
@@ -232,6 +235,32 @@ def _quiet(config: Config, scratch: Path, checkpoint: str) -> Config:
         section = getattr(config, name)
         sections[name] = section.model_copy(update=update)
     return config.model_copy(update=sections)
+
+
+def _without_spikes(config: Config, folder: Path, step: int) -> Config:
+    """Return the config with the steps left out that spikes made the run leave out, up to the last one.
+
+    That one is computed as it was, and a run that then stopped or went back does neither.
+    """
+    earlier = {one for one in left_out_steps(read_spikes(folder)) if one < step}
+    listed = config.data.skip_batches
+    added = [(one, one) for one in earlier if one not in listed]
+    steps = StepRanges(tuple(sorted([*listed.ranges, *added])))
+    policy = "skip" if config.spike.holds_back else config.spike.policy
+    sections = {
+        "data": config.data.model_copy(update={"skip_batches": steps}),
+        "spike": config.spike.model_copy(update={"policy": policy}),
+    }
+    return config.model_copy(update=sections)
+
+
+def court_lines(plan: ReplayPlan) -> list[str]:
+    """Return what the replay found out about its last step, as lines of text."""
+    lines: list[str] = []
+    for row in read_spikes(plan.folder):
+        if row["event"] == "court" and row["step"] == plan.step:
+            lines = describe_court(row)
+    return lines
 
 
 def compare_replay(plan: ReplayPlan) -> ReplayResult:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.listener import CommitListener
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
@@ -50,7 +50,12 @@ from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.samples import PromptSampler
-from evomesh.train.spikes import SpikeWatch, rows_of_all_ranks
+from evomesh.train.spikes import (
+    SpikeRollback,
+    SpikeWatch,
+    refuse_spoiled,
+    rows_of_all_ranks,
+)
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
 from evomesh.train.stored_state import check_stored_state
@@ -151,22 +156,34 @@ class TrainingRun:
 
 
 def _choose_start(
-    config: Config, reader: CheckpointReader, folder: SaveFolder | None
+    config: Config,
+    reader: CheckpointReader,
+    folder: SaveFolder | None,
+    rollback: SpikeRollback | None,
 ) -> StartPoint:
     """Return what the run starts from, which its config must fit."""
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_stored_state(checkpoint)
+        refuse_spoiled(checkpoint, rollback)
+
     branch = config.lr_scheduler.branch
-    start = decide(config.ckpt, reader, folder, check_stored_state, branch)
+    start = decide(config.ckpt, reader, folder, check, branch)
     check_config(start, config, reader)
     return start
 
 
 def build_run(
-    loaded: LoadedConfig, context: RunContext, listener: CommitListener | None = None
+    loaded: LoadedConfig,
+    context: RunContext,
+    listener: CommitListener | None = None,
+    rollback: SpikeRollback | None = None,
 ) -> TrainingRun:
     """Build all parts of a run and restore what it resumes or starts from.
 
     Args:
         listener: hears of its checkpoints.
+        rollback: from where the run goes back to a checkpoint.
 
     Raises:
         UserError: data, model or checkpoint cannot be used. Nothing has been written by then.
@@ -178,10 +195,9 @@ def build_run(
     config = _resolve_epochs(config, train_data, context)
 
     # 2. What the run starts from, before a large model is built.
-    exchange = default_exchange()
-    reader = CheckpointReader(grid, exchange)
+    reader = CheckpointReader(grid, default_exchange())
     folder = save_folder(config.ckpt)
-    start = _choose_start(config, reader, folder)
+    start = _choose_start(config, reader, folder, rollback)
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
@@ -196,10 +212,8 @@ def build_run(
     stream = _open_stream(train_data, start, stored, grid)
 
     # 6. What the run writes to.
-    reporter = _open_reporter(loaded, config, context, state, train_data)
-    reporter.parameter_groups = groups
-    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange, listener)
-    _continue_saves(writer, start)
+    reporter = _reporter(loaded, config, context, state, train_data, groups)
+    writer = _continuing_writer(config.ckpt, folder, reader, listener, start)
     return TrainingRun(
         config=config,
         grid=grid,
@@ -217,28 +231,40 @@ def build_run(
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
         early_stop=_early_stop(config, valid_sets, start, stored),
-        spikes=_spike_watch(config, reporter, scaler, start, stored),
+        spikes=_spike_watch(config, reporter, scaler, start, stored, rollback),
         samples=_prompt_sampler(config, stages, context),
     )
 
 
-def _open_reporter(
+def _reporter(
     loaded: LoadedConfig,
     config: Config,
     context: RunContext,
     state: TrainState,
-    train_data: TrainData,
+    data: TrainData,
+    groups: str,
 ) -> RunReporter:
-    reporter = RunReporter(config, loaded.text, context, state, train_data)
+    """Return what the run writes to, which knows where the values of its config come from."""
+    reporter = RunReporter(config, loaded.text, context, state, data)
     reporter.origins = loaded.origins
+    reporter.parameter_groups = groups
     return reporter
 
 
-def _continue_saves(writer: CheckpointWriter | None, start: StartPoint) -> None:
-    """Let the writer know the checkpoint that the run starts from."""
-    """Tell the writer which checkpoint its saves follow."""
+def _continuing_writer(
+    config: CheckpointConfig,
+    folder: SaveFolder | None,
+    reader: CheckpointReader,
+    listener: CommitListener | None,
+    start: StartPoint,
+) -> CheckpointWriter | None:
+    """Return the writer of the save folder, which knows the checkpoint that the run starts from."""
+    writer = build_checkpoint_writer(
+        config, folder, reader.grid, reader.exchange, listener
+    )
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
+    return writer
 
 
 def _spike_watch(
@@ -247,9 +273,11 @@ def _spike_watch(
     scaler: LossScaler,
     start: StartPoint,
     stored: dict[str, Any],
+    rollback: SpikeRollback | None,
 ) -> SpikeWatch:
     """Return what judges the steps, with the decisions of a run that continues."""
-    continues = start.keeps_counters and not start.is_branch
+    is_same_run = start.keeps_counters and not start.is_branch
+    continues = is_same_run or rollback is not None
     rows: list[dict[str, Any]] = []
     if continues:
         rows = rows_of_all_ranks(reporter.folder, reporter.main)
@@ -257,6 +285,8 @@ def _spike_watch(
     if start.keeps_counters:
         watch.load_state(stored.get("spikes"))
     watch.open_log(reporter.folder, is_main=reporter.main, continues=continues)
+    if rollback is not None:
+        watch.continue_after(rollback, reporter.state.step)
     return watch
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from dataclasses import replace
 from os import PathLike
 
 from evomesh.checkpoint.huggingface.background_exports import (
@@ -22,6 +24,7 @@ from evomesh.train.launch import RunContext, launch
 from evomesh.train.launchers import detect, spawn_ranks
 from evomesh.train.memory import float16_warning, product_ratio, refuse_too_large
 from evomesh.train.signals import StopRequest
+from evomesh.train.spikes import SpikeRollback
 from evomesh.train.trainer import Trainer
 from evomesh.watchdog.activity import this_process
 from evomesh.watchdog.ring import Place
@@ -37,6 +40,7 @@ def run_training(
     profile: bool = False,
     memory_profile: bool = False,
     until: int | None = None,
+    blames: bool = False,
 ) -> int:
     """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
@@ -47,7 +51,7 @@ def run_training(
         config: a loaded config, or the path of a config file.
         launcher: where rank information comes from: "auto", "torch" or "slurm".
         port: rendezvous port of the slurm launcher.
-        profile, memory_profile, until: see ``Trainer``.
+        profile, memory_profile, until, blames: see ``Trainer``.
 
     Returns:
         0 when the run is complete, 130 after Ctrl-C, 75 when a signal stopped it and the same command resumes it.
@@ -78,6 +82,7 @@ def run_training(
                     profile=profile,
                     memory_profile=memory_profile,
                     until=until,
+                    blames=blames,
                 )
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
@@ -102,8 +107,9 @@ def _train(
     profile: bool,
     memory_profile: bool,
     until: int | None = None,
+    blames: bool = False,
 ) -> int:
-    """Build the run on this rank and train it; return the exit code."""
+    """Build the run on this rank and train it, again after each rollback; return the exit code."""
     # 1. What can be known before the model is built: warnings, and whether it fits at
     #    all.
     warnings = warning_lines(loaded.warnings, loaded.path)
@@ -116,11 +122,54 @@ def _train(
         for warning in warnings:
             logger.warning("%s", warning)
 
-    # 2. The run. Whatever takes long from here on is watched, and crashes are alerts.
+    # 2. The run, from its newest checkpoint, and from an earlier one after a spike.
     if exports is not None:
         refuse_unexportable_run(loaded.config)
+    rollback: SpikeRollback | None = None
+    while True:
+        exit_code, rollback = _train_once(
+            loaded,
+            context,
+            exports,
+            alerts,
+            rollback,
+            profile=profile,
+            memory_profile=memory_profile,
+            until=until,
+            blames=blames,
+        )
+        if rollback is None:
+            return exit_code
+        loaded = _with_own_checkpoints(loaded, rollback)
+        gc.collect()  # model and optimizer of the start that ended
+
+
+def _with_own_checkpoints(
+    loaded: LoadedConfig, rollback: SpikeRollback
+) -> LoadedConfig:
+    """Return the config of the start after a rollback, which resumes what this run has saved, if anything."""
+    if not rollback.saved:
+        return loaded
+    ckpt = loaded.config.ckpt.model_copy(update={"auto_resume": True})
+    return replace(loaded, config=loaded.config.model_copy(update={"ckpt": ckpt}))
+
+
+def _train_once(
+    loaded: LoadedConfig,
+    context: RunContext,
+    exports: BackgroundExports | None,
+    alerts: TrainingAlerts,
+    rollback: SpikeRollback | None,
+    *,
+    profile: bool,
+    memory_profile: bool,
+    until: int | None,
+    blames: bool,
+) -> tuple[int, SpikeRollback | None]:
+    """Train from where the run starts or went back to; return the exit code, and whether it goes back again."""
+    # Whatever takes long from here on is watched, and crashes are alerts.
     with this_process().phase(Place.START):
-        run = build_run(loaded, context, exports)
+        run = build_run(loaded, context, exports, rollback)
         _claim_folders(run)
     alerts.attach(
         run.reporter.folder,
@@ -129,7 +178,7 @@ def _train(
         saves_to=run.local_save_folder,
     )
     try:
-        # 3. Steps, until the last one or a reason to stop.
+        # Steps, until the last one or a reason to stop.
         trainer = Trainer(
             run,
             exports,
@@ -137,8 +186,10 @@ def _train(
             profile=profile,
             memory_profile=memory_profile,
             until=until,
+            blames=blames,
         )
-        return trainer.train()
+        exit_code = trainer.train()
+        return exit_code, trainer.rollback
     except Exception:
         if run.checkpoints is not None and context.rank == 0:
             logger.error("%s", restart_line(run.checkpoints.folder))

@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from evomesh.checkpoint.native.find import Checkpoint
+from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.spike import SpikeConfig
 from evomesh.monitor.spikes import (
     SPIKES_FILE,
@@ -119,6 +121,22 @@ class SpikeFinding:
     def describe(self) -> str:
         made = "its update was made" if self.applied else "its update was not made"
         return f"{self.verdict.describe()}; {OUTCOMES.get(self.action, made)}"
+
+
+@dataclass(frozen=True)
+class SpikeRollback:
+    """The decisions that a run which goes back to a checkpoint takes along into its next start.
+
+    Attributes:
+        step: the spike.
+        left_out: steps whose packs are not trained on.
+        saved: steps of the checkpoints of this run, where others may be in its save folder; None: all are.
+    """
+
+    step: int
+    left_out: frozenset[int]
+    rollbacks: int
+    saved: frozenset[int] | None = None
 
 
 class SpikeDetector:
@@ -288,6 +306,19 @@ class SpikeWatch:
         if not continues:
             self.log.begin()
 
+    def rollback(self, step: int, saved: Sequence[int] | None) -> SpikeRollback:
+        """Return what the next start takes along from here."""
+        own = None if saved is None else frozenset(saved)
+        return SpikeRollback(step, frozenset(self.left_out), self.rollbacks, own)
+
+    def continue_after(self, rollback: SpikeRollback, step: int) -> None:
+        """Take over the decisions of the start that went back, and note that the run continues with ``step``."""
+        self.left_out |= rollback.left_out
+        self.rollbacks = max(self.rollbacks, rollback.rollbacks)
+        left_out = [one for one in sorted(rollback.left_out) if one >= step]
+        row = {"step": rollback.step, "to": step, "left_out": left_out}
+        self.log.write({"event": "rollback", **row})
+
     def state(self) -> dict[str, Any]:
         """Return what the next steps are judged by, and the decisions so far, as JSON for a checkpoint."""
         return {
@@ -305,6 +336,33 @@ class SpikeWatch:
             self.detector.history.append((float(loss), float(grad_norm)))
         self.left_out |= set(state["left_out"])
         self.rollbacks = max(self.rollbacks, int(state["rollbacks"]))
+
+
+def refuse_spoiled(checkpoint: Checkpoint, rollback: SpikeRollback | None) -> None:
+    """Refuse a checkpoint that was trained on packs which the run has left out since, or is not of this run.
+
+    Raises:
+        CheckpointError: the one before it is used.
+    """
+    state = checkpoint.state
+    left_out = left_out_steps(read_spikes(Path(state["train"]["run_folder"])))
+    if rollback is not None:
+        left_out |= rollback.left_out
+        saved = rollback.saved
+        if saved is not None and checkpoint.step not in saved:
+            raise CheckpointError(
+                "this run has not written it (ckpt.auto_resume=False)",
+                where=checkpoint.folder,
+            )
+    passed_by = (state.get("spikes") or {}).get("left_out", ())
+    trained_on = left_out - set(passed_by)
+    spoiled = [step for step in trained_on if step < checkpoint.step]
+    if spoiled:
+        raise CheckpointError(
+            f"it was trained on step {min(spoiled)}, which the run has left out since because of a spike",
+            where=checkpoint.folder,
+            fix="save more often, or lower spike.skip_before",
+        )
 
 
 def rows_of_all_ranks(folder: Path, is_main: bool) -> list[dict[str, Any]]:

@@ -12,19 +12,21 @@ from functools import partial
 from evomesh.checkpoint.huggingface.background_exports import BackgroundExports
 from evomesh.config.record import config_to_dict
 from evomesh.data.batch import Batch
-from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
+from evomesh.errors import EXIT_RESTART, EXIT_TRAINING_STOPPED
 from evomesh.monitor.alerts.alert import AlertKind
 from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
 from evomesh.parallel.exchange import default_exchange
+from evomesh.train import refusals
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
+from evomesh.train.court import StepCourt, describe_court
 from evomesh.train.diagnosis import Diagnosis, DiskProbe
 from evomesh.train.memory_profile import MemoryProfile
 from evomesh.train.signals import StopRequest
-from evomesh.train.spikes import SpikeFinding
+from evomesh.train.spikes import SpikeFinding, SpikeRollback
 from evomesh.train.step import StepOutput, seed_step, train_step
 from evomesh.train.step_file import StepFile
 from evomesh.train.stop import StopPoll
@@ -45,6 +47,7 @@ class Trainer:
         profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
         memory_profile: write the peak of each step by kind, and what is alive when memory runs out.
         until: end after so many steps of the run, as if they were all, with the schedules of the whole run.
+        blames: examine the last step before its update.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Trainer:
         profile: bool = False,
         memory_profile: bool = False,
         until: int | None = None,
+        blames: bool = False,
     ) -> None:
         self.run = run
         self.alerts = alerts or TrainingAlerts(run.config, rank=0)
@@ -69,6 +73,7 @@ class Trainer:
         self.start_figures: dict[str, float] = {}
         total_steps = run.config.data.total_steps
         self.last_step = total_steps if until is None else min(until, total_steps)
+        self.examined_step = self.last_step - 1 if blames else None
         data = run.config.data
         self.skipped_steps = data.skip_batches
         # The spike of the present step, until it is dealt with.
@@ -118,6 +123,8 @@ class Trainer:
                 world_size=self.run.reporter.world_size,
             )
             self._run_steps(self._stop_poll(stop_request), stack)
+            if self.rollback is not None:
+                return EXIT_RESTART  # of this start: the caller begins the next one
             self.run.reporter.status.ends_early = self.run.early_stop.is_due
             # After a stop as well: a signal costs no step that was finished.
             self._save(final=True)
@@ -152,6 +159,18 @@ class Trainer:
         """Return whether the run is to take another step."""
         is_complete = self.state.step >= self.last_step
         return not (is_complete or self.run.early_stop.is_due or self._ends_at_spike)
+
+    @property
+    def rollback(self) -> SpikeRollback | None:
+        """Return what the next start takes along, if this one ended to go back before a spike."""
+        spike = self.spike
+        if spike is None or spike.action != "rolled back":
+            return None
+        saves = self.run.checkpoints
+        saved = None
+        if saves is not None and not self.config.ckpt.auto_resume:
+            saved = [step for step, _ in list(saves.committed)]
+        return self.run.spikes.rollback(spike.verdict.step, saved)
 
     @property
     def _ends_at_spike(self) -> bool:
@@ -252,7 +271,7 @@ class Trainer:
             run.stream.skip()
             logger.info("step %d skipped because data.skip_batches lists it", step)
             return
-        if step in run.spikes.left_out:
+        if step in run.spikes.left_out and step != self.examined_step:
             run.stream.skip()
             logger.warning("step %d is left out: spikes.jsonl has it as a spike", step)
             self._save_if_due()
@@ -387,6 +406,8 @@ class Trainer:
         )
         adam_beta2 = beta2(state.step_count, config.beta2_scheduler, config.adam)
         loss_scale = run.scaler.scale
+        if step == self.examined_step:
+            self._examine(step, batch)
         is_profiled = config.grad_profiling.is_due(step)
         output = train_step(
             batch,
@@ -405,7 +426,8 @@ class Trainer:
         if output is None:
             return None
         if not output.tally.targets:
-            raise self._no_target(step, batch)
+            tokens = batch.tokens.numel() * run.grid.dp.size
+            raise refusals.no_target(step, tokens)
         self._count_step(step, batch, output)
         seconds = time.perf_counter() - started
         return run.reporter.step(
@@ -429,39 +451,29 @@ class Trainer:
             step, output.loss, output.update.grad_norm, applied
         )
         if self.spike is not None:
-            logger.warning("%s", self.spike.describe())
+            if self.run.reporter.main:
+                logger.warning("%s", self.spike.describe())
+            if not applied and self.examined_step is None:
+                self._examine(step, batch)
 
-    def _no_target(self, step: int, batch: Batch) -> UserError:
-        """Describe a step that taught nothing, although its weight decay would have counted.
-
-        It is found by the results of the step, which every rank reads anyway; counting
-        before the step would cost every step a wait.
-        """
-        tokens = batch.tokens.numel() * self.run.grid.dp.size
-        return UserError(
-            f"step {step}: none of its {tokens:,} tokens is a target",
-            expected="at least one token with a positive id",
-            fix=f'leave this step out with data.skip_batches="{step}", raise data.micro_num, or see what it holds: '
-            f"evomesh ledger CONFIG --step {step}",
+    def _examine(self, step: int, batch: Batch) -> None:
+        """Log and record which micro-batches, documents and layers of a step stand out, with the present weights."""
+        run = self.run
+        court = StepCourt(
+            self.config, run.stages, run.optimizer, run.grid, run.train_data
         )
+        row = court.examine(step, batch)
+        run.spikes.log.write(row)
+        level = logging.WARNING if self.examined_step is None else logging.INFO
+        if run.reporter.main:
+            logger.log(level, "%s", "\n".join(describe_court(row)))
 
     def _refuse_endless_skipping(self, step: int) -> None:
         limit = self.config.run.max_consecutive_skips
         if self.run.spikes.consecutive_skips(step) >= limit:
-            raise UserError(
-                f"the last {limit} steps were spikes and no update was applied (last: step {step})",
-                expected="a spike from time to time (spike.policy)",
-                fix="raise spike.zscore, if the loss has come to another level, or max_consecutive_skips",
-                exit_code=EXIT_TRAINING_STOPPED,
-            )
+            raise refusals.endless_spikes(step, limit)
         if self.state.consecutive_skips >= limit:
-            raise UserError(
-                f"the gradient has been inf or NaN for {limit} consecutive steps (last: step {step}) and no update "
-                "was applied",
-                expected="a finite gradient",
-                fix='try dtype "torch.bfloat16", a lower adam.lr or a longer warmup, or raise max_consecutive_skips',
-                exit_code=EXIT_TRAINING_STOPPED,
-            )
+            raise refusals.endless_skipping(step, limit)
 
     def _save_if_due(self) -> None:
         step = self.state.step

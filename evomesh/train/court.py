@@ -1,0 +1,444 @@
+"""Compute a step again that is a spike, and find the micro-batches, layers and documents that cause it.
+
+Nothing is updated. One forward pass of the whole step gives the loss of each micro-batch
+and the size of the activations that each layer returns. Then one backward pass for each
+micro-batch, in which all others have no target, gives its part of the gradient: in all
+layers together and in each of them. What a micro-batch or layer has is compared with
+the median of the other micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomesh.config.grad_profiling import GradProfilingConfig, layer_of
+from evomesh.config.schema import IGNORE, Config
+from evomesh.data.batch import Batch
+from evomesh.data.build import TrainData
+from evomesh.data.packing.corpus import Corpus
+from evomesh.data.packing.ledger import LedgerEntry, StepLedger
+from evomesh.data.packing.staged import StagedCorpus
+from evomesh.data.tokenizer import Tokenizer, load_tokenizer
+from evomesh.errors import UserError
+from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.optim.gradient_profile import GradientProfile
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.collectives import all_gather_objects
+from evomesh.parallel.grid import Axis, Grid
+from evomesh.train.stages import ModelStages
+from evomesh.train.step import micro_batch_weights
+from evomesh.watchdog.activity import this_process
+from evomesh.watchdog.ring import Place
+
+logger = logging.getLogger(__name__)
+
+MOST_GRADIENTS = 64  # micro-batches of a step whose gradients are computed; of more, those with the highest losses
+SHOWN_MICRO_BATCHES = 5
+SHOWN_LAYERS = 5
+SHOWN_IDS = 64  # of a document
+CLEAR = 2.0  # times the others: a micro-batch that stands out
+LAYER_NORM = "layer_grad_norm/"
+
+BatchPlace = tuple[int, int]  # data-parallel rank, micro-batch
+
+
+@dataclass
+class ActivationSize:
+    """Size of what a layer returned for one micro-batch, over the ranks that share it."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    elements: int = 0
+    not_finite: int = 0
+
+    def add(self, other: ActivationSize) -> None:
+        self.largest = max(self.largest, other.largest)
+        self.squares += other.squares
+        self.elements += other.elements
+        self.not_finite += other.not_finite
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.elements) if self.elements else 0.0
+
+    @classmethod
+    def of(cls, output: Tensor) -> ActivationSize:
+        wide = output.detach().double()
+        is_finite = wide.isfinite()
+        finite = torch.where(is_finite, wide, torch.zeros_like(wide))
+        return cls(
+            largest=float(finite.abs().max()) if finite.numel() else 0.0,
+            squares=float(finite.square().sum()),
+            elements=finite.numel(),
+            not_finite=int((~is_finite).sum()),
+        )
+
+
+@dataclass
+class MicroBatchFacts:
+    """Facts of one micro-batch in the step."""
+
+    loss: float = math.nan
+    targets: int = 0
+    grad_norm: float | None = None
+    layer_norms: dict[str, float] = field(default_factory=dict)
+    activations: dict[str, ActivationSize] = field(default_factory=dict)
+
+    def add_loss(self, output: LossOutput, labels: Tensor) -> None:
+        """Take the mean loss of the targets."""
+        is_target = labels != IGNORE
+        self.targets = int(is_target.sum())
+        total = float(output.nll.double().sum())
+        self.loss = total / max(self.targets, 1)
+
+
+class StepCourt:
+    """Examines a step; every rank of the run makes one, and calls it for the same step."""
+
+    def __init__(
+        self,
+        config: Config,
+        stages: ModelStages,
+        optimizer: ZeroOptimizer,
+        grid: Grid,
+        train_data: TrainData,
+    ) -> None:
+        self.config = config
+        self.stages = stages
+        self.optimizer = optimizer
+        self.grid = grid
+        self.train_data = train_data
+        profile = GradProfilingConfig(grad_norm_profiling=True)
+        tied = config.model.tie_word_embeddings
+        self.profile = GradientProfile(profile, optimizer.slots, grid, tied)
+
+    def examine(self, step: int, batch: Batch) -> dict[str, Any]:
+        """Return the facts of the step as a line for ``spikes.jsonl``; only the main rank has texts.
+
+        Args:
+            batch: of this rank, with its numbers for dropout.
+        """
+        with this_process().phase(Place.FORWARD_BACKWARD):
+            batch = batch.to(self.optimizer.device)
+            facts = self._forward(batch)
+            self._gradients(batch, facts)
+        order = sorted(facts, key=lambda place: _key(suspicion(facts, place)))
+        accused = order[0]
+        rows = []
+        for place in order:
+            rows.append(_micro_batch_row(place, facts))
+        if self.grid.is_main:
+            self._add_documents(step, rows[:SHOWN_MICRO_BATCHES], batch)
+        layers = layer_rows(facts, accused)
+        return {"event": "court", "step": step, "micro_batches": rows, "layers": layers}
+
+    def _forward(self, batch: Batch) -> dict[BatchPlace, MicroBatchFacts]:
+        """Return losses and activations of every micro-batch of all ranks."""
+        micro_batches = len(batch.tokens)
+        own = [MicroBatchFacts() for _ in range(micro_batches)]
+
+        def add(index: int, output: LossOutput) -> None:
+            own[index].add_loss(output, batch.labels[index])
+
+        with observed_layers(self.stages.models, own):
+            self.stages.schedule.evaluate(batch, add)
+        # Stages have different layers, and the last one the losses; tensor ranks have
+        # parts of the activations.
+        for axis in (self.grid.tp, self.grid.pp):
+            own = _merged(own, axis)
+        everything: dict[BatchPlace, MicroBatchFacts] = {}
+        of_ranks = all_gather_objects(own, self.grid.dp)
+        for rank, gathered in enumerate(of_ranks):
+            for index, facts in enumerate(gathered):
+                place = (rank, index)
+                everything[place] = facts
+        return everything
+
+    def _gradients(
+        self, batch: Batch, facts: dict[BatchPlace, MicroBatchFacts]
+    ) -> None:
+        """Add the parts that micro-batches have in the step's gradient: of all, or of those with the highest losses."""
+        weights = micro_batch_weights(batch.labels, self.grid, self.config.loss)
+        by_loss = sorted(facts, key=lambda place: _key(facts[place].loss))
+        for rank, index in sorted(by_loss[:MOST_GRADIENTS]):
+            is_own = rank == self.grid.dp.rank
+            part, scales = self._alone(batch, weights, index, is_own)
+            self.optimizer.expect_micro_batches(len(scales))
+            terms = LossTerms.of(self.config.loss)
+            self.stages.schedule.train(part, scales, terms, lambda *_: None)
+            norm, measured = self.optimizer.measure_only(self.profile)
+            scalars = self.profile.figures(measured.cpu(), 1.0).scalars
+            found = facts[(rank, index)]
+            found.grad_norm = float(norm)
+            for name, value in scalars.items():
+                if name.startswith(LAYER_NORM):
+                    found.layer_norms[name.removeprefix(LAYER_NORM)] = value
+
+    def _alone(
+        self, batch: Batch, weights: Tensor, index: int, is_own: bool
+    ) -> tuple[Batch, Sequence[Tensor]]:
+        """Return a batch in which one micro-batch has its targets, and no other one has any.
+
+        Torch's pipelines need all micro-batches; a single stage computes this one alone.
+        """
+        rows = slice(index, index + 1)
+        if self.grid.pp.size > 1:
+            rows = slice(None)
+        labels = torch.full_like(batch.labels, IGNORE)
+        if is_own:
+            labels[index] = batch.labels[index]
+        part = _rows_of(replace(batch, labels=labels), rows)
+        return part, weights[rows].unbind()
+
+    def _add_documents(
+        self, step: int, rows: list[dict[str, Any]], batch: Batch
+    ) -> None:
+        """Add the documents of these micro-batches, as the ledger has them."""
+        corpus = self.train_data
+        if not isinstance(corpus, Corpus | StagedCorpus):
+            return
+        ledger = StepLedger(corpus, self.grid.dp.size)
+        tokenizer = _tokenizer(self.config)
+        for row in rows:
+            index = row["micro_batch"]
+            entries = [
+                entry
+                for entry in ledger.step(step, row["rank"])
+                if entry.micro_batch == index
+            ]
+            pack = corpus.read(entries[0].pack).tokens
+            own = batch.tokens[index].cpu().numpy()
+            is_own = row["rank"] == self.grid.dp.rank
+            if is_own and not (own == pack).all():
+                logger.warning("the ledger has another pack than step %d read", step)
+                return
+            row["pack"] = entries[0].pack
+            row["documents"] = [_document(entry, pack, tokenizer) for entry in entries]
+
+
+def _document(
+    entry: LedgerEntry, pack: Any, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Return a part of a document with its first ids, and its text if a tokenizer is known."""
+    length = min(entry.stop - entry.start, SHOWN_IDS)
+    ids = pack[entry.offset : entry.offset + length].tolist()
+    shown: dict[str, Any] = {
+        "file": entry.file,
+        "row": entry.row,
+        "start": entry.start,
+        "stop": entry.stop,
+        "ids": ids,
+    }
+    if tokenizer is not None:
+        shown["text"] = tokenizer.decode(ids)
+    return shown
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    path = config.data.tokenizer_path
+    if path is None:
+        return None
+    try:
+        return load_tokenizer(path, "data.tokenizer_path")
+    except (UserError, OSError) as error:
+        logger.warning("documents are shown as ids: %s", error)
+        return None
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    numbers = batch.numbers
+    if numbers is not None:
+        numbers = replace(numbers, tokens=numbers.tokens[rows])
+    bounds = batch.host_bounds
+    return replace(
+        batch,
+        tokens=batch.tokens[rows],
+        labels=batch.labels[rows],
+        position_ids=batch.position_ids[rows],
+        type_ids=batch.type_ids[rows],
+        cu_seqlens=batch.cu_seqlens[rows],
+        host_bounds=None if bounds is None else bounds[rows],
+        numbers=numbers,
+    )
+
+
+def _merged(own: list[MicroBatchFacts], axis: Axis) -> list[MicroBatchFacts]:
+    """Return the facts of the same micro-batches, put together from the ranks of an axis."""
+    if axis.size == 1:
+        return own
+    first, *others = all_gather_objects(own, axis)
+    for gathered in others:
+        for mine, theirs in zip(first, gathered, strict=True):
+            if theirs.targets:
+                mine.loss = theirs.loss
+                mine.targets = theirs.targets
+            for name, size in theirs.activations.items():
+                mine.activations.setdefault(name, ActivationSize()).add(size)
+    merged: list[MicroBatchFacts] = first
+    return merged
+
+
+@contextmanager
+def observed_layers(
+    models: Sequence[nn.Module], facts: list[MicroBatchFacts]
+) -> Iterator[None]:
+    """Measure what each layer returns, in passes that run every micro-batch once, in ascending order."""
+
+    def measure(
+        name: str, counted: Iterator[int], _: nn.Module, __: Any, output: Any
+    ) -> None:
+        micro_batch = facts[next(counted)]
+        if isinstance(output, Tensor):  # the head returns a loss
+            micro_batch.activations[name] = ActivationSize.of(output)
+
+    with ExitStack() as hooks:
+        for model in models:
+            for name, module in model.named_modules():
+                if name and name == layer_of(f"{name}.weight"):
+                    counted = iter(range(len(facts)))
+                    hook = partial(measure, name, counted)
+                    handle = module.register_forward_hook(hook)
+                    hooks.callback(handle.remove)
+        yield
+
+
+def _key(value: float) -> float:
+    """Return what sorts the largest value first, and one that is not finite before it."""
+    return -value if math.isfinite(value) else -math.inf
+
+
+def ratio(value: float | None, others: Sequence[float | None]) -> float:
+    """Return a value over the median of others that are finite; infinity if it is not finite itself."""
+    if value is None:
+        return 0.0
+    if not math.isfinite(value):
+        return math.inf
+    usual = [other for other in others if other is not None and math.isfinite(other)]
+    if not usual or not median(usual):
+        return 1.0
+    return value / median(usual)
+
+
+def suspicion(facts: Mapping[BatchPlace, MicroBatchFacts], place: BatchPlace) -> float:
+    """Return how much larger loss or gradient of a micro-batch is than the median of the others."""
+    found = facts[place]
+    others = [other for key, other in facts.items() if key != place]
+    by_loss = ratio(found.loss, [other.loss for other in others])
+    by_norm = ratio(found.grad_norm, [other.grad_norm for other in others])
+    return max(by_loss, by_norm)
+
+
+def _micro_batch_row(
+    place: BatchPlace, facts: Mapping[BatchPlace, MicroBatchFacts]
+) -> dict[str, Any]:
+    rank, index = place
+    found = facts[place]
+    return {
+        "rank": rank,
+        "micro_batch": index,
+        "suspicion": suspicion(facts, place),
+        "loss": found.loss,
+        "targets": found.targets,
+        "grad_norm": found.grad_norm,
+    }
+
+
+def layer_rows(
+    facts: Mapping[BatchPlace, MicroBatchFacts], accused: BatchPlace
+) -> list[dict[str, Any]]:
+    """Return what each layer has for one micro-batch beside the median of the others, most suspicious first.
+
+    Layers whose activations are not finite come first, in the order of the forward pass:
+    the first of them is where it began.
+    """
+    found = facts[accused]
+    others = [other for place, other in facts.items() if place != accused]
+    rows = []
+    for name in dict.fromkeys([*found.activations, *found.layer_norms]):
+        size = found.activations.get(name, ActivationSize())
+        sizes = [other.activations.get(name, ActivationSize()) for other in others]
+        norm = found.layer_norms.get(name)
+        norms = [other.layer_norms.get(name) for other in others]
+        by_norm = ratio(norm, norms)
+        by_activation = ratio(size.largest, [other.largest for other in sizes])
+        rows.append(
+            {
+                "layer": name,
+                "grad_norm": norm,
+                "grad_norm_ratio": by_norm,
+                "activation_max": size.largest,
+                "activation_rms": size.rms,
+                "activation_ratio": by_activation,
+                "not_finite": size.not_finite,
+            }
+        )
+    return sorted(rows, key=_layer_key)  # stable: the order of the forward pass
+
+
+def _layer_key(row: Mapping[str, Any]) -> tuple[bool, float]:
+    if row["not_finite"]:
+        return False, 0.0
+    return True, _key(max(row["grad_norm_ratio"], row["activation_ratio"]))
+
+
+def describe_court(row: Mapping[str, Any]) -> list[str]:
+    """Return a "court" line of ``spikes.jsonl`` as lines of text."""
+    micro_batches = row["micro_batches"]
+    shown = micro_batches[:SHOWN_MICRO_BATCHES]
+    lines = [
+        f"step {row['step']}: {len(micro_batches)} micro-batches, most suspicious first"
+    ]
+    for number, found in enumerate(shown):
+        lines += _micro_batch_lines(found, is_first=number == 0)
+    lines.append("layers, for the first of them beside the median of the others:")
+    for layer in row["layers"][:SHOWN_LAYERS]:
+        lines.append(_layer_line(layer))
+    return lines
+
+
+def _micro_batch_lines(found: Mapping[str, Any], is_first: bool) -> list[str]:
+    norm = found["grad_norm"]
+    words = "not computed" if norm is None else _number(norm)
+    lines = [
+        f"  rank {found['rank']} micro-batch {found['micro_batch']}: loss {_number(found['loss'])}, "
+        f"gradient norm {words} ({_number(found['suspicion'])} times the others)"
+    ]
+    # Of those that are like the others, the numbers are enough.
+    documents = found.get("documents", ())
+    if float(found["suspicion"]) < CLEAR and not is_first:
+        documents = ()
+    for document in documents:
+        text = document.get("text", document["ids"])
+        lines.append(
+            f"    {document['file']}:{document['row']} tokens {document['start']}..{document['stop'] - 1}: {text!r}"
+        )
+    return lines
+
+
+def _layer_line(layer: Mapping[str, Any]) -> str:
+    parts = []
+    if layer["grad_norm"] is not None:
+        times = _number(layer["grad_norm_ratio"])
+        parts.append(f"gradient norm {_number(layer['grad_norm'])} ({times} times)")
+    if layer["activation_max"] or layer["not_finite"]:
+        times = _number(layer["activation_ratio"])
+        parts.append(
+            f"largest activation {_number(layer['activation_max'])} ({times} times)"
+        )
+    if layer["not_finite"]:
+        parts.append(f"{layer['not_finite']} activations not finite")
+    return f"  {layer['layer']}: {', '.join(parts)}"
+
+
+def _number(value: float | str) -> str:
+    return f"{float(value):.4g}"
