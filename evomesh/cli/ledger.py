@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,16 +96,15 @@ def ledger(
         entries = lookup.uses(file, row, min(until or last_step, last_step))
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     show = _as_json if as_json else _as_text
-    used: set[int] = set()
-    skipped: set[int] = set()
+    reasons: dict[int, str] = {}
     for entry in entries:
         reason = _reason(entry.step, settings.data.skip_batches, spikes)
-        (skipped if reason else used).add(entry.step)
+        reasons[entry.step] = reason
         typer.echo(show(entry, reason))
         if loaded is not None:
             typer.echo(f"    {_text(entry, lookup, loaded)!r}")
-    if document is not None and not as_json:
-        _summarize(used, skipped)
+    if not as_json:
+        _summarize(reasons, is_step=step is not None)
 
 
 def _settings_of(
@@ -135,11 +135,17 @@ def _reason(step: int, listed: StepRanges, spikes: frozenset[int]) -> str:
     return "spike" if step in spikes else ""
 
 
-def _summarize(used: set[int], skipped: set[int]) -> None:
-    if skipped:
-        typer.echo(f"used in {len(used)} steps, skipped in {len(skipped)}")
-    elif not used:
+def _summarize(reasons: Mapping[int, str], is_step: bool) -> None:
+    """Print how often a document is used, where some steps are skipped.
+
+    Args:
+        reasons: of each step that has been listed, why it is skipped.
+    """
+    skipped = sum(bool(reason) for reason in reasons.values())
+    if not reasons:
         typer.echo("not used in these steps")
+    elif skipped and not is_step:
+        typer.echo(f"used in {len(reasons) - skipped} steps, skipped in {skipped}")
 
 
 def _open_ledger(settings: Config, gpus: int | None) -> StepLedger:

@@ -50,12 +50,8 @@ from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.samples import PromptSampler
-from evomesh.train.spikes import (
-    SpikeRollback,
-    SpikeWatch,
-    refuse_spoiled,
-    rows_of_all_ranks,
-)
+from evomesh.train.spike_start import open_spike_watch, refuse_spoiled
+from evomesh.train.spikes import SpikeRollback, SpikeWatch
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
 from evomesh.train.stored_state import check_stored_state
@@ -182,8 +178,7 @@ def build_run(
     """Build all parts of a run and restore what it resumes or starts from.
 
     Args:
-        listener: hears of its checkpoints.
-        rollback: from where the run goes back to a checkpoint.
+        listener, rollback: who hears of its checkpoints, and from where it goes back to one.
 
     Raises:
         UserError: data, model or checkpoint cannot be used. Nothing has been written by then.
@@ -231,7 +226,7 @@ def build_run(
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
         early_stop=_early_stop(config, valid_sets, start, stored),
-        spikes=_spike_watch(config, reporter, scaler, start, stored, rollback),
+        spikes=open_spike_watch(reporter, scaler.active, start, stored, rollback),
         samples=_prompt_sampler(config, stages, context),
     )
 
@@ -265,29 +260,6 @@ def _continuing_writer(
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
     return writer
-
-
-def _spike_watch(
-    config: Config,
-    reporter: RunReporter,
-    scaler: LossScaler,
-    start: StartPoint,
-    stored: dict[str, Any],
-    rollback: SpikeRollback | None,
-) -> SpikeWatch:
-    """Return what judges the steps, with the decisions of a run that continues."""
-    is_same_run = start.keeps_counters and not start.is_branch
-    continues = is_same_run or rollback is not None
-    rows: list[dict[str, Any]] = []
-    if continues:
-        rows = rows_of_all_ranks(reporter.folder, reporter.main)
-    watch = SpikeWatch(config.spike, scaler.active, rows)
-    if start.keeps_counters:
-        watch.load_state(stored.get("spikes"))
-    watch.open_log(reporter.folder, is_main=reporter.main, continues=continues)
-    if rollback is not None:
-        watch.continue_after(rollback, reporter.state.step)
-    return watch
 
 
 def _prompt_sampler(

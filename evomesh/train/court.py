@@ -35,6 +35,7 @@ from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis, Grid
+from evomesh.train.build import TrainingRun
 from evomesh.train.stages import ModelStages
 from evomesh.train.step import micro_batch_weights
 from evomesh.watchdog.activity import this_process
@@ -286,6 +287,16 @@ def _merged(own: list[MicroBatchFacts], axis: Axis) -> list[MicroBatchFacts]:
                 mine.activations.setdefault(name, ActivationSize()).add(size)
     merged: list[MicroBatchFacts] = first
     return merged
+
+
+def examine_step(run: TrainingRun, step: int, batch: Batch, *, quietly: bool) -> None:
+    """Log and record which micro-batches, documents and layers of a step stand out, with the present weights."""
+    court = StepCourt(run.config, run.stages, run.optimizer, run.grid, run.train_data)
+    row = court.examine(step, batch)
+    run.spikes.log.write(row)
+    if run.reporter.main:
+        level = logging.INFO if quietly else logging.WARNING
+        logger.log(level, "%s", "\n".join(describe_court(row)))
 
 
 @contextmanager

@@ -12,24 +12,19 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.spike import SpikeConfig
 from evomesh.monitor.spikes import (
     SPIKES_FILE,
     SpikeLog,
     count_rollbacks,
     left_out_steps,
-    read_spikes,
 )
 from evomesh.optim.clip import UpdateLimits
-from evomesh.parallel.exchange import default_exchange
 
 logger = logging.getLogger(__name__)
 
@@ -336,42 +331,3 @@ class SpikeWatch:
             self.detector.history.append((float(loss), float(grad_norm)))
         self.left_out |= set(state["left_out"])
         self.rollbacks = max(self.rollbacks, int(state["rollbacks"]))
-
-
-def refuse_spoiled(checkpoint: Checkpoint, rollback: SpikeRollback | None) -> None:
-    """Refuse a checkpoint that was trained on packs which the run has left out since, or is not of this run.
-
-    Raises:
-        CheckpointError: the one before it is used.
-    """
-    state = checkpoint.state
-    left_out = left_out_steps(read_spikes(Path(state["train"]["run_folder"])))
-    if rollback is not None:
-        left_out |= rollback.left_out
-        saved = rollback.saved
-        if saved is not None and checkpoint.step not in saved:
-            raise CheckpointError(
-                "this run has not written it (ckpt.auto_resume=False)",
-                where=checkpoint.folder,
-            )
-    passed_by = (state.get("spikes") or {}).get("left_out", ())
-    trained_on = left_out - set(passed_by)
-    spoiled = [step for step in trained_on if step < checkpoint.step]
-    if spoiled:
-        raise CheckpointError(
-            f"it was trained on step {min(spoiled)}, which the run has left out since because of a spike",
-            where=checkpoint.folder,
-            fix="save more often, or lower spike.skip_before",
-        )
-
-
-def rows_of_all_ranks(folder: Path, is_main: bool) -> list[dict[str, Any]]:
-    """Return the lines of a run's ``spikes.jsonl`` on all ranks; the main rank has the file."""
-    own = read_spikes(folder) if is_main else []
-    with closing(default_exchange()) as exchange:
-        gathered = exchange.gather(own)
-        rows_of_main = [rows for rows in gathered or [] if rows]
-        answer: list[dict[str, Any]] = exchange.broadcast(
-            rows_of_main[0] if rows_of_main else []
-        )
-    return answer

@@ -22,7 +22,7 @@ from evomesh.parallel.exchange import default_exchange
 from evomesh.train import refusals
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
-from evomesh.train.court import StepCourt, describe_court
+from evomesh.train.court import examine_step
 from evomesh.train.diagnosis import Diagnosis, DiskProbe
 from evomesh.train.memory_profile import MemoryProfile
 from evomesh.train.signals import StopRequest
@@ -407,7 +407,7 @@ class Trainer:
         adam_beta2 = beta2(state.step_count, config.beta2_scheduler, config.adam)
         loss_scale = run.scaler.scale
         if step == self.examined_step:
-            self._examine(step, batch)
+            examine_step(self.run, step, batch, quietly=self.examined_step is not None)
         is_profiled = config.grad_profiling.is_due(step)
         output = train_step(
             batch,
@@ -454,19 +454,9 @@ class Trainer:
             if self.run.reporter.main:
                 logger.warning("%s", self.spike.describe())
             if not applied and self.examined_step is None:
-                self._examine(step, batch)
-
-    def _examine(self, step: int, batch: Batch) -> None:
-        """Log and record which micro-batches, documents and layers of a step stand out, with the present weights."""
-        run = self.run
-        court = StepCourt(
-            self.config, run.stages, run.optimizer, run.grid, run.train_data
-        )
-        row = court.examine(step, batch)
-        run.spikes.log.write(row)
-        level = logging.WARNING if self.examined_step is None else logging.INFO
-        if run.reporter.main:
-            logger.log(level, "%s", "\n".join(describe_court(row)))
+                examine_step(
+                    self.run, step, batch, quietly=self.examined_step is not None
+                )
 
     def _refuse_endless_skipping(self, step: int) -> None:
         limit = self.config.run.max_consecutive_skips
