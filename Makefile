@@ -28,10 +28,11 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
-train: $(VENV)/.core ## real text -> tokenizer -> dataset -> trained model -> validation -> sample
+train: $(VENV)/.core ## real text -> tokenizer -> dataset -> trained model -> validation -> chat model -> answers
 	$(PY) tools/demo_data.py $(DEMO)
 	$(EVOMESH) train configs/demo.py
-	$(PY) tools/demo_report.py $(DEMO)
+	$(EVOMESH) train configs/demo_chat.py
+	$(PY) tools/demo_report.py
 
 lint: $(VENV)/.dev ## style, types, import layers
 	$(VENV)/bin/ruff check .

@@ -38,7 +38,7 @@ data = dict(
     pack_sample_into_one=False,
     train_folder=f"{DATA}/train",
     valid_folder=f"{DATA}/valid",
-    tokenizer_path=f"{DATA}/tokenizer.json",
+    tokenizer_path=f"{DATA}/tokenizer",
 )
 
 adam = dict(lr=2e-3, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.05)

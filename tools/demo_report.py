@@ -1,10 +1,11 @@
-"""Compare the trained demo model with a unigram and a bigram model of the same data, then print a sample.
+"""Compare the trained demo models with simpler ones of the same data, then print a sample and an answer.
 
-    python tools/demo_report.py FOLDER
+    python tools/demo_report.py
 
 The two count models are fitted on every training token, and the bigram's interpolation weight is chosen on the held-out
-text itself, which favors the bigram. All three are scored on the same held-out targets. Exits with an error if the demo
-model does not beat both, or if its training loss did not halve.
+text itself, which favors the bigram. All three are scored on the same held-out targets. The chat is asked every
+held-out question, and compared with naming the module of most training questions each time. Exits with an error if a
+demo model does not beat the simpler ones, or if the training loss did not halve.
 """
 
 from __future__ import annotations
@@ -13,19 +14,28 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from demo_chat import Question, answer_shares, read_questions
 from rich.console import Console
 from rich.table import Table
 
+from evomesh import LoadedModel, SamplingParams, generate_tokens, load_model
 from evomesh.config.loader import load_config
-from evomesh.config.schema import IGNORE
+from evomesh.config.schema import IGNORE, Config
 from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
+from evomesh.data.chat_message import ChatMessage
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
+CHAT_CHECKPOINTS = "llm_ckpts/demo_chat"
+# Longer than the first sentence of any answer, which names the module.
+ANSWER_TOKENS = 32
+QUESTIONS_AT_ONCE = 64
+PROMPT = 'def read_file(path):\n    """'
 # Tried for the interpolation with the unigram.
 BIGRAM_WEIGHTS = (1, 3, 10, 30, 100, 300, 1000)
 
@@ -101,54 +111,96 @@ def read_metrics(run_folder: Path) -> tuple[list[dict[str, float]], dict[str, fl
     return steps, validations[-1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    config = load_config(CONFIG).config
-    run_folder = max(Path("RUN/demo").iterdir(), key=lambda path: path.stat().st_mtime)
+def print_losses(console: Console, config: Config, run_folder: Path) -> bool:
+    """Print the losses of the demo model and of the count models; return whether the demo model learned enough."""
     steps, validation = read_metrics(run_folder)
+    assert config.data.train_folder is not None
     vocab_size = config.model.vocab_size
     build_train_data(config.data, vocab_size)  # check the dataset before counting
-    count_models = CountModels(training_pairs(folder / "train"), vocab_size)
+    pairs = training_pairs(Path(config.data.train_folder))
+    count_models = CountModels(pairs, vocab_size)
 
     table = Table(title="held-out loss (nats per token, lower is better)")
-    for column in ("set", "tokens", "this model", "bigram", "unigram"):
+    for column in ("set", "tokens", "this model", "bigram", "unigram", "bits per byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     is_best = True
     for valid in build_valid_data(config.data, vocab_size):
-        pairs = held_out_pairs(valid)
-        unigram, bigram = count_models.losses(pairs)
+        held_out = held_out_pairs(valid)
+        unigram, bigram = count_models.losses(held_out)
         demo = validation[f"val/{valid.name}_loss"]
         is_best &= demo < min(unigram, bigram)
         losses = [f"{loss:.3f}" for loss in (demo, bigram, unigram)]
-        table.add_row(valid.name, f"{len(pairs.following):,}", *losses)
+        bits_per_byte = validation[f"val/{valid.name}_bpb"]
+        targets = f"{len(held_out.following):,}"
+        table.add_row(valid.name, targets, *losses, f"{bits_per_byte:.3f}")
     first = steps[0]["loss"]
     last = float(np.mean([row["loss"] for row in steps[-20:]]))
-    console = Console()
     console.print(
         f"training loss: {first:.3f} at step 0, {last:.3f} over the last 20 of {len(steps)} steps"
     )
     console.print(table)
-    if last >= first / 2 or not is_best:
-        sys.exit("the demo did not learn as much as it should: see the table")
-    prompt = 'def read_file(path):\n    """'
-    command = [
-        sys.executable,
-        "-m",
-        "evomesh",
-        "generate",
-        "--ckpt",
-        CHECKPOINTS,
-        "--prompt",
-        prompt,
-    ]
-    subprocess.run(
-        [*command, "--max-new-tokens", "80", "--temperature", "0.5", "--seed", "1"],
-        check=True,
+    return is_best and last < first / 2
+
+
+def answers(chat: LoadedModel, questions: list[Question]) -> list[str]:
+    """Return the beginning of the model's most probable answer to each question."""
+    assert chat.template is not None
+    sampling = SamplingParams(
+        do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_ids=chat.eos_ids
     )
+    prompts = []
+    for question in questions:
+        message = ChatMessage("user", question.text, train=False)
+        prompts.append(chat.template.encode_prompt([message]))
+    generated = generate_tokens(
+        chat.model, prompts, sampling, batch_size=QUESTIONS_AT_ONCE
+    )
+    return [chat.tokenizer.decode(answer) for [answer] in generated]
+
+
+def print_shares(
+    console: Console, chat: LoadedModel, questions: list[Question]
+) -> bool:
+    """Print how many held-out answers name the right module; return whether they are more than by guessing."""
+    asked = [question for question in questions if question.is_held_out]
+    trained = Counter(one.module for one in questions if not one.is_held_out)
+    [(guess, _)] = trained.most_common(1)
+    shares = answer_shares(asked, answers(chat, asked), guess)
+
+    table = Table(title="chat: answers that name the right module")
+    for column in ("held out", "this model", f'always "{guess}"', "any module"):
+        table.add_column(column, justify="right")
+    table.add_row(f"{len(asked):,}", *(f"{share:.1%}" for share in shares))
+    console.print(table)
+    return shares.right > shares.guessed
+
+
+def generate(checkpoints: str, prompt: str, *options: str) -> None:
+    """Print what a model generates after a prompt."""
+    command = [sys.executable, "-m", "evomesh", "generate", "--ckpt", checkpoints]
+    command += ["--prompt", prompt, "--max-new-tokens", "80", *options]
+    subprocess.run(command, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    config = load_config(CONFIG).config
+    run_folder = max(Path("RUN/demo").iterdir(), key=lambda path: path.stat().st_mtime)
+    console = Console()
+    has_learned = print_losses(console, config, run_folder)
+    chat = load_model(CHAT_CHECKPOINTS, template="auto")
+    questions = read_questions()
+    has_learned &= print_shares(console, chat, questions)
+    if not has_learned:
+        sys.exit("the demo did not learn as much as it should: see the tables")
+    generate(CHECKPOINTS, PROMPT, "--temperature", "0.5", "--seed", "1")
+    asked = next(question for question in questions if question.is_held_out)
+    print(f"\n> {asked.text}", flush=True)
+    generate(CHAT_CHECKPOINTS, asked.text, "--chat")
+    print(f"\nto ask more: evomesh chat --ckpt {CHAT_CHECKPOINTS}")
 
 
 if __name__ == "__main__":
