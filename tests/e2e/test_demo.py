@@ -64,7 +64,7 @@ def test_the_report_has_bits_per_byte_and_the_share_of_right_modules(
     trained: tuple[Path, Finished], questions: list[Question]
 ) -> None:
     _, report = trained
-    # Two steps teach nothing, and the report says so.
+    # Two steps teach nothing, and the report ends with an error.
     assert report.returncode == 1, report.stderr
     assert "did not learn as much as it should" in report.stderr
     assert re.search(r"│ code +│.*│ +\d\.\d{3} │", report.stdout)
