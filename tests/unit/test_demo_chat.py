@@ -70,7 +70,7 @@ def test_shares_of_right_answers() -> None:
         "It is in a.b. Something else.",
         "It is in a. Return two.",
         "In c.",
-        "It is in d. ",
+        "It is in c. ",
     ]
-    assert answer_shares(ROWS, answers, guess="d") == (0.5, 0.25, 0.75)
-    assert answer_shares(ROWS, answers, guess="c").guessed == 0.5
+    assert answer_shares(ROWS, answers, guess="c") == (0.25, 0.5, 0.75)
+    assert answer_shares(ROWS, answers, guess="d").guessed == 0.25
