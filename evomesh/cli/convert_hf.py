@@ -53,14 +53,11 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
         )
 
 
-def write_folder(
-    ckpt: str, out: str, options: ExportOptions, ema: bool = False
-) -> None:
-    """Export the newest valid checkpoint at ``ckpt``, or the average of its weights."""
+def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
+    """Export the newest valid checkpoint at ``ckpt``."""
     from evomesh.checkpoint.detect import CONVERSIONS, KINDS, kind_at
     from evomesh.checkpoint.huggingface.config import CLASSES
     from evomesh.checkpoint.huggingface.export import export
-    from evomesh.checkpoint.native.ema_weights import with_ema_weights
     from evomesh.checkpoint.native.load import resolve
     from evomesh.config.schema import RotaryType
 
@@ -76,8 +73,6 @@ def write_folder(
             f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind]
         )
     checkpoint = resolve(ckpt, report=print)
-    if ema:
-        checkpoint = with_ema_weights(checkpoint)
     export(checkpoint, out, options, report=print)
 
 
@@ -158,8 +153,9 @@ def to_hf(
         max_position=max_pos,
         chat_template=chat_template,
         compare=compare,
+        ema=ema,
     )
-    write_folder(ckpt, out, options, ema)
+    write_folder(ckpt, out, options)
 
 
 def from_hf(

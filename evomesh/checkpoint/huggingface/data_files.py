@@ -34,10 +34,15 @@ class _StoredBox:
 
 
 class DataFiles:
-    """All tensors in the data files of a checkpoint."""
+    """All tensors in the data files of a checkpoint.
 
-    def __init__(self, found: Checkpoint) -> None:
+    Args:
+        averages: prefix of the tensors that stand for the weights, where there are any.
+    """
+
+    def __init__(self, found: Checkpoint, averages: str = "") -> None:
         self._where = found.folder
+        self._averages = averages
         self._boxes: dict[str, list[_StoredBox]] = {}
         for record in found.files:
             path = join(found.folder, record.name)
@@ -60,7 +65,7 @@ class DataFiles:
         Raises:
             CheckpointError: no file holds it, or its parts overlap or leave a hole.
         """
-        boxes = self._boxes.get(name)
+        boxes = self._boxes.get(self._averages + name) or self._boxes.get(name)
         if not boxes:
             raise CheckpointError(f"no data file holds {name}", where=self._where)
         parts = [box.read() for box in boxes]

@@ -19,6 +19,7 @@ from torch import Tensor
 import evomesh
 from evomesh.checkpoint.huggingface.compare_logits import (
     TOLERANCE,
+    TensorReader,
     largest_logit_difference,
     native_logits,
     tolerance_of,
@@ -55,6 +56,7 @@ from evomesh.checkpoint.huggingface.tokenizer import (
 )
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.disk_space import readable
+from evomesh.checkpoint.native.ema_weights import EMA, with_ema_weights
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.read import read_tensor
@@ -87,6 +89,7 @@ class ExportOptions:
     rotary_type, scaling_factor, max_position: None: as trained.
     chat_template: Jinja file; None: the tokenizer's template.
     compare: reload and compare logits.
+    ema: the moving average of the weights instead of them.
     mark: written into the folder, so that the run which exports knows it again.
     """
 
@@ -99,6 +102,7 @@ class ExportOptions:
     max_position: int | None = None
     chat_template: str | None = None
     compare: bool = True
+    ema: bool = False
     mark: ExportMark | None = None
 
 
@@ -128,9 +132,11 @@ def export(
     """Write the folder ``out``, local or in a store, and return it.
 
     Raises:
-        CheckpointError: the architecture cannot represent the model, wrong tensors, no space, or logits that differ.
-            Nothing is left on disk then.
+        CheckpointError: the architecture cannot represent the model, wrong tensors, no average, no space, or logits
+            that differ. Nothing is left on disk then.
     """
+    if options.ema:
+        found = with_ema_weights(found)
     config = config_from_dict(found.config)
     arch = options.arch or default_architecture(config.model)
     refuse_unexportable(config.model, arch)
@@ -159,7 +165,9 @@ def export(
             compare_tokenizers(tokenizer, work)
         job.write_weights(work, options.max_shard_bytes)
         if options.compare:
-            for line in _compare(job, work, rotary):
+            averages = EMA if options.ema else ""
+            weights = DataFiles(found, averages).read
+            for line in _compare(job, work, rotary, weights):
                 report(line)
         if options.mark is not None:
             options.mark.complete(work)
@@ -350,10 +358,15 @@ class _WeightExport:
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
-def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterator[str]:
+def _compare(
+    job: _WeightExport, folder: Path, rotary: RotaryScaling, weights: TensorReader
+) -> Iterator[str]:
     """Compare the written folder with the native model.
 
     A folder that the checkpoint was imported from is compared too.
+
+    Args:
+        weights: reads those of the native model.
 
     Yields:
         A line for each comparison.
@@ -369,7 +382,7 @@ def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterato
         "max_position_embeddings": rotary.max_position,
     }
     native = model.model_copy(update=changes)
-    ours = native_logits(native, DataFiles(job.found).read, dtype)
+    ours = native_logits(native, weights, dtype)
     if has_transformers():
         by = "transformers"
         theirs = stock_logits(folder, [dtype])

@@ -90,9 +90,11 @@ def test_averages_are_exported(tmp_path: Path) -> None:
     saved(tmp_path / "ckpts")
     out = str(tmp_path / "hf")
     arguments = ["convert", "to-hf", str(tmp_path / "ckpts"), out]
-    options = ["--tokenizer", "none", "--no-compare", "--ema"]
+    options = ["--tokenizer", "none", "--ema"]
     result = CliRunner().invoke(app, arguments + options)
     assert result.exit_code == 0, result.output
+    # With the averages in the data files.
+    assert "largest logit difference between the native model" in result.output
     exported = load_file(tmp_path / "hf/model.safetensors")
     expected = weights_of(1)["layers.1.feed_forward.w1.weight"]
     found = exported["model.layers.1.mlp.gate_proj.weight"]
