@@ -49,11 +49,13 @@ def check(
     from evomesh.config.warning_lines import warning_lines
 
     loaded = load_config(config, overrides or [])
-    if loaded.config.model.model_type not in get_args(ModelFamily):
+    is_built_in = loaded.config.model.model_type in get_args(ModelFamily)
+    if not is_built_in:
         _check_custom_model(loaded)
     if loaded.config.ckpt.enable_internevo2hf_ckpt:
         _check_export(loaded)
-    if loaded.config.adam.groups:
+    # A custom builder may take long, or the memory of the model: there the run checks.
+    if is_built_in and loaded.config.adam.groups:
         _check_groups(loaded)
     warnings = list(loaded.warnings)
     if gpus is not None:

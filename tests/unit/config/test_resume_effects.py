@@ -57,6 +57,8 @@ def test_every_key_of_the_model_is_classified_on_purpose() -> None:
         ("hybrid_zero_optimizer.clip_grad_norm", "training"),
         ("lr_scheduler.total_steps", "training"),
         ("grad_scaler.hysteresis", "training"),
+        ("adam.groups", "training"),
+        ("model.mup.base_head_dim", "function"),
         ("parallel.tensor.size", "nothing"),
         ("ckpt.save_ckpt_folder", "nothing"),
         ("model.compile", "nothing"),
