@@ -105,6 +105,19 @@ class ExportOptions:
     ema: bool = False
     mark: ExportMark | None = None
 
+    def weights_of(self, found: Checkpoint) -> Checkpoint:
+        """Return the checkpoint with the weights to export.
+
+        Raises:
+            CheckpointError: their average is asked for, and there is none.
+        """
+        return with_ema_weights(found) if self.ema else found
+
+    @property
+    def averages(self) -> str:
+        """Return the prefix of the tensors that stand for the weights in data files."""
+        return EMA if self.ema else ""
+
 
 def refuse_unexportable_run(config: Config) -> None:
     """Check that the model of a run which exports its checkpoints can be exported.
@@ -135,8 +148,7 @@ def export(
         CheckpointError: the architecture cannot represent the model, wrong tensors, no average, no space, or logits
             that differ. Nothing is left on disk then.
     """
-    if options.ema:
-        found = with_ema_weights(found)
+    found = options.weights_of(found)
     config = config_from_dict(found.config)
     arch = options.arch or default_architecture(config.model)
     refuse_unexportable(config.model, arch)
@@ -165,8 +177,7 @@ def export(
             compare_tokenizers(tokenizer, work)
         job.write_weights(work, options.max_shard_bytes)
         if options.compare:
-            averages = EMA if options.ema else ""
-            weights = DataFiles(found, averages).read
+            weights = DataFiles(found, options.averages).read
             for line in _compare(job, work, rotary, weights):
                 report(line)
         if options.mark is not None:
