@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.layers.dropout import MaskNumbers, drop_probabilities
@@ -26,7 +25,9 @@ from evomesh.layers.scores import (
     CAPPED_BLOCK,
     PLAIN_SCORES,
     ScoreRule,
+    attend_in_groups,
     attend_to_visible,
+    repeat_heads,
 )
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
@@ -162,8 +163,8 @@ def _varlen(
     options = _varlen_options(varlen_attn, grouped, window)
     if grouped and "enable_gqa" not in options:
         # This version of the kernel wants as many key/value heads as query heads.
-        k = _repeat_heads(k, heads // kv_heads)
-        v = _repeat_heads(v, heads // kv_heads)
+        k = repeat_heads(k, heads // kv_heads)
+        v = repeat_heads(v, heads // kv_heads)
     if scale is not None:
         # Not every version of the kernel takes a scale; all divide by sqrt(H).
         q = q * (scale * q.shape[2] ** 0.5)
@@ -172,11 +173,6 @@ def _varlen(
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only on demand
     return out
-
-
-def _repeat_heads(x: Tensor, copies: int) -> Tensor:
-    """Repeat each head for its group of query heads, [T, G, H] -> [T, G * copies, H]."""
-    return x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -244,14 +240,7 @@ def _causal(
         return _in_blocks(q, k, v, window, block, scores)
     if scores.softcap is not None:
         return _in_blocks(q, k, v, q.shape[2], CAPPED_BLOCK, scores)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=True,
-        enable_gqa=q.shape[1] != k.shape[1],
-        scale=scores.scale,
-    )
+    return attend_in_groups(q, k, v, is_causal=True, scale=scores.scale)
 
 
 def _query_blocks(

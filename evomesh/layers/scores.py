@@ -66,14 +66,39 @@ def attend_to_visible(
         scale = rule.scale or q.shape[3] ** -0.5
         out: Tensor = _CappedAttention.apply(q, k, v, visible, scale, rule.softcap)  # type: ignore[no-untyped-call]
         return out
+    return attend_in_groups(q, k, v, visible=visible, scale=rule.scale)
+
+
+def attend_in_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return torch's attention [B, N, L, H] for q [B, N, L, H], k and v [B, G, S, H]."""
+    copies = q.shape[1] // k.shape[1]
+    if copies > 1 and not q.is_cpu and q.dtype == torch.float32:
+        # Of torch's kernels for CUDA, the one that takes float32 has no grouped heads:
+        # torch would fall back to products that write all scores, [B, N, L, S].
+        k = repeat_heads(k, copies)
+        v = repeat_heads(v, copies)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=visible,
+        is_causal=is_causal,
         enable_gqa=q.shape[1] != k.shape[1],
-        scale=rule.scale,
+        scale=scale,
     )
+
+
+def repeat_heads(x: Tensor, copies: int) -> Tensor:
+    """Repeat each head for the query heads of its group, [B, G, S, H] -> [B, G * copies, S, H]."""
+    return x.repeat_interleave(copies, dim=1)
 
 
 class _CappedAttention(torch.autograd.Function):

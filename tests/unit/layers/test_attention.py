@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from evomesh.layers import attention
-from evomesh.layers.attention import SequenceBounds, _varlen, attend
-from evomesh.layers.scores import PLAIN_SCORES, ScoreRule
+from evomesh.layers.attention import SequenceBounds, _causal, _varlen, attend
+from evomesh.layers.scores import (
+    PLAIN_SCORES,
+    ScoreRule,
+    attend_to_visible,
+    repeat_heads,
+)
 from evomesh.layers.sequence_bounds import single_sequence
 from tests.support.covers import covers
 
@@ -174,3 +179,49 @@ def test_a_soft_cap_never_reaches_the_flash_kernel(
     found = attend(q, q, q, documents([4, 2]), module)
     expected = oracle(q, q, q, [4, 2], rule=module.scores)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "device, dtype, heads",
+    [
+        ("meta", torch.float32, 4),  # as on CUDA, whose kernel has no groups
+        ("meta", torch.bfloat16, 2),
+        ("cpu", torch.float32, 2),
+    ],
+)
+def test_key_heads_are_repeated_for_the_kernel_of_float32(
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q = torch.zeros(1, 4, 6, 8, device=device, dtype=dtype)
+    k = v = torch.zeros(1, 2, 6, 8, device=device, dtype=dtype)
+    seen: list[tuple[int, bool]] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        assert k.shape == v.shape
+        seen.append((k.shape[1], options["enable_gqa"]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    visible = torch.ones(6, 6, dtype=torch.bool, device=device)
+    out = (
+        attend_to_visible(q, k, v, visible)
+        if masked
+        else _causal(q, k, v, None, PLAIN_SCORES)
+    )
+    assert out.shape == q.shape
+    assert seen == [(heads, heads != 4)]
+
+
+def test_repeated_heads_are_those_of_their_group() -> None:
+    q = torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 5, 8, dtype=torch.float64).unbind(0)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    expected = kernel(q, k, v, is_causal=True, enable_gqa=True)
+    found = kernel(q, repeat_heads(k, 3), repeat_heads(v, 3), is_causal=True)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-14)
