@@ -240,7 +240,13 @@ def _causal(
         return _in_blocks(q, k, v, window, block, scores)
     if scores.softcap is not None:
         return _in_blocks(q, k, v, q.shape[2], CAPPED_BLOCK, scores)
-    return attend_in_groups(q, k, v, is_causal=True, scale=scores.scale)
+    return attend_in_groups(
+        q,
+        k,
+        v,
+        is_causal=True,
+        scale=scores.scale,
+    )
 
 
 def _query_blocks(

@@ -72,9 +72,7 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
         tuple[int, ...], ProcessGroup
     ] = {}  # equal axes of the two views share one communicator
 
-    def axis(name: str, members: list[int]) -> Axis:
-        if len(members) == 1:
-            return Axis(name)
+    def group_of(members: list[int]) -> ProcessGroup:
         key = tuple(members)
         if key not in groups:
             on_device_only = members != members_of["dp"]
@@ -86,7 +84,12 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
                 timeout=parallel.collective_timeout,
                 use_local_synchronization=True,
             )
-        return Axis(name, len(members), members.index(rank), groups[key])
+        return groups[key]
+
+    def axis(name: str, members: list[int]) -> Axis:
+        if len(members) == 1:
+            return Axis(name)
+        return Axis(name, len(members), members.index(rank), group_of(members))
 
     # Data-parallel ranks also send each other counts and objects from the host; all
     # other axes carry device tensors.
@@ -96,6 +99,11 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
     axes = {}
     for name, members in members_of.items():
         axes[name] = axis(name, members)
+    if sizes.pp > 2 and axes["ends"].size == 1:
+        # Stages between the ends. From 2.15 on torch names later groups of all ranks by
+        # how many groups a rank has made: ranks that disagree would wait for each other
+        # forever.
+        group_of([rank])
     return Grid(**axes)
 
 

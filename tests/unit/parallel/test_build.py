@@ -9,6 +9,7 @@ import pytest
 from evomesh.config.layout import axis_sizes
 from evomesh.config.schema import ParallelConfig
 from evomesh.errors import UserError
+from evomesh.parallel import build
 from evomesh.parallel.build import axis_members, build_grid
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, optimizer_axes
@@ -155,3 +156,35 @@ def test_only_the_data_axis_has_a_backend_for_the_host(
     made.clear()
     build_grid(parallel(), 4, 1)
     assert made == {(0, 1, 2, 3): None}, "the data axis, which zero shares"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "weight", "mode"),
+    [
+        (1, 4, 1, "mtp"),
+        (2, 4, 1, "msp"),
+        (1, 8, 1, "mtp"),
+        (2, 4, 4, "isp"),
+        (4, 2, 1, "fsp"),
+    ],
+)
+def test_all_ranks_make_the_same_number_of_groups(
+    tensor: int, pipeline: int, weight: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.15 numbers groups of all ranks by how many a rank has made."""
+    made: list[tuple[int, ...]] = []
+
+    def new_group(members: list[int], **options: object) -> object:
+        made.append(tuple(members))
+        return object()
+
+    monkeypatch.setattr(build.dist, "new_group", new_group)
+    monkeypatch.setattr(build, "device_backend", lambda: None)
+    counts = []
+    for rank in range(16):
+        made.clear()
+        build_grid(parallel(tensor, mode, pipeline, weight), 16, rank)
+        assert all(rank in members for members in made)
+        assert len(set(made)) == len(made)
+        counts.append(len(made))
+    assert len(set(counts)) == 1 and counts[0] >= 2
