@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from evomesh.config.schema import Config
     from evomesh.parallel.traffic import TrafficLog
     from evomesh.plan.memory import PeakMemory
-    from evomesh.plan.trace import RankMemory
+    from evomesh.plan.trace import RankMemory, StepTrace
 
 MIB = 2**20
 GIB = 2**30
@@ -39,6 +40,10 @@ def plan(
     gpu_memory: Annotated[
         float, typer.Option("--gpu-memory", min=1, help="Memory of one GPU, in GiB.")
     ] = 80,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, as evomesh report reads."),
+    ] = False,
     overrides: OverrideOption = None,
 ) -> None:
     """Predict the memory and traffic of one rank. Needs no GPU, no data and only one machine."""
@@ -61,10 +66,18 @@ def plan(
     warnings = check_world(settings, gpus)
     step_trace = trace_step(settings, gpus, rank) if trace else None
     memory = step_trace or hold(settings, gpus, rank)
+    peak = None
+    if parameter_count(settings.model) is not None:
+        peak = peak_memory(settings, gpus, rank)
+    if as_json:
+        facts = _facts(settings, memory, peak, step_trace)
+        facts |= {"gpus": gpus, "rank": rank, "warnings": warnings}
+        typer.echo(json.dumps(facts))
+        return
     lines = _describe_rank(settings, gpus, rank, memory)
     lines += [f"warning: {warning}" for warning in warnings]
-    if parameter_count(settings.model) is not None:
-        lines += _describe_peak(peak_memory(settings, gpus, rank), gpu_memory)
+    if peak is not None:
+        lines += _describe_peak(peak, gpu_memory)
     else:
         lines.append("activations of a custom model are not counted")
     if step_trace is None:
@@ -74,6 +87,49 @@ def plan(
         console.print(line, highlight=False)
     if step_trace is not None:
         console.print(_traffic_table(step_trace.traffic))
+
+
+def _facts(
+    config: Config,
+    memory: RankMemory,
+    peak: PeakMemory | None,
+    step_trace: StepTrace | None,
+) -> dict[str, Any]:
+    """Return the prediction as JSON; sizes are in bytes."""
+    from evomesh.config.size import parameter_count, tokens_per_step
+
+    facts: dict[str, Any] = {
+        "model_parameters": parameter_count(config.model),
+        "tokens_per_step": tokens_per_step(config, memory.grid.dp.size),
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+    }
+    if peak is not None:
+        facts["peak"] = {
+            "total": peak.total,
+            "phase": peak.phase,
+            "kinds": peak.kinds,
+        }
+    if step_trace is not None:
+        facts["traffic"] = _traffic_rows(step_trace.traffic)
+    return facts
+
+
+def _traffic_rows(traffic: TrafficLog) -> list[dict[str, Any]]:
+    """Return calls and bytes of each operation on each axis, such as all_gather on tp."""
+    sizes = traffic.nbytes()
+    counts = traffic.count()
+    rows = []
+    for operation, axis in sorted(counts):
+        row = {
+            "operation": operation,
+            "axis": axis,
+            "calls": counts[operation, axis],
+            "bytes": sizes[operation, axis],
+        }
+        rows.append(row)
+    return rows
 
 
 def _describe_rank(
@@ -149,14 +205,11 @@ def _format_ranges(numbers: list[int]) -> str:
 def _traffic_table(traffic: TrafficLog) -> Table:
     from rich.table import Table
 
-    # One row for each operation on each axis, such as all_gather on tp.
     table = Table("operation", "axis", title="one step of this rank")
     for column in ("calls", "MiB"):
         table.add_column(column, justify="right")
-    sizes = traffic.nbytes()
-    counts = traffic.count()
-    for operation, axis in sorted(counts):
-        calls = counts[operation, axis]
-        mebibytes = sizes[operation, axis] / MIB
-        table.add_row(operation, axis, str(calls), f"{mebibytes:.3f}")
+    for row in _traffic_rows(traffic):
+        calls = str(row["calls"])
+        mebibytes = f"{row['bytes'] / MIB:.3f}"
+        table.add_row(row["operation"], row["axis"], calls, mebibytes)
     return table

@@ -19,6 +19,13 @@ def report(
             help="Run folders, or folders above them (the newest run below), and the file to write.",
         ),
     ],
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Compare with this output of evomesh plan --json; by default RUN/plan.json.",
+        ),
+    ] = None,
 ) -> None:
     """Write one HTML page of a run, or of several beside each other: charts, time, restarts, data, configuration.
 
@@ -28,7 +35,7 @@ def report(
     from evomesh.config.user import expand_home
     from evomesh.runs.page import render_page, write_page
     from evomesh.runs.payload import payload_of
-    from evomesh.runs.read import find_runs, read_run
+    from evomesh.runs.read import find_runs, read_plan, read_run
 
     if len(paths) < 2 or not paths[-1].endswith((".html", ".htm")):
         raise UserError(
@@ -39,6 +46,10 @@ def report(
     *names, out = paths
     folders = find_runs(names)
     runs = [read_run(folder) for folder in folders]
+    if plan is not None:
+        predicted = read_plan(expand_home(plan))
+        for run in runs:
+            run.plan = predicted
     page = render_page(payload_of(runs, time.time()))
     target = expand_home(out)
     write_page(target, page)

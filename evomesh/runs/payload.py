@@ -20,12 +20,13 @@ from evomesh.config.redact import REDACTED, redact_setting, redact_text, secret_
 from evomesh.monitor.metrics import TGS
 from evomesh.monitor.overview import RunOverview, seconds_of
 from evomesh.runs.read import Column, Row, RunFiles
+from evomesh.runs.run_events import prediction_rows, sample_rows, spike_rows
 from evomesh.runs.times import TimeAccount, account_for
 
 MAX_POINTS = 200_000  # of a figure; beyond, pairs of lowest and highest are kept
 MAX_ALERTS = 500  # the newest
 MAX_TYPES = 40  # types of data, validation sets, of each figure
-PREFIXES = ("loss/", "tokens/", "acc/", "val/")
+PREFIXES = ("loss/", "tokens/", "acc/", "val/", "eval/")
 PLAIN_FIGURES = (
     "loss",
     "lr",
@@ -79,6 +80,9 @@ def _run_entry(run: RunFiles, now: float) -> Row:
         "times": _times(account),
         "saves": _saves(run),
         "skipped": _not_finite(run),
+        "spikes": spike_rows(run),
+        "samples": sample_rows(run),
+        "predictions": prediction_rows(run, _history_figures(run).get("memory")),
         "alerts": [_alert(row) for row in run.alerts[-MAX_ALERTS:]],
         "data": _data_rows(run),
         "fingerprint": _mapping(run.facts.get("data")).get("hash"),

@@ -18,9 +18,12 @@ from evomesh.errors import UserError
 from evomesh.monitor.alerts.files import ALERTS_FILE
 from evomesh.monitor.history import HISTORY_FILE
 from evomesh.monitor.overview import METRICS_FILE, find_run
+from evomesh.monitor.spikes import SPIKES_FILE
 from evomesh.monitor.status import RankStatus, read_statuses
 
 Row = dict[str, Any]
+SAMPLES_FILE = "samples.jsonl"
+PLAN_FILE = "plan.json"
 
 
 @dataclass
@@ -73,6 +76,9 @@ class RunFiles:
     Attributes:
         rows: of ``metrics.jsonl``, by step.
         starts: of ``history.jsonl``; none for a run of an older version.
+        spikes: lines of ``spikes.jsonl``.
+        samples: of ``samples.jsonl``.
+        plan: what ``evomesh plan --json`` printed for it; {} without one.
         unreadable: lines of each file that could not be read.
     """
 
@@ -80,6 +86,9 @@ class RunFiles:
     rows: dict[int, Row] = field(default_factory=dict)
     starts: list[StartRecord] = field(default_factory=list)
     alerts: list[Row] = field(default_factory=list)
+    spikes: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    plan: Row = field(default_factory=dict)
     ranks: list[RankStatus] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
 
@@ -121,11 +130,40 @@ def read_run(folder: Path) -> RunFiles:
     run.rows = _rows_by_step(run, _objects(run, METRICS_FILE))
     run.starts = starts_of(_objects(run, HISTORY_FILE))
     run.alerts = _objects(run, ALERTS_FILE)
+    run.spikes = _objects(run, SPIKES_FILE)
+    run.samples = _objects(run, SAMPLES_FILE)
+    plan_file = folder / PLAN_FILE
+    if plan_file.is_file():
+        run.plan = read_plan(plan_file)
     try:
         run.ranks = read_statuses(folder)
     except OSError:
         run.unreadable["status"] = 1
     return run
+
+
+def read_plan(path: Path) -> Row:
+    """Return what ``evomesh plan --json`` printed.
+
+    Raises:
+        UserError: the file cannot be read, or has something else.
+    """
+    try:
+        value = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot read it: {error.strerror or error}", where=str(path)
+        ) from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or "gpus" not in value:
+        raise UserError(
+            "it is not a plan",
+            where=str(path),
+            expected="a JSON object with gpus, tokens_per_step and peak",
+            fix=f"evomesh plan CONFIG --gpus N --json > {path}",
+        )
+    return value
 
 
 def columns_of(rows: Iterable[Row]) -> dict[str, Column]:

@@ -147,6 +147,39 @@ def test_a_broken_and_an_empty_run(open_page: Open, tmp_path: Path) -> None:
     sync_api.expect(page.locator("#summary")).to_contain_text("No step is recorded yet")
 
 
+def test_what_happened_in_a_run(open_page: Open, tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path)
+    values = {"eval/arc/acc": 0.5, "eval/wiki/perplexity": 30.0}
+    write_lines(folder / "metrics.jsonl", [step_row(s, **values) for s in range(3)])
+    document = {"file": "a.bin", "row": 7, "start": 0, "stop": 9, "text": "<b>bad</b>"}
+    found = {"rank": 1, "micro_batch": 2, "suspicion": 30.0, "documents": [document]}
+    spike = {"event": "spike", "step": 2, "time": 1.0, "what": ["loss"], "loss": "NaN"}
+    spike |= {"median": {"loss": 4.0}, "action": "skipped", "left_out": [2]}
+    court = {"event": "court", "step": 2, "micro_batches": [found], "layers": []}
+    write_lines(folder / "spikes.jsonl", [spike, court])
+    sample = {"step": 2, "tokens": 128, "prompt": "Hello", "text": " <i>world</i>"}
+    write_lines(folder / "samples.jsonl", [sample])
+    (folder / "plan.json").write_text('{"gpus": 2, "tokens_per_step": 64}')
+    page = open_page(folder)
+    page.wait_for_selector("#chart-eval .u-over")
+    captions = [
+        page.locator(f"#chart-{id} figcaption") for id in ("eval", "eval_other")
+    ]
+    sync_api.expect(captions[0]).to_contain_text("arc/acc: first 0.5")
+    sync_api.expect(captions[1]).to_contain_text("wiki/perplexity: first 30")
+    sync_api.expect(page.locator("#spikes")).to_contain_text(
+        "skipped; left out: steps 2"
+    )
+    page.locator("#spikes summary").click()
+    sync_api.expect(page.locator("#spikes")).to_contain_text("<b>bad</b>")
+    sync_api.expect(page.locator("#samples")).to_contain_text(" <i>world</i>")
+    rows = page.locator("#predictions tbody tr").all_inner_texts()
+    assert [row.split("\t")[1:] for row in rows] == [
+        ["2", "2", "100.0 %"],
+        ["64", "64", "100.0 %"],
+    ]
+
+
 def test_every_step_of_a_long_run_is_there(open_page: Open, tmp_path: Path) -> None:
     steps = 100_000
     rows = [{"step": s, "loss": 2 + math.sin(s / 999)} for s in range(steps)]

@@ -40,6 +40,32 @@ function saves(run) {
 }
 function alerts(run) { return run.alerts.length ? tableOf(["when", "kind", "text"].map(t), run.alerts.map((a) => [date(a.time), a.kind, a.text])) : null; }
 function skipped(run) { return run.skipped.length ? tableOf(["step", "loss", "grad_norm"].map(t), run.skipped.map((s) => [s.step, s.loss, s.grad_norm]), [true, true, true]) : null; }
+const figureOf = (value) => (typeof value === "number" ? short(value) : value ?? "–");
+const placed = (figures, digits) => Object.entries(figures || {}).map(([name, value]) => `${t(name)} ${typeof value === "number" ? +value.toPrecision(digits) : value}`).join(", ");
+function courtOf(court) {
+  const list = make("ul", {}, ...court.micro_batches.map((m) => make("li", {}, `${t("rank")} ${m.rank}, ${t("micro_batch")} ${m.micro_batch}: ${t("loss")} ${figureOf(m.loss)}, ${t("grad_norm")} ${figureOf(m.grad_norm)} (${figureOf(m.suspicion)} ${t("times_others")})`,
+    ...m.documents.map((d) => make("div", {}, make("code", {}, `${d.file}:${d.row}`), ` ${t("tokens")} ${d.start}–${d.stop}`, make("span", { class: "text" }, d.text))))));
+  const layers = court.layers.map((l) => `${l.layer}: ${t("grad_norm")} ×${figureOf(l.grad_norm_ratio)}, ${t("activations")} ×${figureOf(l.activation_ratio)}${l.not_finite ? `, ${t("not_finite")}` : ""}`);
+  return make("details", {}, make("summary", {}, t("court")), list, layers.length ? make("p", {}, `${t("layers")}: ${layers.join("; ")}`) : null);
+}
+function spikes(run) {
+  if (!run.spikes.length) return null;
+  const action = (s) => `${t(s.action === "skipped" ? "skipped_action" : s.action)}${s.to === undefined ? "" : ` (${t("back_to")} ${s.to})`}${s.left_out.length ? `; ${t("left_out")} ${s.left_out.join(", ")}` : ""}`;
+  const rows = run.spikes.map((s) => [s.step, date(s.time), (s.what || []).map(t).join(", "), figureOf(s.loss), figureOf(s.grad_norm), placed(s.median, 4), action(s), s.court ? courtOf(s.court) : ""]);
+  return tableOf(["step", "when", "what", "loss", "grad_norm", "median", "action", "found"].map(t), rows, [true, false, false, true, true]);
+}
+function samples(run) {
+  if (!run.samples.length) return null;
+  const rows = (sample) => sample.answers.map((a) => [a.step, whole(a.tokens), make("span", { class: "text" }, a.text)]);
+  return make("div", {}, ...run.samples.map((sample, i) => make("details", i < 3 ? { open: "" } : {}, make("summary", {}, make("code", {}, sample.prompt)), tableOf(["step", "tokens", "text"].map(t), rows(sample), [true, true]))));
+}
+function predictions(run) {
+  if (!run.predictions.length) return null;
+  const shown = (row, value) => (row.name === "plan_memory" ? `${fixed(value / 2 ** 30, 2)} GiB` : whole(Math.round(value)));
+  const rows = run.predictions.map((row) => [t(row.name), shown(row, row.predicted), shown(row, row.measured), percent(row.measured / (row.predicted || 1))]);
+  const onCpu = run.summary.device && !String(run.summary.device).startsWith("cuda") ? make("p", { class: "soft" }, t("plan_cpu")) : null;
+  return make("div", {}, tableOf(["figure", "predicted", "measured", "of_prediction"].map(t), rows, [false, true, true, true]), onCpu);
+}
 function dataTable(run) {
   if (!run.data.length) return null;
   const names = ["documents", "tokens", "filtered", "dropped", "packs"], sum = (name) => run.data.reduce((total, row) => total + (row[name] || 0), 0);
@@ -78,7 +104,7 @@ function build() {
   for (const chart of CHARTS) { const series = seriesOf(chart, runs).filter((s) => s.x.length); if (series.length) views.push(new ChartView(chart, series)); }
   const grid = views.length ? section("charts", make("p", { class: "soft" }, t("drag")), make("div", { class: "charts" }, ...views.map((view) => view.figure))) : null;
   const parts = [perRun("summary", (run) => make("div", {}, cards(run), ...notes(run))), grid, perRun("time", times), perRun("starts", starts), perRun("saves", saves),
-    perRun("skipped", skipped), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);
+    perRun("predictions", predictions), perRun("spikes", spikes), perRun("skipped", skipped), perRun("samples", samples), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);
   showParts(parts, t("report"));
   drawNear(views);
 }

@@ -41,5 +41,13 @@ const WORDS = {
   dirty: ["changed since", "有未提交更改"], digest: ["digest of the source", "源码摘要"], torch: ["torch", "torch"], python: ["Python", "Python"],
   theme: ["Theme", "主题"], auto: ["auto", "自动"], light: ["light", "浅色"], dark: ["dark", "深色"],
   live: ["live", "实时"], lost: ["connection lost, trying again", "连接中断，正在重试"], run: ["run", "训练"], wait: ["data wait", "等待数据"],
+  spikes: ["Spikes", "尖峰"], samples: ["Samples over time", "训练中的样例"], predictions: ["Prediction and measurement", "预测与实测"],
+  c_eval: ["Evaluations", "评测"], c_eval_other: ["Evaluations, other scales", "评测（其他量纲）"], what: ["what", "对象"], median: ["median before", "此前中位数"], action: ["action", "处理"],
+  found: ["found", "发现"], court: ["micro-batches and layers", "微批与层"], rank: ["rank", "进程"], micro_batch: ["micro-batch", "微批"], times_others: ["times the others", "倍于其他"],
+  activations: ["activations", "激活"], not_finite: ["not finite", "非有限"], layers: ["Layers", "层"], back_to: ["back to step", "回到第（步）"], left_out: ["left out: steps", "略过的步："],
+  warned: ["warned", "警告"], skipped_action: ["skipped", "已跳过"], "rolled back": ["rolled back", "已回滚"],
+  figure: ["figure", "数值"], predicted: ["predicted", "预测"], measured: ["measured", "实测"], of_prediction: ["of the prediction", "占预测"],
+  plan_ranks: ["ranks", "进程数"], plan_tokens: ["tokens of a step", "每步词元"], plan_memory: ["peak memory of the main rank", "主进程内存峰值"],
+  plan_cpu: ["On a CPU the measured memory is that of the whole process, with Python and its libraries.", "在 CPU 上，实测内存为整个进程的内存，包括 Python 与各个库。"],
   consumed_note: ["tokens used by all ranks", "所有进程已用词元"], eval_note: ["Samples are not logged by this run.", "该训练未记录样例。"],
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from evomesh.cli.app import app
 from evomesh.config.data import DataConfig
 from evomesh.config.loader import load_config
 from evomesh.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from evomesh.config.size import parameter_count
 from evomesh.layers.loss import MIN_CHUNK_TOKENS
 from evomesh.plan.memory import GIB, peak_memory
 
@@ -136,3 +138,22 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
     words = " ".join(result.output.split())
     assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
+
+
+def test_the_command_prints_the_same_as_json() -> None:
+    path = str(CONFIGS / "7B_llama2.py")
+    sets = ["model.num_layers=2"]
+    options = ["--gpus", "8", "--json", "--trace", "--set", sets[0]]
+    result = CliRunner().invoke(app, ["plan", path, *options])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    config = load_config(path, sets).config
+    peak = peak_memory(config, 8)
+    assert (facts["gpus"], facts["rank"]) == (8, 0)
+    assert facts["peak"]["total"] == peak.total == sum(facts["peak"]["kinds"].values())
+    assert facts["model_parameters"] == parameter_count(config.model)
+    data = config.data
+    tokens = data.seq_len * data.micro_bsz * data.micro_num * 8
+    assert facts["tokens_per_step"] == tokens
+    assert all(row["calls"] > 0 and row["bytes"] >= 0 for row in facts["traffic"])
+    assert facts["traffic"]

@@ -167,3 +167,89 @@ def test_what_cannot_be_done_is_refused(
         CliRunner().invoke(app, ["report", *given], catch_exceptions=False)
     assert message in str(error.value)
     assert not list(run.glob("*.part"))
+
+
+def test_spikes_with_what_was_found_about_them(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path)
+    spike = {"event": "spike", "time": 1.0, "what": ["loss"], "grad_norm": 2.0}
+    spike |= {
+        "median": {"loss": 4.0},
+        "action": "warned",
+        "left_out": [],
+        "policy": "x",
+    }
+    document = {"file": "en/a.bin", "row": 7, "start": 0, "stop": 9, "text": "bad"}
+    found = {"rank": 1, "micro_batch": 2, "suspicion": 30.0, "documents": [document]}
+    court = {"micro_batches": [found, {"rank": 0}, "old"], "layers": None}
+    lines = [
+        {**spike, "step": 3, "loss": 50.0},
+        {"event": "new run", "time": 1.5},
+        {**spike, "step": 3, "loss": 60.0},
+        {**spike, "step": 4, "loss": "NaN", "action": "rolled back", "left_out": [4]},
+        {"event": "court", "time": 2.0, "step": 3, **court},
+        {"event": "court", "time": 2.0, "step": 9, **court},
+        {"event": "rollback", "time": 3.0, "step": 4, "to": 2},
+    ]
+    write_lines(folder / "spikes.jsonl", lines, torn="{")
+    entry = entry_of(folder)
+    first, second = entry["spikes"]
+    assert (first["step"], first["loss"], first["action"]) == (3, 60.0, "warned")
+    suspect, other = first["court"]["micro_batches"]
+    assert (suspect["suspicion"], suspect["documents"]) == (30.0, [document])
+    assert other["documents"] == []
+    assert first["court"]["layers"] == []
+    assert (second["loss"], second["to"], second["left_out"]) == ("NaN", 2, [4])
+    assert "court" not in second
+    assert entry["unreadable"] == {"spikes.jsonl": 1}
+
+
+def test_samples_by_prompt(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path)
+    lines: list[dict[str, Any]] = []
+    for step in range(200):
+        for prompt in ("One", "Two"):
+            text = f"{prompt} {step}" + "x" * 3000
+            lines.append({"step": step, "tokens": 64 * step, "prompt": prompt, "text": text})  # fmt: skip
+    lines.append({"step": 200, "text": "of another version"})
+    write_lines(folder / "samples.jsonl", lines)
+    entry = entry_of(folder)
+    assert [sample["prompt"] for sample in entry["samples"]] == ["One", "Two"]
+    answers = entry["samples"][1]["answers"]
+    steps = [answer["step"] for answer in answers]
+    assert len(steps) == 60
+    assert (steps[0], steps[-1]) == (0, 199)
+    assert set(np.diff(steps)) <= {3, 4}
+    for answer in answers:
+        assert answer["text"].startswith(f"Two {answer['step']}x")
+        assert len(answer["text"]) == 2000
+        assert answer["tokens"] == 64 * answer["step"]
+
+
+def test_evaluations_have_figures(tmp_path: Path) -> None:
+    rows = [step_row(0, **{"eval/arc/acc": 0.25}), step_row(1)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    assert figure(entry_of(tmp_path), "eval/arc/acc") == [(0, 0.25)]
+
+
+def test_prediction_beside_measurement(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path)
+    assert entry_of(folder)["predictions"] == []
+    plan = {"gpus": 2, "tokens_per_step": 80, "peak": {"total": 4000}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    rows = entry_of(folder)["predictions"]
+    assert [tuple(row.values()) for row in rows] == [
+        ("plan_ranks", 2, 2),
+        ("plan_tokens", 80, 64),
+        ("plan_memory", 4000, 1000),
+    ]
+    # Of a model whose activations are not known, and named by the option.
+    other = tmp_path / "other.json"
+    other.write_text('{"gpus": 4}')
+    out = tmp_path / "out.html"
+    arguments = ["report", str(folder), str(out), "--plan", str(other)]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    (run,) = embedded(out.read_text())["runs"]
+    assert [row["predicted"] for row in run["predictions"]] == [4]
+    other.write_text("[]")
+    with pytest.raises(UserError, match="it is not a plan"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
