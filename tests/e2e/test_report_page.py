@@ -70,6 +70,10 @@ def test_charts_tables_and_language(open_page: Open, tmp_path: Path) -> None:
     cells = rows.all_inner_texts()
     assert [row.split() for row in cells] == [[str(s), str(5 - s)] for s in range(5)]
     sync_api.expect(page.locator("#time")).to_contain_text("useful training")
+    # Figures in another unit, and as their sum so far.
+    data = "drawn.find((v) => v.chart.id === '{}').data[1]"
+    assert page.evaluate(data.format("memory")) == [1000 / 2**30]
+    assert page.evaluate(data.format("progress")) == [60 * (s + 1) for s in range(5)]
     page.locator("#language").click()
     sync_api.expect(page.locator("#time")).to_contain_text("有效训练")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
@@ -166,6 +170,7 @@ def test_what_happened_in_a_run(open_page: Open, tmp_path: Path) -> None:
         page.locator(f"#chart-{id} figcaption") for id in ("eval", "eval_other")
     ]
     sync_api.expect(captions[0]).to_contain_text("arc/acc: first 0.5")
+    sync_api.expect(captions[0]).not_to_contain_text("wiki")
     sync_api.expect(captions[1]).to_contain_text("wiki/perplexity: first 30")
     sync_api.expect(page.locator("#spikes")).to_contain_text(
         "skipped; left out: steps 2"

@@ -29,9 +29,21 @@ function duration(seconds) {
 const percent = (value) => (typeof value === "number" ? `${fixed(100 * value)} %` : "–");
 
 function section(id, ...children) { return make("section", { id, "aria-labelledby": `${id}-h` }, make("h2", { id: `${id}-h` }, t(id)), ...children); }
+// Draw charts as they come near the window, one in a frame, so that the first is there soon.
 function drawNear(views) {
-  const watcher = new IntersectionObserver((entries) => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); entry.target.view.draw(); } }, { rootMargin: "400px" });
+  const waiting = [];
+  const drawNext = () => { const view = waiting[0]; if (drawn.includes(view)) view.draw(); waiting.shift(); if (waiting.length) requestAnimationFrame(drawNext); };
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((one) => one.isIntersecting)) {
+      watcher.unobserve(entry.target);
+      if (waiting.push(entry.target.view) === 1) drawNext();
+    }
+  }, { rootMargin: "400px" });
   for (const view of views) { view.box.view = view; watcher.observe(view.box); }
+  // The others get their sentences while the reader looks at the first.
+  const idle = window.requestIdleCallback || ((task) => setTimeout(task, 50));
+  const fillNext = () => { const view = drawn.find((one) => !one.isFilled); if (view) { view.fill(); idle(fillNext); } };
+  requestAnimationFrame(() => idle(fillNext));
 }
 function applyTheme() { if (theme === "auto") document.documentElement.removeAttribute("data-theme"); else document.documentElement.dataset.theme = theme; }
 function redraw() { for (const view of drawn) if (view.plot) view.draw(); }

@@ -8,13 +8,14 @@ function aligned(series) {
 }
 
 function extremes(s) {
+  const y = s.y;
   let low = -1, high = -1, first = -1, last = -1;
-  for (let i = 0; i < s.y.length; i++) {
-    const v = s.y[i];
+  for (let i = 0; i < y.length; i++) {
+    const v = y[i];
     if (v === null) continue;
     if (first < 0) first = low = high = i;
-    if (v < s.y[low]) low = i;
-    if (v > s.y[high]) high = i;
+    if (v < y[low]) low = i;
+    if (v > y[high]) high = i;
     last = i;
   }
   return first < 0 ? null : { first, last, low, high };
@@ -37,8 +38,9 @@ function sentence(chart, series) {
   return series.slice(0, 12).map((s) => {
     const e = extremes(s);
     if (!e) return `${s.label}: ${t("none")}`;
-    const at = (i) => (chart.x ? `${t("for_x")} ${placeOf(chart, s.x[i])}` : language === "zh" ? `${t("at")} ${s.x[i]} 步` : `${t("at")} ${s.x[i]}`);
-    return `${s.label}: ${t("first")} ${short(s.y[e.first])}, ${t("last")} ${short(s.y[e.last])}, ${t("lowest")} ${short(s.y[e.low])} ${at(e.low)}, ${t("highest")} ${short(s.y[e.high])} ${at(e.high)}`;
+    const { x, y } = s;
+    const at = (i) => (chart.x ? `${t("for_x")} ${placeOf(chart, x[i])}` : language === "zh" ? `${t("at")} ${x[i]} 步` : `${t("at")} ${x[i]}`);
+    return `${s.label}: ${t("first")} ${short(y[e.first])}, ${t("last")} ${short(y[e.last])}, ${t("lowest")} ${short(y[e.low])} ${at(e.low)}, ${t("highest")} ${short(y[e.high])} ${at(e.high)}`;
   }).join("; ");
 }
 
@@ -56,9 +58,9 @@ const drawn = [];
 class ChartView {
   constructor(chart, series) {
     this.chart = chart; this.series = series; this.log = false; this.plot = null;
-    this.data = aligned(series);
-    const title = t(`c_${chart.id}`);
-    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${sentence(chart, series)}. ${t("keys")}` });
+    const title = (this.title = t(`c_${chart.id}`));
+    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${t("keys")}` });
+    this.caption = make("figcaption");
     const logs = make("button", { type: "button", "aria-pressed": "false" }, t("log"));
     logs.onclick = () => { this.log = !this.log; logs.setAttribute("aria-pressed", this.log); this.draw(); };
     const whole = make("button", { type: "button" }, t("all"));
@@ -66,14 +68,26 @@ class ChartView {
     this.details = make("details", {}, make("summary", {}, `${t("table")}: ${title}`));
     this.details.addEventListener("toggle", () => { if (this.details.open && !this.details.dataset.made) { this.details.dataset.made = "1"; this.details.append(sampleTable(chart, series, this.data)); } });
     this.figure = make("figure", { id: `chart-${chart.id}` }, make("div", { class: "head" }, make("h3", {}, title), make("div", { class: "buttons" }, logs, whole)),
-      this.box, make("figcaption", {}, sentence(chart, series)), this.details);
+      this.box, this.caption, this.details);
     this.box.addEventListener("keydown", (event) => this.key(event));
     this.sizes = new ResizeObserver(() => { if (this.plot && this.box.clientWidth) this.plot.setSize({ width: this.box.clientWidth, height: 230 }); });
     this.sizes.observe(this.box);
     drawn.push(this);
   }
 
+  get data() { return (this.columns ??= aligned(this.series)); }
+
+  // The sentence of the chart, which needs all of its numbers.
+  fill() {
+    if (this.isFilled) return;
+    this.isFilled = true;
+    const text = sentence(this.chart, this.series);
+    this.caption.textContent = text;
+    this.box.setAttribute("aria-label", `${this.title}. ${text}. ${t("keys")}`);
+  }
+
   draw() {
+    this.fill();
     const range = this.plot && [this.plot.scales.x.min, this.plot.scales.x.max];
     if (this.plot) this.plot.destroy();
     const style = getComputedStyle(document.documentElement), color = (name) => style.getPropertyValue(name).trim();

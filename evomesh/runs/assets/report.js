@@ -101,7 +101,7 @@ function build() {
   document.getElementById("title").textContent = `${t("report")}: ${runs.length > 2 ? `${runs.length} ${t("runs")}` : names}`;
   document.getElementById("subtitle").textContent = `${runs.map((run) => run.folder).join(", ")} · ${t("written")} ${date(payload.written)}`;
   const views = [];
-  for (const chart of CHARTS) { const series = seriesOf(chart, runs).filter((s) => s.x.length); if (series.length) views.push(new ChartView(chart, series)); }
+  for (const chart of CHARTS) { const series = seriesOf(chart, runs); if (series.length) views.push(new ChartView(chart, series)); }
   const grid = views.length ? section("charts", make("p", { class: "soft" }, t("drag")), make("div", { class: "charts" }, ...views.map((view) => view.figure))) : null;
   const parts = [perRun("summary", (run) => make("div", {}, cards(run), ...notes(run))), grid, perRun("time", times), perRun("starts", starts), perRun("saves", saves),
     perRun("predictions", predictions), perRun("spikes", spikes), perRun("skipped", skipped), perRun("samples", samples), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);

@@ -17,29 +17,50 @@ function numbersOf(text) {
   return new Float32Array(buffer.buffer);
 }
 
-function decodeRun(run) {
-  const steps = run.steps.map((text) => Array.from(numbersOf(text))), figures = {};
-  for (const [name, column] of Object.entries(run.columns)) {
-    const raw = numbersOf(column.y), values = new Array(raw.length);
-    for (let i = 0; i < raw.length; i++) values[i] = Number.isNaN(raw[i]) ? null : raw[i];
-    figures[name] = { x: steps[column.x], y: values };
+// A figure of a run. Most are far down the page: their numbers are decoded when they are first asked for.
+class StoredFigure {
+  constructor(steps, column) { this.steps = steps; this.column = column; this.isEmpty = column.y.length === 0; }
+  get x() {
+    const place = this.column.x;
+    if (typeof this.steps[place] === "string") this.steps[place] = Array.from(numbersOf(this.steps[place]));
+    return this.steps[place];
   }
-  return figures;
+  get y() {
+    if (this.values) return this.values;
+    const raw = numbersOf(this.column.y), values = new Array(raw.length);
+    for (let i = 0; i < raw.length; i++) values[i] = Number.isNaN(raw[i]) ? null : raw[i];
+    return (this.values = values);
+  }
+}
+
+function decodeRun(run) {
+  const steps = [...run.steps];
+  return Object.fromEntries(Object.entries(run.columns).map(([name, column]) => [name, new StoredFigure(steps, column)]));
+}
+
+// A line of a chart: a figure in the chart's unit, or its sum so far.
+class FigureSeries {
+  constructor(label, figure, chart) { this.label = label; this.figure = figure; this.chart = chart; }
+  get x() { return this.figure.x; }
+  get y() {
+    if (this.values) return this.values;
+    let y = this.figure.y;
+    if (this.chart.factor) y = y.map((v) => (v === null ? null : v * this.chart.factor));
+    if (this.chart.sums) { let sum = 0; y = y.map((v) => (sum += v || 0)); }
+    return (this.values = y);
+  }
 }
 
 function seriesOf(chart, runs) {
   const found = [];
   for (const run of runs) {
     for (const [name, figure] of Object.entries(run.figures)) {
-      if (!chart.names.test(name)) continue;
-      let y = figure.y;
-      if (chart.factor) y = y.map((v) => (v === null ? null : v * chart.factor));
-      if (chart.sums) { let sum = 0; y = y.map((v) => (sum += v || 0)); }
-      if (chart.keeps && !chart.keeps(y)) continue;
-      if (chart.varies && y.every((v) => v === y[0])) continue;
+      if (!chart.names.test(name) || figure.isEmpty) continue;
+      if (chart.keeps && !chart.keeps(figure.y)) continue;
+      if (chart.varies && figure.y.every((v) => v === figure.y[0])) continue;
       const label = name.replace(/^(loss|tokens|eval)\//, "").replace(/^val\/(.*)_(loss|acc)$/, "$1");
       const short = { speed: "tokens/s", memory: "GiB", num_consumed_tokens: t("tokens"), num_samples_in_batch: t("c_samples"), seconds: t("seconds"), wait: t("wait"), lr: t("c_lr"), grad_norm: t("c_norm"), loss: t("loss") }[name] || label;
-      found.push({ label: runs.length > 1 ? `${run.short} · ${short}` : short, x: figure.x, y });
+      found.push(new FigureSeries(runs.length > 1 ? `${run.short} · ${short}` : short, figure, chart));
     }
   }
   return found;
