@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes docs/benchmarks.md: what each printed, under its command, with machine and versions.
+"""Runs the benchmarks and writes docs/benchmarks.md, in both languages: what each printed, with command and machine.
 
 Run: python benchmarks/report.py [NAME ...]    the names are those of COMMANDS; without any, all of them
 
@@ -20,7 +20,12 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-TARGET = HERE.parent / "docs" / "benchmarks.md"
+sys.path.insert(0, str(HERE.parent))
+# After the path is set.
+from tests.support.pages import DOCS, Page  # noqa: E402
+from tools.translations import mark  # noqa: E402
+
+PAGE = Page(DOCS / "benchmarks.md")
 INTRODUCTION = (
     "# Benchmarks\n\nWritten by `make bench`: each section is what one command printed, on the machine that it names. "
     "What the figures\nmean, and what was tried, stands in [performance.md](performance.md).\n"
@@ -45,6 +50,34 @@ COMMANDS = {
     "Generation": "generate.py",
     "Serving": "serve.py",
 }
+CHINESE_INTRODUCTION = (
+    "# 基准测试\n\n由 `make bench` 写出：每一节是一条命令的输出，运行在该节注明的机器上。"
+    "这些数字的含义，以及做过哪些尝试，见 [performance.md](performance.md)。\n"
+)
+CHINESE_NAMES = {
+    "CPU step, 10M": "CPU 上的一步，10M",
+    "CPU step, 10M, compiled reference": "CPU 上的一步，10M，参照经过编译",
+    "CPU step, 10M, packed": "CPU 上的一步，10M，打包",
+    "CPU step, 60M": "CPU 上的一步，60M",
+    "CPU step, 60M, compiled reference": "CPU 上的一步，60M，参照经过编译",
+    "CPU step, 60M, packed": "CPU 上的一步，60M，打包",
+    "CPU step, 200M": "CPU 上的一步，200M",
+    "CPU step, 200M, compiled reference": "CPU 上的一步，200M，参照经过编译",
+    "CPU step, 200M, packed": "CPU 上的一步，200M，打包",
+    "CPU step, 60M, where the time goes": "CPU 上的一步，60M，时间用在哪里",
+    "CPU step, 200M, where the time goes": "CPU 上的一步，200M，时间用在哪里",
+    "CPU step, growth": "CPU 上的一步，随规模的变化",
+    "GPU step": "GPU 上的一步",
+    "Data": "数据",
+    "Tokenizing": "分词",
+    "Checkpoints": "检查点",
+    "Generation": "生成",
+    "Serving": "服务",
+}
+# What ``section`` writes above a block.
+HEADING = re.compile(
+    r"^## (?P<name>.*)\n\n(?P<command>`[^`\n]*`) on (?P<machine>.*)$", re.MULTILINE
+)
 
 
 def machine() -> str:
@@ -92,6 +125,37 @@ def kept(text: str) -> dict[str, str]:
     }
 
 
+def chinese_section(text: str) -> str:
+    """The same section, with the same block, for readers of Chinese."""
+
+    def heading(found: re.Match[str]) -> str:
+        name = CHINESE_NAMES[found["name"]]
+        return (
+            f"## {name}\n\n{found['command']}，在 {_chinese_machine(found['machine'])}"
+        )
+
+    return HEADING.sub(heading, text, count=1)
+
+
+def _chinese_machine(machine: str) -> str:
+    """The line that ``machine`` returns: processor, cores, memory and GPU; Python and packages; the day."""
+    hardware, software, day = machine.rsplit("; ", 2)
+    processor_name, cores, memory, device = hardware.rsplit(", ", 3)
+    cores = cores.replace(" cores", " 核")
+    device = device.replace("no GPU", "没有 GPU")
+    software = software.replace(", ", "，")
+    return f"{processor_name} 上运行，{cores}，{memory}，{device}；{software}；{day}"
+
+
+def write_pages(sections: dict[str, str]) -> None:
+    """Write the page in both languages, sections in the order of COMMANDS."""
+    known = [sections[name] for name in COMMANDS if name in sections]
+    PAGE.path.write_text("\n".join([INTRODUCTION, *known]), encoding="utf-8")
+    chinese = [CHINESE_INTRODUCTION, *map(chinese_section, known)]
+    PAGE.translation.path.write_text("\n".join(chinese), encoding="utf-8")
+    mark(PAGE)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,15 +173,8 @@ def main() -> int:
         if text is None:
             failed.append(name)
             continue
-        sections = (kept(TARGET.read_text()) if TARGET.exists() else {}) | {name: text}
-        TARGET.write_text(
-            "\n".join(
-                [
-                    INTRODUCTION,
-                    *(sections[known] for known in COMMANDS if known in sections),
-                ]
-            )
-        )
+        earlier = kept(PAGE.text) if PAGE.path.exists() else {}
+        write_pages(earlier | {name: text})
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
