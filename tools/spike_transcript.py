@@ -60,7 +60,7 @@ adam = dict(lr=5e-3)
 lr_scheduler = dict(total_steps={steps}, warmup_ratio=0.1)
 ckpt = dict(save_ckpt_folder="local:ckpts/{name}", checkpoint_every=10)
 """
-SPIKE = "spike = dict(policy='rollback_and_skip', min_steps=16, window=16)\n"
+SPIKE = 'spike = dict(policy="rollback_and_skip", min_steps=16, window=16)\n'
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+\t\w+ \S+ in \S+ -- (.*)")
 SHOWN = re.compile(r"is a spike|micro-batches, most|^ |^layers|resuming step|left out:")
 NOT_SHOWN = re.compile(r"documents  tokens|tflops|embedding\.|data\.seed")
