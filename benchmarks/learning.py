@@ -68,9 +68,43 @@ class Recipe:
     phases: tuple[tuple[float, tuple[str, ...]], ...] = ()
 
 
+def muon(*settings: str) -> Recipe:
+    """Return a recipe with Muon, whose learning rate is AdamW's, and more settings."""
+    return Recipe(("optimizer.type=muon", *settings))
+
+
+MUON = muon().settings
 RECIPES = {
     "evomesh": Recipe(),
     "evomesh, half the time": Recipe(time_share=0.5),
+    "Muon": muon(),
+    "Muon, half the time": Recipe(MUON, time_share=0.5),
+    "Muon of 3 iterations": muon("optimizer.ns_steps=3"),
+    "Muon, rate 4e-3": muon("adam.lr=4e-3"),
+    "Muon, linear to 0": muon("lr_scheduler.type=linear", "lr_scheduler.eta_min=0"),
+    "Muon, WSD": muon(
+        "lr_scheduler.type=wsd",
+        "lr_scheduler.decay_ratio=0.4",
+        "lr_scheduler.decay_type=1-sqrt",
+        "lr_scheduler.eta_min=0",
+    ),
+    "Muon, 512 tokens a step": muon("data.micro_bsz=1"),
+    "Muon, 2048 tokens a step": muon("data.micro_bsz=4"),
+    "Muon, 512 to 2048 tokens a step": Recipe(
+        (*MUON, "data.micro_bsz=1"),
+        phases=((0.3, ("data.micro_bsz=2",)), (0.7, ("data.micro_bsz=4",))),
+    ),
+    "Muon, segments of 128, then 512": Recipe(
+        MUON,
+        phases=(
+            (0.0, ("data.seq_len=128", "data.micro_bsz=8")),
+            (0.5, ("data.seq_len=512", "data.micro_bsz=2")),
+        ),
+    ),
+    "Muon, bfloat16": muon("model.dtype=torch.bfloat16"),
+    "Muon, norms of queries and keys": muon("model_type=QWEN3"),
+    "Muon, one matrix for embedding and head": muon("model.tie_word_embeddings=True"),
+    "Muon, embedding begins at 0.005": muon("model.embedding_init_std=0.005"),
 }
 
 
@@ -433,7 +467,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--points", type=int, default=5, help="of each curve")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES)[:2])
     parser.add_argument(
         "--search",
         type=float,
