@@ -49,7 +49,7 @@ from evomesh.train.validate import validate
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 BASELINE = "transformers, AdamW, cosine"
-BASELINE_RATES = (1e-3, 2e-3, 4e-3)
+BASELINE_RATES = (5e-4, 1e-3, 2e-3)
 # The steps of a schedule whose run ends with the time, however many it really has.
 SCHEDULE_STEPS = 10_000
 CPU = torch.device("cpu")
