@@ -88,13 +88,15 @@ def evaluate(
     from evomesh.checkpoint.huggingface.config import rotary_scaling
     from evomesh.config.loader import load_config
     from evomesh.evaluate.native import HarnessModel
-    from evomesh.evaluate.run import find_tasks, format_table, run_tasks, write_results
+    from evomesh.evaluate.run import (
+        format_table,
+        load_tasks,
+        run_tasks,
+        write_results,
+    )
     from evomesh.parallel.device import device_by_name
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise UserError("no task given", where="--tasks")
-    task_manager = find_tasks(names)
+    loaded_tasks = load_tasks(_task_names(tasks))
     chosen_device = device_by_name(device)
     if config is not None:
         load_config(config)
@@ -111,8 +113,7 @@ def evaluate(
     )
     results = run_tasks(
         model,
-        names,
-        task_manager,
+        loaded_tasks,
         num_fewshot=num_fewshot,
         limit=limit,
         chat=apply_chat_template,
@@ -122,6 +123,13 @@ def evaluate(
     print(format_table(results))
     if output is not None:
         write_results(results, output)
+
+
+def _task_names(tasks: str) -> list[str]:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("no task given", where="--tasks")
+    return names
 
 
 def _load(

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from evomesh.config.data_stages import StagesSetting
-from evomesh.config.evaluation import SamplesConfig
+from evomesh.config.evaluation import EvaluationConfig, SamplesConfig
 from evomesh.config.section import Section
 from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 
@@ -16,7 +16,8 @@ class StopWhenConfig(Section):
     """``data.stop_when``."""
 
     metric: str = Field(
-        description="Figure of a validation, such as val/en_loss; an accuracy is to grow, all others to fall."
+        description="Figure of a validation, such as val/en_loss, whose accuracies are to grow and all others to fall; "
+        "or of a task, such as eval/TASK/acc, for which the task says what is better."
     )
     patience: int = Field(
         3, ge=1, description="The run ends after so many validations without a gain."
@@ -65,6 +66,12 @@ class DataConfig(Section):
     )
     samples: SamplesConfig | None = Field(
         None, description="Prompts that the model answers during training."
+    )
+    eval_every: int = Field(
+        0, description="Steps between runs of evaluation.tasks; <= 0: never."
+    )
+    evaluation: EvaluationConfig | None = Field(
+        None, description="Benchmark tasks that are run during training."
     )
     valid_min_length: int = Field(
         0, ge=0, description="Validation samples with fewer tokens are left out."

@@ -56,7 +56,7 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
     if data.stages:
         yield from _stages_findings(config)
-    yield from _samples_findings(data)
+    yield from _in_run_findings(data)
 
 
 def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
@@ -78,35 +78,47 @@ def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
         )
 
 
-def _samples_findings(data: DataConfig) -> Iterator[ConfigFinding]:
-    """Yield what is wrong with the prompts that are answered during training."""
-    samples = data.samples
-    if samples is None:
-        if data.sample_every > 0:
+def _in_run_findings(data: DataConfig) -> Iterator[ConfigFinding]:
+    """Yield what is wrong with what the model is asked during training."""
+    asked: dict[str, tuple[str, int, tuple[str, ...] | None]] = {
+        "data.samples.prompts": (
+            "data.sample_every",
+            data.sample_every,
+            None if data.samples is None else data.samples.prompts,
+        ),
+        "data.evaluation.tasks": (
+            "data.eval_every",
+            data.eval_every,
+            None if data.evaluation is None else data.evaluation.tasks,
+        ),
+    }
+    for key, (every_key, every, texts) in asked.items():
+        if texts is None:
+            if every > 0:
+                yield ConfigFinding(
+                    (every_key, key),
+                    f"{every_key}={every}, but {key} is not set",
+                    expected=f'{key}=["..."]',
+                )
+            continue
+        if every <= 0:
             yield ConfigFinding(
-                ("data.sample_every", "data.samples"),
-                f"sample_every={data.sample_every}, but there are no prompts",
-                expected='data.samples=dict(prompts=["..."])',
+                (key, every_key),
+                f"{key} is set, but never used",
+                expected=f"{every_key}=N, a number of steps",
             )
-        return
-    if data.sample_every <= 0:
-        yield ConfigFinding(
-            ("data.samples", "data.sample_every"),
-            "samples are never taken",
-            expected="data.sample_every=N, steps between samples",
-        )
-    if not samples.prompts or not all(samples.prompts):
-        yield ConfigFinding(
-            ("data.samples.prompts",),
-            f"prompts={list(samples.prompts)}",
-            expected="at least one text, none of them empty",
-        )
-    if data.tokenizer_path is None:
-        yield ConfigFinding(
-            ("data.tokenizer_path", "data.samples"),
-            "prompts are text, and no tokenizer is named",
-            expected="the tokenizer that the data was tokenized with",
-        )
+        if not texts or not all(texts):
+            yield ConfigFinding(
+                (key,),
+                f"found {list(texts)}",
+                expected="at least one text, none of them empty",
+            )
+        if data.tokenizer_path is None:
+            yield ConfigFinding(
+                ("data.tokenizer_path", key),
+                f"{key} is text, and no tokenizer is named",
+                expected="the tokenizer that the data was tokenized with",
+            )
 
 
 def _stages_findings(config: Config) -> Iterator[ConfigFinding]:

@@ -45,3 +45,17 @@ class SamplesConfig(Section):
         ge=0,
         description="Sampling seed, the same at every step; apart from the seed of the training.",
     )
+
+
+class EvaluationConfig(Section):
+    """``data.evaluation``."""
+
+    tasks: Texts = Field(
+        description="Task files (.yaml) or names of tasks of lm-evaluation-harness, as for evomesh eval."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples before each question; None: the task's."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Evaluate at most this many examples per task."
+    )

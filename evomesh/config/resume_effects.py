@@ -81,6 +81,8 @@ NOTHING = (
     "data.stop_when",
     "data.sample_every",
     "data.samples",
+    "data.eval_every",
+    "data.evaluation",
     "data.valid_min_length",
     "data.valid_split_name",
     "data.num_worker",

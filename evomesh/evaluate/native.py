@@ -106,6 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         context_length: maximum number of tokens read at once; longer texts lose their beginning, as everywhere in the
             harness.
         batch_tokens: tokens packed into one forward pass.
+        shows_progress: draw a bar of the texts that are done.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         eos_ids: Sequence[int],
         context_length: int,
         batch_tokens: int = 8192,
+        shows_progress: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -123,6 +125,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         self.eos_ids = tuple(eos_ids)
         self.context_length = context_length
         self.batch_tokens = batch_tokens
+        self.shows_progress = shows_progress
         self._device = next(model.parameters()).device
 
     @property
@@ -212,7 +215,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         progress_bar = tqdm(
             total=len(scoring),
             desc="texts",
-            disable=disable_tqdm,
+            disable=disable_tqdm or not self.shows_progress,
         )
         with progress_bar as progress:
             for batch in self._batches(scoring):

@@ -82,7 +82,7 @@ class StepRecord:
         shown["fwd_bwd_time"] = round(self.fwd_bwd_time, 2)
         parts = []
         for name, value in shown.items():
-            if not name.startswith("val/"):
+            if not name.startswith(("val/", "eval/")):
                 parts.append(f"{name}={value}")
         return ",".join(parts)
 

@@ -221,6 +221,8 @@ def _quiet(config: Config, scratch: Path, checkpoint: str) -> Config:
             "stop_when": None,
             "sample_every": 0,
             "samples": None,
+            "eval_every": 0,
+            "evaluation": None,
         },
         "ckpt": {
             "enable_save_ckpt": False,

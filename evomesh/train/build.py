@@ -48,8 +48,8 @@ from evomesh.parallel.spec import LocalShard
 from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
+from evomesh.train.questions import ModelQuestions
 from evomesh.train.report import RunReporter
-from evomesh.train.samples import PromptSampler
 from evomesh.train.spike_start import open_spike_watch, refuse_spoiled
 from evomesh.train.spikes import SpikeRollback, SpikeWatch
 from evomesh.train.stages import ModelStages, build_stages
@@ -72,7 +72,7 @@ class TrainingRun:
         gradient_profile: measures gradients in the steps of ``grad_profiling``; None when it is off.
         early_stop: what ends the run when its validation does not improve.
         spikes: judges the steps, and keeps what was decided about spikes.
-        samples: what answers prompts while the run trains; None where there are none.
+        questions: what the model is asked while it trains; None for nothing.
     """
 
     config: Config
@@ -92,7 +92,7 @@ class TrainingRun:
     gradient_profile: GradientProfile | None = None
     early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(None))
     spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch(SpikeConfig()))
-    samples: PromptSampler | None = None
+    questions: ModelQuestions | None = None
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -196,6 +196,7 @@ def build_run(
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
+    questions = ModelQuestions(config, stages, context, exchange)
     optimizer, groups = _build_optimizer(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
@@ -225,9 +226,9 @@ def build_run(
         resumed_step=start.resumed_step,
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
-        early_stop=_early_stop(config, valid_sets, start, stored),
+        early_stop=_early_stop(config, valid_sets, questions, start, stored),
         spikes=open_spike_watch(reporter, scaler.active, start, stored, rollback),
-        samples=_prompt_sampler(config, stages, context),
+        questions=questions,
     )
 
 
@@ -262,18 +263,10 @@ def _continuing_writer(
     return writer
 
 
-def _prompt_sampler(
-    config: Config, stages: ModelStages, context: RunContext
-) -> PromptSampler | None:
-    """Return what answers prompts while the run trains, None if nothing does."""
-    if config.data.sample_every <= 0:
-        return None
-    return PromptSampler(config, stages, context)
-
-
 def _early_stop(
     config: Config,
     valid_sets: list[ValidationSet],
+    questions: ModelQuestions,
     start: StartPoint,
     stored: dict[str, Any],
 ) -> EarlyStop:
@@ -283,7 +276,7 @@ def _early_stop(
         for figure in list(figures):
             name, _, measure = figure.rpartition("_")
             figures.append(f"{name}.ema_{measure}")
-    early_stop = EarlyStop(config.data.stop_when, figures)
+    early_stop = EarlyStop(config.data.stop_when, figures, questions.figures)
     if start.keeps_counters:
         early_stop.load_state(stored.get("early_stop"))
     return early_stop

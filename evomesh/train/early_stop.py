@@ -16,15 +16,21 @@ class EarlyStop:
     Args:
         config: None never ends a run.
         figures: names that a validation of the run gives.
+        task_figures: names that its benchmark tasks give, and whether a higher value is better.
 
     Raises:
         UserError: the figure is none of them.
     """
 
     def __init__(
-        self, config: StopWhenConfig | None, figures: Collection[str] = ()
+        self,
+        config: StopWhenConfig | None,
+        figures: Collection[str] = (),
+        task_figures: Mapping[str, bool] | None = None,
     ) -> None:
         self.config = config
+        self.task_figures = task_figures or {}
+        figures = (*figures, *self.task_figures)
         self.best: float | None = None
         self.since_best = 0  # validations
         if config is not None and config.metric not in figures:
@@ -54,7 +60,9 @@ class EarlyStop:
             return
         value = results[self.config.metric]
         # Accuracy grows as it improves, everything else falls.
-        sign = -1 if self.config.metric.endswith("_acc") else 1
+        metric = self.config.metric
+        is_growing = self.task_figures.get(metric, metric.endswith("_acc"))
+        sign = -1 if is_growing else 1
         is_first = self.best is None
         gain = math.inf if self.best is None else sign * (self.best - value)
         if not math.isnan(value) and (is_first or gain > self.config.min_delta):

@@ -342,12 +342,25 @@ class RunReporter:
                 lambda: board.scalars(record.step, record.values())
             )
 
+    def scores(self, record: StepRecord, scores: dict[str, float]) -> StepRecord:
+        """Log one line per benchmark task and return the record with the scores added."""
+        by_task: dict[str, list[str]] = {}
+        for key, value in scores.items():
+            task, _, metric = key.removeprefix("eval/").rpartition("/")
+            by_task.setdefault(task, []).append(f"{metric}={value}")
+        for task, figures in by_task.items():
+            if self.main:
+                logger.info(
+                    "Evaluation on %s: step=%d %s", task, record.step, " ".join(figures)
+                )
+        return replace(record, extras=record.extras | scores)
+
     def write_samples(
         self, record: StepRecord, samples: Sequence[PromptSample]
     ) -> None:
         """Write answers of the model to the log, ``samples.jsonl``, TensorBoard and the trackers."""
         file = self._samples
-        if file is None:
+        if file is None or not samples:
             return
         shown = []
         for sample in samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,14 +66,24 @@ class GrowingAnswer:
         return self.ids[self.prompt_length : end]
 
 
-def grow_answers(passes: TextPasses, answers: Sequence[GrowingAnswer]) -> None:
-    """Append tokens to the answers until each has its end; all ranks get the same ones."""
+def grow_answers(
+    passes: TextPasses,
+    answers: Sequence[GrowingAnswer],
+    after_token: Callable[[], None] | None = None,
+) -> None:
+    """Append tokens to the answers until each has its end; all ranks get the same ones.
+
+    Args:
+        after_token: called after each round of tokens; may end answers.
+    """
     while running := [answer for answer in answers if not answer.finish]:
         logits = passes.next_logits([answer.ids for answer in running])
         chosen = None if logits is None else _choose(running, logits)
         tokens = passes.agree(chosen, len(running))
         for answer, token in zip(running, tokens, strict=True):
             answer.append(token)
+        if after_token is not None:
+            after_token()
 
 
 def _choose(answers: Sequence[GrowingAnswer], logits: Tensor) -> list[int]:

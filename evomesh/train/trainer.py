@@ -301,7 +301,7 @@ class Trainer:
             self._return_spike(step, record)
             return
         record = self._with_validation(record)
-        self._write_samples(record)
+        record = self._with_scores(record)
         with self._phase(Place.REPORT):
             run.reporter.write(record)
         status.step_done(record, state.step, data_wait)
@@ -349,20 +349,16 @@ class Trainer:
         self.run.early_stop.after_validation(results)
         return self.run.reporter.validation(record, results)
 
-    def _write_samples(self, record: StepRecord) -> None:
-        """Let the model answer its prompts, if that is due."""
-        samples = self.run.samples
-        if samples is None or not self._is_due(samples.every):
-            return
-        with self._phase(Place.VALIDATION), self.run.optimizer.evaluated_weights():
-            answers = samples.answers()
-        self.run.reporter.write_samples(record, answers)
-
-    def _is_due(self, every: int) -> bool:
-        """Return whether what comes every so many steps, and at the end, comes after this one."""
+    def _with_scores(self, record: StepRecord) -> StepRecord:
+        """Ask the model what is due, write its answers, and return the record with its scores."""
+        run = self.run
         step = self.state.step
-        is_last = step == self.config.data.total_steps or self.run.early_stop.is_due
-        return step % every == 0 or is_last
+        if run.questions is None or not run.questions.are_due(step, run.early_stop):
+            return record
+        with self._phase(Place.VALIDATION), run.optimizer.evaluated_weights():
+            scores, samples = run.questions.ask(step, run.early_stop)
+        run.reporter.write_samples(record, samples)
+        return run.reporter.scores(record, scores)
 
     def _validate(self) -> dict[str, float]:
         """Return the results of the weights, and of their moving average if it is asked for."""

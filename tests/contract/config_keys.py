@@ -54,6 +54,11 @@ LONGROPE = (
 )
 EMA = ("optimizer.ema.decay=0.99",)
 MUON = ("optimizer.type=muon",)
+TASKS = (
+    "data.evaluation.tasks=['arc.yaml']",
+    "data.eval_every=10",
+    "data.tokenizer_path=tok",
+)
 PROMPTS = ("data.samples.prompts=['Hello']", "data.tokenizer_path=tok")
 SAMPLES = (PROMPTS[0], "data.sample_every=10", PROMPTS[1])
 MUP = ("model.mup.base_hidden_size=256",)
@@ -122,6 +127,11 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.samples.top_k", 40, E, SAMPLES),
     CompatibilityRow("data.samples.top_p", 0.9, E, SAMPLES),
     CompatibilityRow("data.samples.seed", 7, E, SAMPLES),
+    CompatibilityRow("data.eval_every", 10, E, (TASKS[0], TASKS[2])),
+    CompatibilityRow("data.evaluation", {"tasks": ["arc.yaml"]}, E, TASKS[1:]),
+    CompatibilityRow("data.evaluation.tasks", ["arc.yaml"], E, TASKS[1:]),
+    CompatibilityRow("data.evaluation.num_fewshot", 5, E, TASKS),
+    CompatibilityRow("data.evaluation.limit", 100, E, TASKS),
     CompatibilityRow("data.valid_every", 10, E),
     CompatibilityRow("data.valid_min_length", 10, E),
     CompatibilityRow("data.min_length", 50, E),

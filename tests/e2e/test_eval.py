@@ -238,7 +238,7 @@ def test_scores_through_the_server_are_those_of_the_model(
     """The harness reads its whole context length but for two tokens: one that is generated, one that is predicted."""
     pytest.importorskip("aiohttp")
     from evomesh.evaluate.native import HarnessModel
-    from evomesh.evaluate.run import find_tasks, run_tasks
+    from evomesh.evaluate.run import load_tasks, run_tasks
     from evomesh.serve.load import ModelOptions, load_service
     from tests.support.serving import serving
 
@@ -255,4 +255,4 @@ def test_scores_through_the_server_are_those_of_the_model(
     )
     with serving(service) as served:
         theirs = server_results(place, served.url, FILES)
-    same_scores(run_tasks(native, FILES, find_tasks(FILES)), theirs)
+    same_scores(run_tasks(native, load_tasks(FILES)), theirs)

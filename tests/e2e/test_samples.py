@@ -14,8 +14,9 @@ from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from tests.e2e.conftest import Run
 from tests.e2e.test_convert_hf import make_tokenizer
+from tests.e2e.test_eval import CHOICE, COMMON, GENERATE, ROLLING, questions
 from tests.support.covers import covers
-from tests.support.runs import losses, tensor_hashes, write_run
+from tests.support.runs import losses, metrics, tensor_hashes, write_run
 
 TRAIN = ("evomesh", "train", "config.py")
 PROMPTS = ["the cat sat", "é", "the cat sat"]
@@ -125,8 +126,8 @@ def test_samples_are_recorded_and_change_no_bit_of_the_training_also_over_a_resu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("sample_every=5", "there are no prompts"),
-        ('samples=dict(prompts=["a"])', "samples are never taken"),
+        ("sample_every=5", "samples.prompts is not set"),
+        ('samples=dict(prompts=["a"])', "samples.prompts is set, but never used"),
         ("sample_every=5, samples=dict(prompts=[])", "at least one text"),
         (
             'sample_every=5, samples=dict(prompts=["a"]), tokenizer_path=None',
@@ -145,3 +146,92 @@ def test_prompts_that_cannot_be_answered_are_refused_before_the_first_step(
     folder = write(tmp_path / "run", tokenizer, f"data |= dict({settings})\n")
     output = run(*TRAIN, cwd=folder, code=2)
     assert message in output and not (folder / "RUN").exists()
+
+
+EVALUATED = """
+data |= dict(eval_every=2, evaluation=dict(tasks=["choice.yaml", "generate.yaml", "rolling.yaml"], limit=7))
+monitor = dict(trackers=[dict(type="jsonl")])
+"""
+
+
+def write_tasks(folder: Path) -> None:
+    tasks = {"choice": CHOICE, "rolling": ROLLING, "generate": GENERATE % " s"}
+    for name, text in tasks.items():
+        (folder / f"{name}.yaml").write_text(text + COMMON)
+    lines = "\n".join(map(json.dumps, questions()))
+    (folder / "questions.jsonl").write_text(lines)
+
+
+@covers(
+    "data.eval_every",
+    "data.evaluation",
+    "data.evaluation.tasks",
+    "data.evaluation.num_fewshot",
+    "data.evaluation.limit",
+)
+def test_scores_are_those_of_the_checkpoint_and_change_no_bit_of_the_training(
+    tmp_path: Path, run: Run, tokenizer: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    plain = write(tmp_path / "plain", tokenizer, "enable_tb = False\n")
+    run(*TRAIN, cwd=plain)
+    scored = write(tmp_path / "scored", tokenizer, EVALUATED)
+    write_tasks(scored)
+    # Ended after step 3, and resumed from the checkpoint of step 2.
+    run(*TRAIN, "--set", "data.total_steps=4", cwd=scored)
+    (commit,) = scored.glob("ckpts/step-00000004/commit.json")
+    commit.unlink()
+    output = run(*TRAIN, cwd=scored)
+    same_training(scored, plain)
+
+    rows = {row["step"]: row for row in metrics(scored)}
+    found = {
+        step: {key: row[key] for key in row if key.startswith("eval/")}
+        for step, row in rows.items()
+    }
+    assert [step for step in found if found[step]] == [1, 3, 4]
+    assert set(found[4]) == {
+        "eval/animals/acc",
+        "eval/animals/acc_norm",
+        "eval/answers/exact_match",
+        "eval/texts/word_perplexity",
+        "eval/texts/bits_per_byte",
+    }
+    said = f"Evaluation on animals: step=4 acc={found[4]['eval/animals/acc']}"
+    assert output.count(said) == 1
+    # ``evomesh eval`` of the last checkpoint.
+    files = "choice.yaml,generate.yaml,rolling.yaml"
+    command = ("evomesh", "eval", "ckpts", "--tasks", files, "--limit", "7")
+    run(*command, "--output", "out.json", cwd=scored)
+    results = json.loads((scored / "out.json").read_text())["results"]
+    for key, value in found[4].items():
+        _, task, metric = key.split("/")
+        theirs = results[task][f"{metric},none"]
+        assert value == pytest.approx(theirs, rel=1e-5), key
+    # Trackers and TensorBoard.
+    (tracked,) = scored.glob("RUN/*/*/tracker.jsonl")
+    assert '"eval/animals/acc"' in tracked.read_text()
+    boards = scored.glob("RUN/*/*/tensorboards/*/events*")
+    assert any(b"eval/texts/bits_per_byte" in path.read_bytes() for path in boards)
+
+
+def test_a_task_that_names_a_missing_column_is_refused_before_the_first_step(
+    tmp_path: Path, run: Run, tokenizer: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    folder = write(tmp_path / "run", tokenizer, EVALUATED)
+    write_tasks(folder)
+    (folder / "rolling.yaml").write_text(
+        ROLLING.replace("{{text}}", "{{txt}}") + COMMON
+    )
+    output = run(*TRAIN, cwd=folder, code=2)
+    assert (
+        "(rolling.yaml): the task does not fit its data: 'txt' is undefined" in output
+    )
+    assert "a column of its data: question, choices, answer, text, said" in output
+    write_tasks(folder)
+    wrong = CHOICE.replace("doc_to_target: answer", "doc_to_target: answr")
+    (folder / "choice.yaml").write_text(wrong + COMMON)
+    output = run(*TRAIN, cwd=folder, code=2)
+    assert "task animals: doc_to_target is 'answr'" in output
+    assert not (folder / "RUN").exists() and "Traceback" not in output

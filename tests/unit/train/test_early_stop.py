@@ -7,6 +7,7 @@ import math
 import pytest
 
 from evomesh.config.data import StopWhenConfig
+from evomesh.errors import UserError
 from evomesh.train.early_stop import EarlyStop
 from tests.support.covers import covers
 
@@ -54,3 +55,26 @@ def test_checkpoints_of_earlier_versions_have_no_counts() -> None:
     early_stop = EarlyStop(StopWhenConfig(metric="val/en_loss"), FIGURES)
     early_stop.load_state(None)
     assert (early_stop.best, early_stop.since_best) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("eval/arc/acc", [0.1, 0.2, 0.3, 0.3, 0.2], 5),
+        ("eval/texts/bits_per_byte", [3.0, 2.0, 2.5, 2.5], 4),
+    ],
+)
+def test_a_task_says_what_is_better(
+    metric: str, values: list[float], expected: int
+) -> None:
+    of_tasks = {"eval/arc/acc": True, "eval/texts/bits_per_byte": False}
+    config = StopWhenConfig(metric=metric, patience=2, min_delta=0.0)
+    early_stop = EarlyStop(config, FIGURES, of_tasks)
+    for value in values:
+        assert not early_stop.is_due
+        early_stop.after_validation({"val/en_loss": 9.0})  # without the figure
+        early_stop.after_validation({metric: value})
+    assert early_stop.is_due and len(values) == expected
+    with pytest.raises(UserError, match="no validation of this run gives") as caught:
+        EarlyStop(StopWhenConfig(metric="eval/arc/f1"), FIGURES, of_tasks)
+    assert "eval/arc/acc" in caught.value.expected
