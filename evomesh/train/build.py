@@ -196,7 +196,7 @@ def build_run(
 
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
-    questions = ModelQuestions(config, stages, context, exchange)
+    questions = ModelQuestions(config, stages, context, reader.exchange)
     optimizer, groups = _build_optimizer(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
@@ -209,7 +209,6 @@ def build_run(
 
     # 6. What the run writes to.
     reporter = _reporter(loaded, config, context, state, train_data, groups)
-    writer = _continuing_writer(config.ckpt, folder, reader, listener, start)
     return TrainingRun(
         config=config,
         grid=grid,
@@ -222,7 +221,7 @@ def build_run(
         valid_sets=valid_sets,
         state=state,
         reporter=reporter,
-        checkpoints=writer,
+        checkpoints=_continuing_writer(config.ckpt, folder, reader, listener, start),
         resumed_step=start.resumed_step,
         reason=start.reason,
         gradient_profile=_gradient_profile(config, optimizer),
