@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 EVOMESH := $(VENV)/bin/evomesh
 CONSTRAINTS ?= constraints.txt
-TORCH_VERSIONS ?= 2.11.0 2.14.1
+TORCH_VERSIONS ?= 2.11.0 2.15.0
 DEMO ?= demo_data
 export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
@@ -54,7 +54,7 @@ test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit tests/arch
 
 # Another version of torch than the pinned one brings several GB of CUDA libraries, so this is never part of `make test`.
-test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.14.1")
+test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
 	@for version in $(TORCH_VERSIONS); do \
 	  folder=.venvs/torch-$$version; mkdir -p $$folder && \
 	  sed "s/^torch==.*/torch==$$version/" constraints.txt > $$folder/constraints.txt && \
