@@ -7,8 +7,12 @@ is stopped during its start ends with the documented exit code too.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from evomesh.cli.run import run
+
+if TYPE_CHECKING:
+    import typer
 
 
 def main() -> None:
@@ -29,10 +33,17 @@ def _evomesh() -> None:
 
 
 def _train_py() -> None:
+    train_py_app()()
+
+
+def train_py_app() -> typer.Typer:
+    """Build the command line of train.py, which has no verbs."""
     import typer
 
     from evomesh.cli.train import shim
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
     app.command()(shim)
-    app()
+    return app
