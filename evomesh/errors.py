@@ -14,7 +14,9 @@ ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 EXIT_BUG = 1  # a traceback
 EXIT_USER_ERROR = 2
-EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps in a row
+EXIT_TRAINING_STOPPED = (
+    6  # numbers went wrong: too many skipped steps in a row, or a spike
+)
 EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
 EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
 EXIT_READER_LEFT = 141  # the reader of the output closed the pipe: 128 + SIGPIPE

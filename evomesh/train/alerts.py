@@ -119,14 +119,15 @@ class TrainingAlerts:
         if not self._is_main:
             return
         mean = self._spike.exceeded_mean(record.loss)
-        if spike is not None:
+        is_finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+        if spike is not None and is_finite:
             self.raise_alert("loss spike", spike.describe())
         elif mean is not None:
             self.raise_alert(
                 "loss spike",
                 f"the loss of step {record.step} is {record.loss:.4f}, and its running mean was {mean:.4f}",
             )
-        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+        if not is_finite:
             self.raise_alert(
                 "not finite",
                 f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; skipped steps so far: "

@@ -12,11 +12,13 @@ import pytest
 
 from evomesh.config.alert import AlertConfig, MonitorConfig
 from evomesh.config.schema import Config
+from evomesh.config.spike import SpikeConfig
 from evomesh.errors import UserError
 from evomesh.monitor.alerts.alert import Alert
 from evomesh.monitor.alerts.center import AlertCenter
 from evomesh.monitor.metrics import StepRecord
 from evomesh.train.alerts import TrainingAlerts
+from evomesh.train.spikes import SpikeWatch
 from tests.support.covers import covers
 from tests.support.webhook import WebhookServer
 
@@ -66,6 +68,19 @@ def test_a_spike_and_a_gradient_that_is_not_finite_are_alerts() -> None:
     )
     assert "step 6: loss nan" in listener.alerts[1].text
     assert "skipped steps so far: 2" in listener.alerts[1].text
+
+
+def test_what_is_done_about_a_spike_is_in_its_alert() -> None:
+    alerts, listener = make(min_free_gb=0.0, min_interval=0.0)
+    watch = SpikeWatch(SpikeConfig(policy="skip", min_steps=3))
+    with alerts:
+        for step, loss in enumerate([2.0, 2.0, 2.0, 2.5, float("nan")]):
+            finding = watch.after_step(step, loss, 1.0, applied=step < 3)
+            alerts.after_step(record(step, loss=loss), spike=finding)
+    # Far below 1.5 times the mean; a loss that is not finite has one alert.
+    assert listener.kinds == ["loss spike", "not finite"]
+    assert "step 3 is a spike: loss 2.5, 25.0 deviations" in listener.alerts[0].text
+    assert listener.alerts[0].text.endswith("its packs are not used")
 
 
 def test_only_the_main_rank_raises_them(tmp_path: Path) -> None:
