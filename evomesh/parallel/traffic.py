@@ -88,25 +88,37 @@ class _TrafficRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func.namespace == "c10d":
-            operator = func._schema.name.removeprefix("c10d::")
-            if operator in _OPERATORS:
-                name, position = _OPERATORS[operator]
-                nbytes = _bytes_of(args[position])
-                self._traffic.calls.append(
-                    CollectiveCall(name, self._axis(args), nbytes)
-                )
+            call = describe_call(func, args, self._names)
+            if call is not None:
+                self._traffic.calls.append(call)
         return func(*args, **(kwargs or {}))
 
-    def _axis(self, args: tuple[Any, ...]) -> str:
-        for argument in args:
-            if isinstance(argument, torch.ScriptObject):
-                try:
-                    return self._names.get(
-                        ProcessGroup.unbox(argument).group_name, "world"
-                    )
-                except RuntimeError:  # a ReduceOp is a script object too
-                    continue
-        return "world"
+
+def describe_call(
+    func: Any, args: tuple[Any, ...], names: Mapping[str, str]
+) -> CollectiveCall | None:
+    """Return what a c10d operator moves; None for one that moves nothing, such as a barrier.
+
+    Args:
+        names: axis by name of its group, from ``group_names``.
+    """
+    operator = func._schema.name.removeprefix("c10d::")
+    if operator not in _OPERATORS:
+        return None
+    operation, position = _OPERATORS[operator]
+    nbytes = _bytes_of(args[position])
+    return CollectiveCall(operation, _axis_name(args, names), nbytes)
+
+
+def _axis_name(args: tuple[Any, ...], names: Mapping[str, str]) -> str:
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject):
+            try:
+                group = ProcessGroup.unbox(argument)
+            except RuntimeError:  # a ReduceOp is a script object too
+                continue
+            return names.get(group.group_name, "world")
+    return "world"
 
 
 def group_names(axes: Sequence[Axis]) -> dict[str, str]:

@@ -168,7 +168,7 @@ class PipelineSchedule:
             # A schedule keeps a buffer for each micro-batch: those of a ramp-up would
             # add up.
             self._torch_schedules.clear()
-            self._torch_schedules[key] = self._build_torch_schedule(*key)
+            self._torch_schedules[key] = self.build_torch_schedule(*key)
         # The first stage is given the numbers of the micro-batches, the last one the
         # labels, and the others nothing.
         arguments: tuple[Tensor, ...] = ()
@@ -342,7 +342,8 @@ class PipelineSchedule:
             for module in self._modules:
                 module.inputs = None
 
-    def _build_torch_schedule(self, num_micro_batches: int, tokens: int) -> Any:
+    def build_torch_schedule(self, num_micro_batches: int, tokens: int) -> Any:
+        """Build torch's schedule of this rank's stages."""
         # Imports FSDP and DTensor, 0.7 s that only pipelines pay.
         from torch.distributed import pipelining
 

@@ -23,7 +23,6 @@ from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config
 from evomesh.layers.loss import LossTerms
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import local_shard
 from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.pipeline.stages import stages_of_rank
@@ -58,38 +57,67 @@ class PeakMemory:
         return self.total + RESERVED - capacity
 
 
+@dataclass(frozen=True)
+class TracedMemory:
+    """What a traced step of one rank held.
+
+    Attributes:
+        held: bytes by kind that are there during the whole step.
+        kept: bytes of activations that one micro-batch keeps for backward.
+        peaks: the most bytes beyond ``held`` in each phase, with one micro-batch.
+        micro_batches: how many of them keep activations at one time.
+    """
+
+    held: dict[str, int]
+    kept: int
+    peaks: dict[str, Peak]
+    micro_batches: int
+
+    def peak(self) -> PeakMemory:
+        """Return the peak of all phases, with all micro-batches in flight."""
+        # 1. Of the micro-batches that a pipeline keeps, the trace had one.
+        waiting = self.kept * (self.micro_batches - 1)
+        peaks = dict(self.peaks)
+        for phase in ("loss", "backward"):
+            traced = peaks[phase]
+            peaks[phase] = traced.with_bytes(waiting)
+
+        # 2. The highest peak, and what its bytes are.
+        phase = _highest(peaks)
+        peak = peaks[phase]
+        activations = self.kept * self.micro_batches
+        if phase == "update":
+            activations = 0  # backward has used them up
+        lasting = peak.gathered + activations
+        kinds = dict(self.held)
+        kinds["kept activations"] = activations
+        kinds["gathered layers"] = peak.gathered
+        kinds[TRANSIENT[phase]] = peak.nbytes - lasting
+        present = {kind: size for kind, size in kinds.items() if size}
+        return PeakMemory(present, phase)
+
+
 def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
     """Count what ``rank`` holds at the peak of a step.
 
     Raises:
         UserError: the layout does not fit.
     """
+    return trace_memory(config, world_size, rank).peak()
+
+
+def trace_memory(config: Config, world_size: int, rank: int = 0) -> TracedMemory:
+    """Trace a step of ``rank`` for what it holds.
+
+    Raises:
+        UserError: the layout does not fit.
+    """
     with built_rank(config, world_size, rank) as (grid, stages, optimizer):
-        kinds = held_by_kind(stages, optimizer)
-        kinds["pipeline buffers"] = _pipeline_buffers(config, stages)
+        held = held_by_kind(stages, optimizer)
+        held["pipeline buffers"] = _pipeline_buffers(config, stages)
         kept, peaks = _trace_step(config, stages, optimizer)
-        depth = _micro_batches_in_flight(config, grid.pp)
-
-    # 1. Of the micro-batches that a pipeline keeps, the trace had one.
-    untraced = depth - 1
-    waiting = kept * untraced
-    for phase in ("loss", "backward"):
-        traced = peaks[phase]
-        peaks[phase] = traced.with_bytes(waiting)
-
-    # 2. The highest peak, and what its bytes are.
-    phase = _highest(peaks)
-    peak = peaks[phase]
-    activations = kept * depth
-    if phase == "update":
-        activations = 0  # backward has used them up
-    lasting = peak.gathered + activations
-    transient = peak.nbytes - lasting
-    kinds["kept activations"] = activations
-    kinds["gathered layers"] = peak.gathered
-    kinds[TRANSIENT[phase]] = transient
-    present = {kind: size for kind, size in kinds.items() if size}
-    return PeakMemory(present, phase)
+        micro_batches = micro_batches_in_flight(config, grid.pp.rank, grid.pp.size)
+    return TracedMemory(held, kept, peaks, micro_batches)
 
 
 def _highest(peaks: Mapping[str, Peak]) -> str:
@@ -125,11 +153,11 @@ def held_by_kind(stages: ModelStages, optimizer: ZeroOptimizer) -> dict[str, int
     masters = moments = 0
     for name, tensor in optimizer.state_tensors().items():
         if name.startswith("optim.master."):
-            masters += _nbytes(tensor)
+            masters += local_bytes(tensor)
         else:
-            moments += _nbytes(tensor)
+            moments += local_bytes(tensor)
     return {
-        "weights": sum(map(_nbytes, stages.parameters().values())),
+        "weights": sum(map(local_bytes, stages.parameters().values())),
         "gradients": gradients,
         "masters": masters,
         "moments": moments,
@@ -240,24 +268,25 @@ class LiveBytes(StorageWatch):
             self.peaks[self._phase] = self.alive
 
 
-def _micro_batches_in_flight(config: Config, pp: Axis) -> int:
-    """Return of how many micro-batches a rank keeps activations at one time, for all its stages together."""
-    if pp.size == 1:
+def micro_batches_in_flight(config: Config, rank: int, pp: int) -> int:
+    """Return of how many micro-batches a rank of a pipeline keeps activations at one time, for all its stages."""
+    if pp == 1:
         return 1
     kind = pipeline_schedule(config)
     chunks = config.model.num_chunks
-    num_stages = pp.size * chunks
+    num_stages = pp * chunks
     if kind == "1f1b":
-        in_flight = num_stages - pp.rank
+        in_flight = num_stages - rank
     else:
         # Interleaved: the warm-up of torch's schedule, and the micro-batch after it. In a
         # V every rank keeps as many as the first one of 1F1B.
         in_flight = 0
-        for stage in stages_of_rank(pp.rank, pp.size, chunks, kind):
+        for stage in stages_of_rank(rank, pp, chunks, kind):
             in_flight = max(in_flight, num_stages - stage)
     return max(min(in_flight, config.data.micro_num * chunks), 1)
 
 
-def _nbytes(tensor: Tensor) -> int:
+def local_bytes(tensor: Tensor) -> int:
+    """Return the bytes of what this rank has of a tensor."""
     shard = local_shard(tensor)
     return shard.numel() * shard.element_size()

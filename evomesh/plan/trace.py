@@ -106,14 +106,19 @@ def built_rank(
     config: Config,
     world_size: int,
     rank: int,
+    streams: SimpleNamespace | None = None,
 ) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
-    """Build the rank's grid, model and optimizer in a fake world."""
+    """Build the rank's grid, model and optimizer in a fake world.
+
+    Args:
+        streams: stands for torch's stream interface of the device; None: streams without effect.
+    """
     check_world(config, world_size)
     # The compiler would only cost time: collectives are the same without it.
     model_config = config.model.model_copy(update={"compile": False})
     traced_config = config.model_copy(update={"model": model_config})
     mode = MODES[config.parallel.tensor.mode]
-    with fake_world(world_size, rank), weights_on_meta():
+    with fake_world(world_size, rank), weights_on_meta(streams):
         grid = build_grid(config.parallel, world_size, rank)
         stages = build_stages(
             traced_config,
@@ -158,12 +163,17 @@ def _held(
 
 
 @contextmanager
-def weights_on_meta() -> Iterator[None]:
-    """Let FSDP2 run on the meta device: with the no-op streams of the CPU, and without its check for meta tensors."""
+def weights_on_meta(streams: SimpleNamespace | None = None) -> Iterator[None]:
+    """Let FSDP2 run on the meta device: with the given streams, and without its check for meta tensors.
+
+    Args:
+        streams: None: those of the CPU, which do nothing.
+    """
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    streams = SimpleNamespace(**vars(torch.cpu))
-    streams.current_device = lambda: 0  # torch.cpu returns a name instead of an index
+    if streams is None:
+        streams = SimpleNamespace(**vars(torch.cpu))
+        streams.current_device = lambda: 0  # torch.cpu returns a name, not an index
     with (
         patch.object(torch, "meta", streams, create=True),
         patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),

@@ -52,7 +52,7 @@ def test_the_schedule_of_a_ramp_up_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
         built.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(schedule, "_build_torch_schedule", build)
+    monkeypatch.setattr(schedule, "build_torch_schedule", build)
     for count in (4, 4, 8, 16, 16):
         ids = torch.zeros(count, 8, dtype=torch.long)
         bounds = torch.tensor([[0, 8]], dtype=torch.int32).expand(count, -1)

@@ -134,10 +134,17 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     assert re.search(
         r"peak of a step, in the loss: [\d.]+ GiB weights [\d.]+ GiB", words
     )
-    assert re.search(r"fits in 80 GiB: [\d.]+ GiB to spare", words)
+    spare = re.search(r"fits in 80 GiB: ([\d.]+) GiB to spare", words)
+    assert spare is not None
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
     words = " ".join(result.output.split())
     assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
+    assert "no single change of the layout makes it fit" in words
+    needed = 80 - float(spare[1])
+    options += ["--gpu-memory", str(needed - 0.5)]
+    result = CliRunner().invoke(app, ["plan", path, *options])
+    words = " ".join(result.output.split())
+    assert "fits with any of: model.checkpoint=0.5;" in words
 
 
 def test_the_command_prints_the_same_as_json() -> None:

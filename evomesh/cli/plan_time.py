@@ -1,0 +1,134 @@
+"""What ``evomesh plan`` says about time: the predicted step, the best layouts, and a config for the best one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomesh.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evomesh.plan.device import Device
+    from evomesh.plan.layout_choice import LayoutChoice
+    from evomesh.plan.search import SearchResult
+    from evomesh.plan.step_time import StepTime
+
+GIB = 2**30
+BEST = 10
+BILLION = 1e9
+SECONDS_PER_HOUR = 3600
+
+
+def describe_step(time: StepTime, device: Device, price: float | None) -> list[str]:
+    """Return the time of a step on a device, and what it is made of."""
+    speed = (
+        f"a step on {time.ranks} x {device.name}: {time.seconds:.3f} s, "
+        f"{time.tokens_per_second:,.0f} tokens per second and GPU"
+    )
+    if price is not None:
+        speed += f", {_cost(time, price):,.2f} per billion tokens"
+    lines = [speed]
+    parts = step_parts(time)
+    width = max(map(len, parts))
+    for name, seconds in parts.items():
+        share = seconds / time.seconds
+        lines.append(f"  {name:{width}} {seconds:8.3f} s  {share:5.1%}")
+    return lines
+
+
+def step_parts(time: StepTime) -> dict[str, float]:
+    """Return seconds by what a rank does; collectives count as far as compute waits for them."""
+    from evomesh.plan.timeline import KernelKind
+
+    parts = {}
+    for kind in KernelKind:
+        parts[kind.value] = time.busy.get(kind.value, 0.0)
+    parts["waiting for collectives"] = time.exposed
+    parts["waiting for other stages"] = time.bubble
+    parts["reducing, updating, gathering"] = time.update
+    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+def layouts_table(result: SearchResult, price: float | None) -> Table:
+    """Return the best layouts, each with what makes it slower than the one above."""
+    from rich.table import Table
+
+    table = Table("layout", title="fastest layouts that fit")
+    table.add_column("GiB", justify="right")
+    table.add_column("tokens/s/GPU", justify="right")
+    if price is not None:
+        table.add_column("cost of 1e9 tokens", justify="right")
+    table.add_column("slower than the one above by")
+    better: StepTime | None = None
+    for prediction in result.fitting[:BEST]:
+        time = prediction.time
+        assert time is not None
+        cells = [
+            str(prediction.choice),
+            f"{prediction.peak.total / GIB:.1f}",
+            f"{time.tokens_per_second:,.0f}",
+        ]
+        if price is not None:
+            cells.append(f"{_cost(time, price):,.2f}")
+        cells.append(_reason(better, time))
+        table.add_row(*cells)
+        better = time
+    return table
+
+
+def describe_nearest(result: SearchResult, device: Device) -> list[str]:
+    """Return by how much the layouts nearest to fitting do not fit."""
+    capacity = int(device.memory_gib * GIB)
+    too_large = [found for found in result.predictions if found.time is None]
+    lines = []
+    for prediction in too_large[:3]:
+        missing = prediction.peak.missing(capacity) / GIB
+        lines.append(f"  {missing:.1f} GiB too much: {prediction.choice}")
+    return lines
+
+
+def write_layout(choice: LayoutChoice, config: str, out: Path) -> None:
+    """Write a config of the layout that stands on the given one.
+
+    Raises:
+        UserError: there is such a file, or it cannot be written.
+    """
+    base = Path(config).resolve()
+    lines = [f"# {choice}", f"_base_ = {str(base)!r}", ""]
+    for section, keys in choice.sections().items():
+        lines.append(f"{section} = {keys!r}")
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except FileExistsError as error:
+        raise UserError(
+            f"{out} exists", where="--write", expected="a new file"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}",
+            where="--write",
+            expected="a file in a folder that you may write to",
+        ) from error
+
+
+def _reason(better: StepTime | None, time: StepTime) -> str:
+    """Return the part of a step that grew most against a better layout."""
+    if better is None:
+        return ""
+    before = step_parts(better)
+    now = step_parts(time)
+    growth = {name: now[name] - before.get(name, 0.0) for name in now}
+    name = max(growth, key=lambda part: growth[part])
+    slower = time.seconds - better.seconds
+    if slower < 0.0005:
+        return "nothing"
+    return f"{slower:.3f} s; {name} {growth[name]:+.3f} s"
+
+
+def _cost(time: StepTime, price: float) -> float:
+    """Return what a billion tokens cost at ``price`` per GPU and hour."""
+    gpu_seconds = BILLION / time.tokens_per_second
+    return gpu_seconds / SECONDS_PER_HOUR * price

@@ -1,0 +1,157 @@
+"""Device files: what a GPU and the links between GPUs can do, from data sheets or measured."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evomesh.errors import UserError
+from evomesh.user_files import read_text
+
+_GIGA = 1e9
+_TERA = 1e12
+_MICRO = 1e-6
+# Of an all-reduce of n ranks each byte travels twice.
+_TRIPS = {"all_reduce": 2.0}
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rates(_Table):
+    """What one device computes: TFLOP/s of dense products by dtype, and GB/s of its memory."""
+
+    bfloat16: float = Field(gt=0)
+    float16: float = Field(gt=0)
+    float32: float = Field(gt=0)
+    memory: float = Field(gt=0)
+
+
+class Links(_Table):
+    """GB/s of one device in one direction, and microseconds of one hop."""
+
+    node: float = Field(gt=0)
+    network: float = Field(gt=0)
+    node_latency: float = Field(ge=0)
+    network_latency: float = Field(ge=0)
+
+
+class Efficiencies(_Table):
+    """Which share of a rate of the data sheet is reached, by kind of operation.
+
+    The defaults are calibrated on InternEvo's 8-GPU measurements, see docs/plan.md.
+    """
+
+    matrix: float = Field(0.74, gt=0, le=1)
+    attention: float = Field(0.6, gt=0, le=1)
+    memory: float = Field(1.0, gt=0, le=1)
+    link: float = Field(0.8, gt=0, le=1)
+
+
+class Device(_Table):
+    """A kind of device and how its nodes are connected.
+
+    Attributes:
+        launch: microseconds that the shortest kernel takes.
+    """
+
+    name: str
+    memory_gib: float = Field(gt=0)
+    gpus_per_node: int = Field(gt=0)
+    launch: float = Field(4.0, ge=0)
+    rates: Rates
+    links: Links
+    efficiencies: Efficiencies = Efficiencies()
+
+    def product_seconds(self, flops: int, dtype: str, share: float) -> float:
+        """Return the time of ``flops`` at ``share`` of the rate for ``dtype``."""
+        rate: float = getattr(self.rates, dtype)
+        return flops / (rate * _TERA * share)
+
+    def memory_seconds(self, nbytes: int) -> float:
+        """Return the time in which memory moves ``nbytes``."""
+        rate = self.rates.memory * _GIGA * self.efficiencies.memory
+        return nbytes / rate
+
+    @property
+    def launch_seconds(self) -> float:
+        return self.launch * _MICRO
+
+    def transfer_seconds(
+        self, operation: str, nbytes: int, ranks: int, nodes: int
+    ) -> float:
+        """Return the time of a collective, as a ring of its ranks takes it, or of a send.
+
+        Args:
+            nbytes: of one copy of the whole value.
+            nodes: on which the ranks are, in equal parts.
+        """
+        # In a ring each rank passes on all parts but one. A ring over several nodes
+        # crosses their borders by as many ports as it has ranks in a node.
+        bandwidth = self.links.node
+        latency = self.links.node_latency
+        if nodes > 1:
+            ports = max(ranks // nodes, 1)
+            bandwidth = min(bandwidth, ports * self.links.network)
+            latency = self.links.network_latency
+        rate = bandwidth * _GIGA * self.efficiencies.link
+        if operation in ("send", "recv"):
+            return nbytes / rate + latency * _MICRO
+        trips = _TRIPS.get(operation, 1.0)
+        moved = nbytes * (ranks - 1) / ranks
+        # The parts of a ring are pipelined: the hops of a tree are what delays them.
+        hops = max(ranks - 1, 1).bit_length()
+        return trips * (moved / rate + hops * latency * _MICRO)
+
+
+def device_names() -> list[str]:
+    """Return the names of the devices that come with the package."""
+    folder = files("evomesh.plan") / "devices"
+    names = []
+    for file in folder.iterdir():
+        if file.name.endswith(".toml"):
+            names.append(file.name.removesuffix(".toml").upper())
+    return sorted(names)
+
+
+def load_device(name: str) -> Device:
+    """Return a device of the package by its name, or the one that a TOML file describes.
+
+    Raises:
+        UserError: no such name or file, or a file that describes no device.
+    """
+    known = device_names()
+    if name.upper() in known:
+        resource = files("evomesh.plan") / "devices" / f"{name.lower()}.toml"
+        return _parse(resource.read_text(encoding="utf-8"), name)
+    if not name.endswith(".toml"):
+        raise UserError(
+            f"no device {name}",
+            where="--device",
+            expected=f"one of {', '.join(known)}, or a .toml file",
+        )
+    text = read_text(Path(name), "--device")
+    return _parse(text, name)
+
+
+def _parse(text: str, name: str) -> Device:
+    try:
+        table: dict[str, Any] = tomllib.loads(text)
+        return Device.model_validate(table)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(
+            f"{name} is not TOML: {error}", where="--device", expected="a device file"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{name}: {key}: {first['msg']}",
+            where="--device",
+            expected="a device file like those of evomesh/plan/devices",
+        ) from error

@@ -1,0 +1,253 @@
+"""The layouts that a search tries: every combination of sizes that the rules of the config allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from evomesh.config.layout import axis_sizes, check_world, layout_findings
+from evomesh.config.schema import Config
+from evomesh.config.size import tokens_per_step
+from evomesh.errors import UserError
+
+Mode = Literal["mtp", "msp", "fsp", "isp"]
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """Sizes of one layout, and how a step is divided into micro-batches.
+
+    Attributes:
+        zero: size of the zero axis.
+        recompute: fraction of the layers whose activations are recomputed.
+        chunks: stages of a pipeline rank.
+    """
+
+    mode: Mode
+    tensor: int
+    weight: int
+    pipeline: int
+    chunks: int
+    zero: int
+    fsdp: bool
+    recompute: float
+    micro_bsz: int
+    micro_num: int
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Return the keys of a config that make this layout, by section."""
+        zero1: dict[str, Any] = {"size": self.zero}
+        if self.fsdp:
+            zero1["fsdp"] = True
+        parallel: dict[str, Any] = {
+            "zero1": zero1,
+            "tensor": {"size": self.tensor, "mode": self.mode},
+            "pipeline": {"size": self.pipeline},
+        }
+        if self.mode == "isp":
+            parallel["weight"] = {"size": self.weight, "overlap": True}
+        return {
+            "parallel": parallel,
+            "model": {"checkpoint": self.recompute, "num_chunks": self.chunks},
+            "data": {"micro_bsz": self.micro_bsz, "micro_num": self.micro_num},
+        }
+
+    def __str__(self) -> str:
+        parts = [f"{self.mode} {self.tensor}"]
+        if self.mode == "isp":
+            parts.append(f"weight {self.weight}")
+        if self.pipeline > 1:
+            chunks = f" x {self.chunks} chunks" if self.chunks > 1 else ""
+            parts.append(f"pipeline {self.pipeline}{chunks}")
+        parts.append(f"zero1 {self.zero}{' fsdp' if self.fsdp else ''}")
+        if self.recompute:
+            parts.append(f"recompute {self.recompute:g}")
+        parts.append(f"{self.micro_num} x {self.micro_bsz}")
+        return ", ".join(parts)
+
+
+def choice_of(config: Config, world_size: int) -> LayoutChoice:
+    """Return the layout that a config has."""
+    sizes = axis_sizes(config.parallel, world_size)
+    parallel = config.parallel
+    return LayoutChoice(
+        mode=parallel.tensor.mode,
+        tensor=sizes.tp,
+        weight=sizes.wp,
+        pipeline=sizes.pp,
+        chunks=config.model.num_chunks,
+        zero=sizes.zero,
+        fsdp=parallel.zero1.fsdp,
+        recompute=float(config.model.checkpoint),
+        micro_bsz=config.data.micro_bsz,
+        micro_num=config.data.micro_num,
+    )
+
+
+def with_choice(config: Config, choice: LayoutChoice) -> Config:
+    """Return the config with a layout."""
+    values = choice.sections()
+    parallel = config.parallel
+    changes = values["parallel"]
+    updated = {}
+    for name, keys in changes.items():
+        updated[name] = getattr(parallel, name).model_copy(update=keys)
+    if choice.mode != "isp":
+        updated["weight"] = parallel.weight.model_copy(update={"size": 1})
+    return config.model_copy(
+        update={
+            "parallel": parallel.model_copy(update=updated),
+            "model": config.model.model_copy(update=values["model"]),
+            "data": config.data.model_copy(update=values["data"]),
+        }
+    )
+
+
+def is_allowed(config: Config, choice: LayoutChoice, world_size: int) -> bool:
+    """Return whether a run would start with this layout."""
+    changed = with_choice(config, choice)
+    try:
+        check_world(changed, world_size)
+    except UserError:
+        return False
+    return next(layout_findings(changed), None) is None
+
+
+def base_choices(
+    config: Config, world_size: int, gpus_per_node: int
+) -> Iterator[LayoutChoice]:
+    """Yield the allowed layouts with micro-batches of the config's size, without recomputing.
+
+    Tensor and weight axes stay inside a node. The tokens of a step are those of the
+    config: layouts with fewer data-parallel ranks have more micro-batches.
+    """
+    now = choice_of(config, world_size)
+    tokens = tokens_per_step(config, axis_sizes(config.parallel, world_size).dp)
+    most = min(gpus_per_node, world_size)
+    for mode, tensor, weight in _tensor_choices(most):
+        for pipeline in _powers_of_two(min(world_size, config.model.num_layers)):
+            ranks_per_stage = world_size // pipeline
+            shards = weight if mode == "isp" else tensor
+            if ranks_per_stage % tensor or ranks_per_stage % shards:
+                continue
+            data_ranks = ranks_per_stage // tensor
+            group = ranks_per_stage // shards
+            micro_num, rest = divmod(tokens, config.data.packed_length * data_ranks)
+            if rest or micro_num == 0:
+                continue
+            for zero, fsdp in _zero_choices(group, gpus_per_node, mode):
+                choice = replace(
+                    now,
+                    mode=mode,
+                    tensor=tensor,
+                    weight=weight,
+                    pipeline=pipeline,
+                    chunks=1,
+                    zero=zero,
+                    fsdp=fsdp,
+                    recompute=0.0,
+                    micro_num=micro_num,
+                )
+                if is_allowed(config, choice, world_size):
+                    yield choice
+
+
+def refinements(
+    config: Config, choice: LayoutChoice, world_size: int
+) -> Iterator[LayoutChoice]:
+    """Yield the layouts next to a good one: other micro-batches, recomputing of some layers, more chunks."""
+    found = []
+    for factor in (2, 4):
+        if choice.micro_bsz % factor == 0:
+            smaller = choice.micro_bsz // factor
+            found.append(
+                replace(choice, micro_bsz=smaller, micro_num=choice.micro_num * factor)
+            )
+        if choice.micro_num % factor == 0:
+            fewer = choice.micro_num // factor
+            found.append(
+                replace(choice, micro_bsz=choice.micro_bsz * factor, micro_num=fewer)
+            )
+    for recompute in (0.25, 0.5, 0.75):
+        found.append(replace(choice, recompute=recompute))
+    if choice.pipeline > 1:
+        for chunks in (2, 4):
+            found.append(replace(choice, chunks=chunks))
+    for other in found:
+        if is_allowed(config, other, world_size):
+            yield other
+
+
+def single_changes(
+    config: Config, choice: LayoutChoice, world_size: int
+) -> Iterator[LayoutChoice]:
+    """Yield the allowed layouts that need less memory than ``choice`` by one change."""
+    sizes = axis_sizes(config.parallel, world_size)
+    all_replicas = sizes.zero * sizes.replica
+    changes: list[dict[str, Any]] = [
+        {"recompute": 0.5},
+        {"recompute": 1.0},
+        {"tensor": choice.tensor * 2},
+        {"fsdp": True},
+        {"zero": all_replicas},
+        {"micro_bsz": choice.micro_bsz // 2, "micro_num": choice.micro_num * 2},
+    ]
+    for change in changes:
+        changed = replace(choice, **change)
+        is_less = changed != choice and changed.recompute >= choice.recompute
+        if is_less and changed.micro_bsz and is_allowed(config, changed, world_size):
+            yield changed
+
+
+def difference(before: LayoutChoice, after: LayoutChoice) -> str:
+    """Return the keys in which a layout differs from another."""
+    keys = {
+        "tensor": "parallel.tensor.size",
+        "zero": "parallel.zero1.size",
+        "fsdp": "parallel.zero1.fsdp",
+        "recompute": "model.checkpoint",
+        "micro_bsz": "data.micro_bsz",
+        "micro_num": "data.micro_num",
+    }
+    parts = []
+    for name, key in keys.items():
+        value = getattr(after, name)
+        if value != getattr(before, name):
+            parts.append(f"{key}={value}")
+    return ", ".join(parts)
+
+
+def _tensor_choices(most: int) -> Iterator[tuple[Mode, int, int]]:
+    """Yield mode, tensor size and weight size."""
+    yield "mtp", 1, 1
+    modes: tuple[Mode, ...] = ("mtp", "msp", "fsp")
+    for tensor in _powers_of_two(most):
+        for mode in modes:
+            if tensor > 1:
+                yield mode, tensor, 1
+        for weight in _powers_of_two(most):
+            if weight > 1:
+                yield "isp", tensor, weight
+
+
+def _zero_choices(
+    group: int, gpus_per_node: int, mode: Mode
+) -> Iterator[tuple[int, bool]]:
+    """Yield the size of the zero axis, and whether weights are sharded too: over all ranks, a node, or none."""
+    sizes = {group, min(group, gpus_per_node), 1}
+    for size in sorted(sizes, reverse=True):
+        if group % size:
+            continue
+        yield size, False
+        if size > 1 and mode != "isp":
+            yield size, True
+
+
+def _powers_of_two(most: int) -> list[int]:
+    powers = []
+    power = 1
+    while power <= most:
+        powers.append(power)
+        power *= 2
+    return powers

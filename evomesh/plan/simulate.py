@@ -1,0 +1,126 @@
+"""Simulation of one rank's streams: when each event of a timeline happens on a device.
+
+All ranks of a layout do the same at the same time but for pipeline stages, so that a
+collective begins when this rank has come to it. A communicator carries out one transfer
+after the other, beside the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evomesh.plan.device import Device
+from evomesh.plan.timeline import (
+    COMPUTE,
+    Event,
+    Kernel,
+    KernelKind,
+    Mark,
+    Transfer,
+    Wait,
+)
+
+# Products with a dimension below it leave part of a GPU idle.
+_FULL_SIZE = 128
+
+
+@dataclass(frozen=True)
+class AxisPlacement:
+    """Ranks of an axis, and the number of nodes on which they are."""
+
+    ranks: int
+    nodes: int
+
+
+@dataclass
+class StreamTimes:
+    """How long the streams of a rank are busy, and when each has come to its end, in seconds.
+
+    Attributes:
+        busy: seconds by kind of kernel, and by operation and axis of transfers.
+        exposed: seconds in which the compute stream waits for transfers.
+    """
+
+    ends: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
+    exposed: float = 0.0
+
+    @property
+    def end(self) -> float:
+        return max(self.ends.values(), default=0.0)
+
+    def add_busy(self, what: str, seconds: float) -> None:
+        self.busy[what] = self.busy.get(what, 0.0) + seconds
+
+
+def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
+    """Return the time of a kernel: that of its operations or of its memory, whichever is longer."""
+    seconds = device.memory_seconds(kernel.nbytes)
+    if kernel.flops:
+        share = device.efficiencies.matrix
+        if kernel.kind is KernelKind.ATTENTION:
+            share = device.efficiencies.attention
+        elif kernel.size < _FULL_SIZE:
+            share *= max(kernel.size, 1) / _FULL_SIZE
+        products = device.product_seconds(kernel.flops, dtype, share)
+        seconds = max(seconds, products)
+    return max(seconds, device.launch_seconds)
+
+
+def simulate(
+    events: Sequence[Event],
+    device: Device,
+    dtype: str,
+    placements: Mapping[str, AxisPlacement],
+) -> StreamTimes:
+    """Return the times of the streams after ``events``, all of which begin at 0.
+
+    Args:
+        dtype: of products.
+        placements: by name of an axis.
+    """
+    times = StreamTimes()
+    marks: dict[int, float] = {}
+    ends = times.ends
+    for event in events:
+        now = ends.get(event.stream, 0.0)
+        if isinstance(event, Kernel):
+            seconds = kernel_seconds(event, device, dtype)
+            ends[event.stream] = now + seconds
+            times.add_busy(event.kind.value, seconds)
+        elif isinstance(event, Mark):
+            marks[event.mark] = now
+        elif isinstance(event, Wait):
+            # A mark of an earlier part has passed.
+            until = marks.get(event.mark, 0.0)
+            if event.stream == COMPUTE:
+                times.exposed += max(until - now, 0.0)
+            ends[event.stream] = max(now, until)
+        else:
+            marks[event.mark] = _transfer(event, now, times, marks, device, placements)
+    return times
+
+
+def _transfer(
+    event: Transfer,
+    now: float,
+    times: StreamTimes,
+    marks: Mapping[int, float],
+    device: Device,
+    placements: Mapping[str, AxisPlacement],
+) -> float:
+    """Carry out a transfer after those of its communicator, and return when it ends."""
+    call = event.call
+    placement = placements[call.axis]
+    seconds = device.transfer_seconds(
+        call.operation, call.nbytes, placement.ranks, placement.nodes
+    )
+    communicator = f"{call.operation} {call.axis}"
+    start = max(now, times.ends.get(communicator, 0.0))
+    for mark in event.after:
+        start = max(start, marks.get(mark, 0.0))
+    end = start + seconds
+    times.ends[communicator] = end
+    times.add_busy(communicator, seconds)
+    return end

@@ -1,0 +1,322 @@
+"""Time of a training step: the timelines of the ranks of one pipeline, on a device.
+
+config -> timeline of each pipeline rank -> seconds of forward, backward, update -> schedule -> seconds of a step
+          (timeline)                        (simulate)                              (pipeline_time)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from evomesh.config.layout import axis_sizes, pipeline_schedule
+from evomesh.config.schema import Config
+from evomesh.config.size import tokens_per_step
+from evomesh.layers.loss import LossTerms
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.build import axis_members
+from evomesh.pipeline.action_order import (
+    ScheduleAction,
+    one_forward_one_backward,
+    read_order,
+)
+from evomesh.pipeline.schedule import PipelineSchedule
+from evomesh.pipeline.stages import stages_of_rank
+from evomesh.plan.device import Device
+from evomesh.plan.memory import local_bytes
+from evomesh.plan.pipeline_time import StageSeconds, pipeline_seconds
+from evomesh.plan.simulate import AxisPlacement, StreamTimes, simulate
+from evomesh.plan.timeline import (
+    Event,
+    RecordedStreams,
+    Timeline,
+    TimelineRecorder,
+    Transfer,
+)
+from evomesh.plan.trace import built_rank, empty_batch, ignore_output
+from evomesh.train.stages import ModelStages
+
+FIRST = "first micro-batch"
+LAST = "last micro-batch"
+UPDATE = "update"
+
+
+@dataclass(frozen=True)
+class RankTimeline:
+    """What one rank does with a micro-batch, with the last one, and in the update.
+
+    Attributes:
+        stages: global numbers of its stages.
+        optimizer_bytes: that the update reads and writes in memory.
+    """
+
+    timeline: Timeline
+    stages: tuple[int, ...]
+    optimizer_bytes: int
+
+    def part(self, prefix: str) -> list[Event]:
+        """Return a part without the transfers between stages, which the schedule times."""
+        events = []
+        for event in self.timeline.part(prefix):
+            between_stages = isinstance(event, Transfer) and event.call.axis == "pp"
+            if not between_stages:
+                events.append(event)
+        return events
+
+
+@dataclass(frozen=True)
+class RankSeconds:
+    """Seconds of one rank, by what it does.
+
+    Attributes:
+        stages: forward and backward of a micro-batch, by stage.
+        micro_batch: all stages, forward and backward.
+        exposed: of a micro-batch, in which compute waits for collectives.
+        last: how much longer the last micro-batch is with the update after it.
+        busy: of a micro-batch, by kind of kernel and by collective.
+    """
+
+    stages: dict[int, StageSeconds]
+    micro_batch: float
+    exposed: float
+    last: float
+    busy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step of the slowest rank, and what they are.
+
+    Attributes:
+        tokens: of a step, of all ranks.
+        ranks: number of them.
+        busy: seconds by kind of kernel and by collective.
+        exposed: seconds in which compute waits for collectives of its micro-batches.
+        bubble: seconds in which it waits for other stages.
+        update: seconds that the last micro-batch and the update need beyond a micro-batch.
+    """
+
+    seconds: float
+    tokens: int
+    ranks: int
+    busy: dict[str, float]
+    exposed: float
+    bubble: float
+    update: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second and GPU."""
+        return self.tokens / self.seconds / self.ranks
+
+
+def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
+    """Predict the time of a step, from a trace of each rank of one pipeline.
+
+    Raises:
+        UserError: the layout does not fit.
+    """
+    sizes = axis_sizes(config.parallel, world_size)
+    ranks = []
+    for pipeline_rank in range(sizes.pp):
+        rank = pipeline_rank * sizes.ranks_per_stage
+        timeline = trace_timeline(config, world_size, rank)
+        ranks.append(time_rank(timeline, config, world_size, rank, device))
+    hop = hop_seconds(config, world_size, device)
+    return combine(ranks, config, world_size, hop)
+
+
+def trace_timeline(config: Config, world_size: int, rank: int) -> RankTimeline:
+    """Trace two micro-batches and the update of ``rank``.
+
+    Raises:
+        UserError: the layout does not fit.
+    """
+    timeline = Timeline()
+    streams = RecordedStreams(timeline)
+    build = built_rank(config, world_size, rank, streams.interface())
+    with build as (grid, stages, optimizer):
+        schedule = stages.schedule
+        run = schedule.train
+        if isinstance(schedule, PipelineSchedule):
+            run = schedule.rehearse
+        held = _stages_held(config, grid.pp.rank)
+        batch = empty_batch(config, 1)
+        terms = LossTerms.of(config.loss)
+        optimizer.expect_micro_batches(2)
+        sections = _StageSections(timeline, stages, held)
+        with sections.marking(), TimelineRecorder(timeline, streams, grid):
+            for name in (FIRST, LAST):
+                sections.begin(name)
+                run(batch, [1.0], terms, ignore_output)
+            timeline.begin(UPDATE)
+            optimizer.communicate_only()
+        nbytes = _optimizer_bytes(optimizer)
+    return RankTimeline(timeline, held, nbytes)
+
+
+def _optimizer_bytes(optimizer: ZeroOptimizer) -> int:
+    """Return what the update moves: it reads and writes masters and moments, and reads as many gradients."""
+    masters = 0
+    state = 0
+    for name, tensor in optimizer.state_tensors().items():
+        nbytes = local_bytes(tensor)
+        state += nbytes
+        if name.startswith("optim.master."):
+            masters += nbytes
+    return 2 * state + masters
+
+
+class _StageSections:
+    """Divides a micro-batch of a timeline into forward and backward of each stage."""
+
+    def __init__(
+        self, timeline: Timeline, stages: ModelStages, held: Sequence[int]
+    ) -> None:
+        self._timeline = timeline
+        self._models = dict(zip(held, stages.models, strict=True))
+        self._name = ""
+
+    def begin(self, name: str) -> None:
+        self._name = name
+        self._timeline.begin(name)
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Begin sections in the ``with`` block."""
+        hooks: list[RemovableHandle] = []
+        for stage, model in self._models.items():
+            forward = partial(self._begin_forward, stage)
+            backward = partial(self._wait_for_backward, stage)
+            hooks.append(model.register_forward_pre_hook(forward))
+            hooks.append(model.register_forward_hook(backward))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin_forward(self, stage: int, _: nn.Module, __: Any) -> None:
+        self._timeline.begin(f"{self._name}, F {stage};")
+
+    def _wait_for_backward(
+        self, stage: int, _: nn.Module, __: Any, hidden: Tensor
+    ) -> None:
+        name = f"{self._name}, B {stage};"
+        hidden.register_hook(lambda _: self._timeline.begin(name))  # type: ignore[no-untyped-call]
+
+
+def time_rank(
+    traced: RankTimeline, config: Config, world_size: int, rank: int, device: Device
+) -> RankSeconds:
+    """Simulate what a rank does with a micro-batch, and with the last one and the update."""
+    places = axis_placements(config, world_size, rank, device)
+    dtype = config.model.dtype.removeprefix("torch.")
+
+    def run(*prefixes: str) -> StreamTimes:
+        events = []
+        for prefix in prefixes:
+            events += traced.part(prefix)
+        return simulate(events, device, dtype, places)
+
+    stages = {}
+    for stage in traced.stages:
+        forward = run(f"{FIRST}, F {stage};")
+        backward = run(f"{FIRST}, B {stage};")
+        stages[stage] = StageSeconds(forward.end, backward.end)
+    first = run(FIRST)
+    last = run(LAST, UPDATE)
+    update = device.memory_seconds(traced.optimizer_bytes)
+    return RankSeconds(
+        stages=stages,
+        micro_batch=first.end,
+        exposed=first.exposed,
+        last=last.end - first.end + update,
+        busy=first.busy,
+    )
+
+
+def combine(
+    ranks: Sequence[RankSeconds], config: Config, world_size: int, hop: float
+) -> StepTime:
+    """Return the time of a step of a pipeline with these ranks."""
+    count = config.data.micro_num
+    slowest = max(ranks, key=lambda rank: rank.micro_batch)
+    computing = slowest.micro_batch * count
+    in_pipeline = computing
+    if len(ranks) > 1:
+        stages: dict[int, StageSeconds] = {}
+        for rank in ranks:
+            stages |= rank.stages
+        in_order = [stages[number] for number in sorted(stages)]
+        order = _action_order(config, world_size)
+        in_pipeline = pipeline_seconds(order, in_order, hop)
+    update = max(rank.last for rank in ranks)
+    busy = {what: seconds * count for what, seconds in slowest.busy.items()}
+    sizes = axis_sizes(config.parallel, world_size)
+    return StepTime(
+        seconds=in_pipeline + update,
+        tokens=tokens_per_step(config, sizes.dp),
+        ranks=world_size,
+        busy=busy,
+        exposed=slowest.exposed * count,
+        bubble=max(in_pipeline - computing, 0.0),
+        update=update,
+    )
+
+
+def hop_seconds(config: Config, world_size: int, device: Device) -> float:
+    """Return the time of a hidden state from one stage to the next; 0 without a pipeline."""
+    sizes = axis_sizes(config.parallel, world_size)
+    if sizes.pp == 1:
+        return 0.0
+    parallel_shards = sizes.tp
+    elements = config.data.packed_length * config.model.hidden_size
+    itemsize = 4 if config.model.dtype.endswith("32") else 2
+    nbytes = elements * itemsize // parallel_shards
+    nodes = 1 if sizes.ranks_per_stage < device.gpus_per_node else 2
+    return device.transfer_seconds("send", nbytes, 2, nodes)
+
+
+def axis_placements(
+    config: Config, world_size: int, rank: int, device: Device
+) -> dict[str, AxisPlacement]:
+    """Return ranks and nodes of the axes through ``rank``, with ranks in their order on nodes."""
+    sizes = axis_sizes(config.parallel, world_size)
+    members_of = axis_members(sizes, rank)
+    members_of["world"] = list(range(world_size))
+    placements = {}
+    for name, members in members_of.items():
+        nodes = {member // device.gpus_per_node for member in members}
+        placements[name] = AxisPlacement(len(members), len(nodes))
+    return placements
+
+
+def _stages_held(config: Config, pipeline_rank: int) -> tuple[int, ...]:
+    pp = config.parallel.pipeline.size
+    if pp == 1:
+        return (0,)
+    chunks = config.model.num_chunks
+    kind = pipeline_schedule(config)
+    return tuple(stages_of_rank(pipeline_rank, pp, chunks, kind))
+
+
+def _action_order(
+    config: Config, world_size: int
+) -> Mapping[int, Sequence[ScheduleAction]]:
+    """Return what each rank of a pipeline computes in a step, in its order."""
+    kind = pipeline_schedule(config)
+    count = config.data.micro_num
+    if kind == "1f1b":
+        return one_forward_one_backward(config.parallel.pipeline.size, count)
+    with built_rank(config, world_size, 0) as (_, stages, _):
+        schedule = stages.schedule
+        assert isinstance(schedule, PipelineSchedule)
+        tokens = config.data.packed_length
+        return read_order(schedule.build_torch_schedule(count, tokens))

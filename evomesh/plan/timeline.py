@@ -1,0 +1,314 @@
+"""Timeline of one rank: what its streams do in a traced step, in the order in which the host launches it.
+
+The traced code runs on the meta device, where nothing takes time. What it computes and
+sends is written down as events, and the events that order its streams beside them:
+
+    host launches      Kernel on "compute" ... Transfer on the "tp" communicator ... Kernel that reads what arrived
+    written down       Kernel(compute)         Transfer(tp)                          Wait(compute), Kernel(compute)
+
+FSDP2 orders its streams by torch's stream interface, for which ``RecordedStreams``
+stands. Other code waits for a collective where it first uses what arrives, and so does
+the timeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.traffic import CollectiveCall, describe_call, group_names
+
+COMPUTE = "compute"
+
+
+class KernelKind(Enum):
+    """What bounds a kernel."""
+
+    MATRIX = "matrix products"
+    ATTENTION = "attention"
+    MEMORY = "elementwise"  # and reductions, copies, lookups
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A computation.
+
+    Attributes:
+        flops: floating-point operations of products; 0 for what only moves data.
+        nbytes: bytes of the tensors that it reads and writes.
+        size: smallest dimension of a product; 0 for others.
+    """
+
+    stream: str
+    kind: KernelKind
+    flops: int
+    nbytes: int
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective, send or receive; ``mark`` is its end, ``after`` are the ends of transfers whose data it sends."""
+
+    stream: str
+    call: CollectiveCall
+    mark: int
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a stream: what was launched on it before."""
+
+    stream: str
+    mark: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A stream does not go past this point before ``mark``."""
+
+    stream: str
+    mark: int
+
+
+Event = Kernel | Transfer | Mark | Wait
+
+
+@dataclass
+class Timeline:
+    """Events of one rank in the order of launch, in sections with names."""
+
+    events: list[Event] = field(default_factory=list)
+    sections: list[tuple[str, int]] = field(default_factory=list)
+    marks: int = 0
+
+    def begin(self, name: str) -> None:
+        """Begin a section: ``name`` and the index of its first event."""
+        self.sections.append((name, len(self.events)))
+
+    def part(self, prefix: str) -> list[Event]:
+        """Return the events of all sections whose name begins with ``prefix``."""
+        chosen = []
+        ends = [start for _, start in self.sections[1:]]
+        ends.append(len(self.events))
+        for (name, start), end in zip(self.sections, ends, strict=True):
+            if name.startswith(prefix):
+                chosen += self.events[start:end]
+        return chosen
+
+    def new_mark(self) -> int:
+        self.marks += 1
+        return self.marks
+
+
+class RecordedStream:
+    """Stands for a stream of FSDP2: what it waits for is written into a timeline."""
+
+    def __init__(self, timeline: Timeline, name: str) -> None:
+        self._timeline = timeline
+        self.name = name
+
+    def record_event(self, event: RecordedEvent | None = None) -> RecordedEvent:
+        event = event or RecordedEvent(self._timeline, self)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: RecordedEvent) -> None:
+        if event.mark is not None:
+            self._timeline.events.append(Wait(self.name, event.mark))
+
+    def wait_stream(self, stream: RecordedStream) -> None:
+        self.wait_event(stream.record_event())
+
+
+class RecordedEvent:
+    """Stands for an event of a stream."""
+
+    def __init__(self, timeline: Timeline, stream: RecordedStream) -> None:
+        self._timeline = timeline
+        self._stream = stream
+        self.mark: int | None = None
+
+    def record(self, stream: RecordedStream | None = None) -> RecordedEvent:
+        stream = stream or self._stream
+        self.mark = self._timeline.new_mark()
+        self._timeline.events.append(Mark(stream.name, self.mark))
+        return self
+
+    def synchronize(self) -> None:
+        """Do nothing: the host waits for no device here."""
+
+
+class RecordedStreams:
+    """Torch's stream interface of a device, for a rank whose streams are written into a timeline."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._current = [RecordedStream(timeline, COMPUTE)]
+        self._made = 0
+
+    @property
+    def current(self) -> str:
+        """Name of the current stream."""
+        return self._current[-1].name
+
+    def interface(self) -> SimpleNamespace:
+        """Return what stands for a module like ``torch.cuda``."""
+        functions = dict(vars(torch.cpu))
+        functions["Stream"] = self._new_stream
+        functions["Event"] = self._new_event
+        functions["stream"] = self._use
+        functions["current_stream"] = lambda device=None: self._current[-1]
+        functions["current_device"] = lambda: 0  # torch.cpu returns a name
+        return SimpleNamespace(**functions)
+
+    def _new_stream(self, priority: int = 0) -> RecordedStream:
+        self._made += 1
+        return RecordedStream(self._timeline, f"stream {self._made}")
+
+    def _new_event(self) -> RecordedEvent:
+        return RecordedEvent(self._timeline, self._current[-1])
+
+    @contextmanager
+    def _use(self, stream: RecordedStream) -> Iterator[None]:
+        self._current.append(stream)
+        try:
+            yield
+        finally:
+            self._current.pop()
+
+
+class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes every operator of the ``with`` block into a timeline."""
+
+    def __init__(
+        self, timeline: Timeline, streams: RecordedStreams, grid: Grid
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._timeline = timeline
+        self._streams = streams
+        axes = [grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica]
+        self._names = group_names(axes)
+        # What arrives, by the address of its storage: the storage, so that no other gets
+        # the address, and the end of the transfer.
+        self._arriving: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        out = func(*args, **named)
+        if func.namespace == "c10d":
+            self._transfer(func, args)
+        elif not func.is_view and func.namespace != "profiler":
+            self._kernel(func, args, named, out)
+        return out
+
+    def _transfer(self, func: Any, args: tuple[Any, ...]) -> None:
+        call = describe_call(func, args, self._names)
+        if call is None:
+            return
+        tensors = _tensors(args)
+        after = []
+        for tensor in tensors:
+            key = _key(tensor)
+            if key in self._arriving:
+                _, mark = self._arriving.pop(key)
+                after.append(mark)
+        mark = self._timeline.new_mark()
+        transfer = Transfer(self._streams.current, call, mark, tuple(after))
+        self._timeline.events.append(transfer)
+        if call.operation == "send":
+            return
+        for tensor in _tensors(args[:1]):
+            self._arriving[_key(tensor)] = (tensor.untyped_storage(), mark)
+
+    def _kernel(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        inputs = _tensors((args, kwargs))
+        for tensor in inputs:
+            arriving = self._arriving.pop(_key(tensor), None)
+            if arriving is not None:
+                self._timeline.events.append(Wait(self._streams.current, arriving[1]))
+        outputs = _tensors(out)
+        is_factory = not inputs and not _fills(func)
+        if is_factory or not outputs or func in _FREE:
+            return
+        touched = {id(tensor): tensor for tensor in (*inputs, *outputs)}
+        nbytes = 0
+        for tensor in touched.values():
+            if tensor.is_meta:
+                nbytes += tensor.numel() * tensor.element_size()
+        if nbytes == 0:
+            return  # on the host
+        kind, flops = _work(func, args, kwargs, out)
+        size = 0
+        if kind is KernelKind.MATRIX:
+            shapes = [dim for tensor in inputs for dim in tensor.shape]
+            size = min(shapes)
+        kernel = Kernel(self._streams.current, kind, flops, nbytes, size)
+        self._timeline.events.append(kernel)
+
+
+_aten = torch.ops.aten
+# They have tensors as arguments and results, and touch none.
+_FREE = {
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+    _aten.detach.default,
+    _aten.resize_.default,
+    _aten._unsafe_view.default,
+    _aten.lift_fresh.default,
+}
+
+
+def _fills(func: Any) -> bool:
+    """Return whether an operator without tensors writes its result, as zeros does and empty does not."""
+    return "empty" not in func.__name__
+
+
+def _work(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> tuple[KernelKind, int]:
+    """Return what bounds an operator, and the operations of its products."""
+    packet = func.overloadpacket
+    count = flop_registry.get(packet)
+    if count is None:
+        return KernelKind.MEMORY, 0
+    # The counters know the operators without their overloads that name a dtype or a result.
+    positional = [value for value in args if not isinstance(value, torch.dtype)]
+    named = {key: value for key, value in kwargs.items() if key != "out"}
+    named.pop("out_dtype", None)
+    flops = int(count(*positional, **named, out_val=out))
+    name = func.__name__
+    if "attention" in name or "attn" in name:
+        return KernelKind.ATTENTION, flops
+    return KernelKind.MATRIX, flops
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    """Return the address of what several views share."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
