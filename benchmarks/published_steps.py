@@ -58,12 +58,12 @@ def published_rows() -> Iterator[PublishedRow]:
 
 
 def main() -> None:
-    print("| source | layout | GPUs | published | predicted | difference | |")
+    print("| source | layout | GPUs | published | predicted | difference | used |")
     print("|---|---|--:|--:|--:|--:|---|")
     for row in published_rows():
         predicted = row.predict().tokens_per_second
         difference = predicted / row.published - 1
-        note = "calibrated" if row.is_calibrated else ""
+        note = "to calibrate" if row.is_calibrated else ""
         cells = [
             row.source,
             row.name,

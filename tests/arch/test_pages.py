@@ -18,6 +18,7 @@ from tools.translations import with_chinese_punctuation
 ENGLISH_ONLY = {
     "compatibility.md",
     "performance.md",
+    "plan.md",
     "recipes.md",
     "reports.md",
     "spikes.md",
