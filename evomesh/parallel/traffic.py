@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.grid import Grid
 
 # c10d operator -> (name here, position of the argument that holds the whole, unsharded value)
 _OPERATORS = {
@@ -69,7 +69,7 @@ def record_traffic(grid: Grid) -> Iterator[TrafficLog]:
         grid: gives the groups their names; a group that belongs to no axis is "world". Axes with the same ranks share a
             group, which gets the first matching name of tp, wp, pp, dp, zero, replica.
     """
-    names = group_names([grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica])
+    names = group_names(grid)
     traffic = TrafficLog()
     with _TrafficRecorder(traffic, names):
         yield traffic
@@ -121,7 +121,9 @@ def _axis_name(args: tuple[Any, ...], names: Mapping[str, str]) -> str:
     return "world"
 
 
-def group_names(axes: Sequence[Axis]) -> dict[str, str]:
+def group_names(grid: Grid) -> dict[str, str]:
+    """Return axes by the names of their groups; of two axes with the same ranks the first."""
+    axes = (grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica)
     names: dict[str, str] = {}
     for axis in axes:
         if axis.group is not None:

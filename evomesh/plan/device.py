@@ -93,20 +93,25 @@ class Device(_Table):
         """
         # In a ring each rank passes on all parts but one. A ring over several nodes
         # crosses their borders by as many ports as it has ranks in a node.
-        bandwidth = self.links.node
-        latency = self.links.node_latency
+        links = self.links
+        bandwidth = links.node
+        latency = links.node_latency
         if nodes > 1:
             ports = max(ranks // nodes, 1)
-            bandwidth = min(bandwidth, ports * self.links.network)
-            latency = self.links.network_latency
+            through_ports = ports * links.network
+            bandwidth = min(bandwidth, through_ports)
+            latency = links.network_latency
         rate = bandwidth * _GIGA * self.efficiencies.link
+        hop = latency * _MICRO
         if operation in ("send", "recv"):
-            return nbytes / rate + latency * _MICRO
+            return nbytes / rate + hop
         trips = _TRIPS.get(operation, 1.0)
-        moved = nbytes * (ranks - 1) / ranks
+        passed_on = nbytes * (ranks - 1) / ranks
         # The parts of a ring are pipelined: the hops of a tree are what delays them.
-        hops = max(ranks - 1, 1).bit_length()
-        return trips * (moved / rate + hops * latency * _MICRO)
+        others = max(ranks - 1, 1)
+        hops = others.bit_length()
+        one_trip = passed_on / rate + hops * hop
+        return trips * one_trip
 
 
 def device_names() -> list[str]:

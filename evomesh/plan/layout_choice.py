@@ -49,8 +49,14 @@ class LayoutChoice:
             parallel["weight"] = {"size": self.weight, "overlap": True}
         return {
             "parallel": parallel,
-            "model": {"checkpoint": self.recompute, "num_chunks": self.chunks},
-            "data": {"micro_bsz": self.micro_bsz, "micro_num": self.micro_num},
+            "model": {
+                "checkpoint": self.recompute,
+                "num_chunks": self.chunks,
+            },
+            "data": {
+                "micro_bsz": self.micro_bsz,
+                "micro_num": self.micro_num,
+            },
         }
 
     def __str__(self) -> str:

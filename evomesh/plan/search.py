@@ -17,6 +17,12 @@ from multiprocessing import get_context
 from evomesh.config.layout import axis_sizes, pipeline_schedule
 from evomesh.config.schema import Config
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
+from evomesh.plan.depth import (
+    SMALL_DEPTHS,
+    bytes_at_depth,
+    memory_at_depth,
+    seconds_at_depth,
+)
 from evomesh.plan.device import Device
 from evomesh.plan.layout_choice import (
     LayoutChoice,
@@ -26,7 +32,6 @@ from evomesh.plan.layout_choice import (
 )
 from evomesh.plan.memory import (
     GIB,
-    Peak,
     PeakMemory,
     TracedMemory,
     held_by_kind,
@@ -34,15 +39,12 @@ from evomesh.plan.memory import (
     peak_memory,
     trace_memory,
 )
-from evomesh.plan.pipeline_time import StageSeconds
 from evomesh.plan.step_time import (
     RankSeconds,
     StepTime,
     combine,
-    hop_seconds,
     predict_step,
-    time_rank,
-    trace_timeline,
+    rank_seconds,
 )
 from evomesh.plan.trace import built_rank
 
@@ -91,19 +93,36 @@ class LayoutPredictor:
         """Bytes of one device."""
         return int(self.device.memory_gib * GIB)
 
+    def base_choices(self) -> list[LayoutChoice]:
+        """Return all allowed layouts without recomputing."""
+        per_node = self.device.gpus_per_node
+        return list(base_choices(self.config, self.world_size, per_node))
+
+    def neighbors(self, found: Predictions) -> list[LayoutChoice]:
+        """Return what is next to the best layouts and has not been predicted."""
+        nearby: dict[LayoutChoice, None] = {}
+        for choice in _best(found, _REFINED):
+            for neighbor in refinements(self.config, choice, self.world_size):
+                if neighbor not in found:
+                    nearby[neighbor] = None
+        return list(nearby)
+
     def predict(self, choice: LayoutChoice) -> LayoutPrediction:
         """Predict one layout: first whether it fits, then its time."""
         config = with_choice(self.config, choice)
         ranks = _different_ranks(choice.pipeline)
-        peak = self._held(config)
-        if peak.missing(self.capacity) > 0:
-            return LayoutPrediction(choice, peak, None)
+        held = self._held(config)
+        if self._is_too_large(held):
+            return LayoutPrediction(choice, held, None)
+        peaks = []
         for rank in ranks:
-            of_rank = self._memory(config, rank).peak()
-            peak = max(peak, of_rank, key=lambda peak: peak.total)
-        if peak.missing(self.capacity) > 0:
+            traced = self._memory(config, rank)
+            peaks.append(traced.peak())
+        peak = _largest(peaks)
+        if self._is_too_large(peak):
             return LayoutPrediction(choice, peak, None)
-        return LayoutPrediction(choice, peak, self.time(choice))
+        time = self.time(choice)
+        return LayoutPrediction(choice, peak, time)
 
     def predict_whole(self, choice: LayoutChoice) -> LayoutPrediction:
         """Predict one layout from traces of the whole model, which takes seconds."""
@@ -111,30 +130,34 @@ class LayoutPredictor:
         peaks = []
         for pipeline_rank in _different_ranks(choice.pipeline):
             rank = self._global_rank(config, pipeline_rank)
-            peaks.append(peak_memory(config, self.world_size, rank))
-        peak = max(peaks, key=lambda peak: peak.total)
-        if peak.missing(self.capacity) > 0:
-            return LayoutPrediction(choice, peak, None)
-        time = predict_step(config, self.world_size, self.device)
-        return LayoutPrediction(choice, peak, time)
+            peak = peak_memory(config, self.world_size, rank)
+            peaks.append(peak)
+        largest = _largest(peaks)
+        time = None
+        if not self._is_too_large(largest):
+            time = predict_step(config, self.world_size, self.device)
+        return LayoutPrediction(choice, largest, time)
+
+    def _is_too_large(self, peak: PeakMemory) -> bool:
+        return peak.missing(self.capacity) > 0
 
     def time(self, choice: LayoutChoice) -> StepTime:
         """Predict the time of a step, whether or not it fits."""
         config = with_choice(self.config, choice)
-        ranks = _different_ranks(choice.pipeline)
-        traced = {rank: self._seconds(config, rank) for rank in ranks}
+        traced = {}
+        for rank in _different_ranks(choice.pipeline):
+            traced[rank] = self._seconds(config, rank)
         in_order = []
         for rank in range(choice.pipeline):
             like = _stand_in(rank, choice.pipeline)
-            in_order.append(_renumbered(traced[like], config, rank))
-        hop = hop_seconds(config, self.world_size, self.device)
-        return combine(in_order, config, self.world_size, hop)
+            seconds = _renumbered(traced[like], config, rank)
+            in_order.append(seconds)
+        return combine(in_order, config, self.world_size, self.device)
 
     def _held(self, config: Config) -> PeakMemory:
         """Return what the first rank holds between steps: too much already rules a layout out, without a trace."""
-        one, two = (self._held_at(config, depth) for depth in (1, 2))
-        depth = _mean_depth(config, 0)
-        held = {kind: _line(size, two[kind], depth) for kind, size in one.items()}
+        one, two = (self._held_at(config, depth) for depth in SMALL_DEPTHS)
+        held = bytes_at_depth(one, two, _mean_depth(config, 0))
         return PeakMemory(held, "update")
 
     def _held_at(self, config: Config, depth: int) -> dict[str, int]:
@@ -146,38 +169,27 @@ class LayoutPredictor:
         """Return what a rank holds at the depth of the model."""
         rank = self._global_rank(config, pipeline_rank)
         traces = []
-        for depth in (1, 2):
+        for depth in SMALL_DEPTHS:
             shallow = _with_depth(config, depth)
-            traces.append(trace_memory(shallow, self.world_size, rank))
+            traced = trace_memory(shallow, self.world_size, rank)
+            traces.append(traced)
         one, two = traces
         layers = _mean_depth(config, pipeline_rank)
-        held = {}
-        for kind, size in one.held.items():
-            held[kind] = _line(size, two.held[kind], layers)
-        peaks = {}
-        for phase, peak in one.peaks.items():
-            other = two.peaks[phase]
-            peaks[phase] = Peak(
-                _line(peak.nbytes, other.nbytes, layers),
-                _line(peak.gathered, other.gathered, layers),
-            )
-        in_flight = micro_batches_in_flight(
-            config, pipeline_rank, config.parallel.pipeline.size
-        )
-        kept = _line(one.kept, two.kept, layers)
-        return TracedMemory(held, kept, peaks, in_flight)
+        pp = config.parallel.pipeline.size
+        in_flight = micro_batches_in_flight(config, pipeline_rank, pp)
+        return memory_at_depth(one, two, layers, in_flight)
 
     def _seconds(self, config: Config, pipeline_rank: int) -> RankSeconds:
         """Return the times of a rank at the depth of the model."""
         rank = self._global_rank(config, pipeline_rank)
         times = []
-        for depth in (1, 2):
+        for depth in SMALL_DEPTHS:
             shallow = _with_depth(config, depth)
-            timeline = trace_timeline(shallow, self.world_size, rank)
-            seconds = time_rank(timeline, shallow, self.world_size, rank, self.device)
+            seconds = rank_seconds(shallow, self.world_size, rank, self.device)
             times.append(seconds)
         one, two = times
-        return _at_depth(one, two, _mean_depth(config, pipeline_rank))
+        layers = _mean_depth(config, pipeline_rank)
+        return seconds_at_depth(one, two, layers)
 
     def _global_rank(self, config: Config, pipeline_rank: int) -> int:
         sizes = axis_sizes(config.parallel, self.world_size)
@@ -190,32 +202,38 @@ def search(predictor: LayoutPredictor, processes: int = 1) -> SearchResult:
     Args:
         processes: that trace at the same time.
     """
-    config = predictor.config
-    world_size = predictor.world_size
-    choices = list(base_choices(config, world_size, predictor.device.gpus_per_node))
+    choices = predictor.base_choices()
+    predict = predictor.predict
     # Processes that have nothing to trace would only cost their start.
-    with _mapping(min(processes, len(choices))) as predict_all:
-        found = predict_all(predictor.predict, choices)
-        # Recomputing costs a second forward: it is for what does not fit without.
-        recomputing = []
-        for choice, prediction in found.items():
-            if prediction.time is None:
-                recomputing.append(replace(choice, recompute=1.0))
-        found |= predict_all(predictor.predict, recomputing)
+    processes = min(processes, len(choices))
+    with _mapping(processes) as predict_all:
+        # 1. All layouts; those that do not fit again with recomputing, which costs a
+        #    second forward.
+        found = predict_all(predict, choices)
+        recomputing = _with_recomputing(found)
+        found |= predict_all(predict, recomputing)
 
-        nearby: dict[LayoutChoice, None] = {}
-        for choice in _best(found, _REFINED):
-            for neighbor in refinements(config, choice, world_size):
-                if neighbor not in found:
-                    nearby[neighbor] = None
-        found |= predict_all(predictor.predict, list(nearby))
+        # 2. The neighbors of the best.
+        nearby = predictor.neighbors(found)
+        found |= predict_all(predict, nearby)
 
+        # 3. The best of all, with the whole model.
         finalists = _best(found, _FINALISTS)
         whole = predict_all(predictor.predict_whole, finalists)
-    others = {choice: found[choice] for choice in found if choice not in whole}
+    for choice in whole:
+        del found[choice]
     in_order = sorted(whole.values(), key=_rank_key)
-    in_order += sorted(others.values(), key=_rank_key)
+    in_order += sorted(found.values(), key=_rank_key)
     return SearchResult(in_order)
+
+
+def _with_recomputing(found: Predictions) -> list[LayoutChoice]:
+    """Return the layouts that do not fit, with all layers recomputed."""
+    choices = []
+    for choice, prediction in found.items():
+        if prediction.time is None:
+            choices.append(replace(choice, recompute=1.0))
+    return choices
 
 
 Predictions = dict[LayoutChoice, LayoutPrediction]
@@ -246,6 +264,10 @@ def _best(found: Predictions, count: int) -> list[LayoutChoice]:
     fitting = [one for one in found.values() if one.time is not None]
     fastest = sorted(fitting, key=_rank_key)[:count]
     return [prediction.choice for prediction in fastest]
+
+
+def _largest(peaks: Sequence[PeakMemory]) -> PeakMemory:
+    return max(peaks, key=lambda peak: peak.total)
 
 
 def _rank_key(prediction: LayoutPrediction) -> tuple[float, int]:
@@ -292,42 +314,6 @@ def _mean_depth(config: Config, pipeline_rank: int) -> float:
     depths = _stage_depths(config)
     own = [depths[stage] for stage in _stages_of(config, pipeline_rank)]
     return sum(own) / len(own)
-
-
-def _line(one: float, two: float, depth: float) -> int:
-    """Return the value at ``depth`` of the line through those at 1 and 2."""
-    return round(one + (two - one) * (depth - 1))
-
-
-def _at_depth(one: RankSeconds, two: RankSeconds, depth: float) -> RankSeconds:
-    """Return the times of a rank whose stages have ``depth`` layers."""
-
-    def line(first: float, second: float) -> float:
-        return first + (second - first) * (depth - 1)
-
-    stages = {}
-    for stage, seconds in one.stages.items():
-        deeper = two.stages[stage]
-        stages[stage] = StageSeconds(
-            line(seconds.forward, deeper.forward),
-            line(seconds.backward, deeper.backward),
-        )
-    busy = {}
-    for what, time in one.busy.items():
-        busy[what] = line(time, two.busy.get(what, time))
-    return RankSeconds(
-        stages=stages,
-        micro_batch=line(one.micro_batch, two.micro_batch),
-        exposed=_growing(one.exposed, two.exposed, depth),
-        last=_growing(one.last, two.last, depth),
-        busy=busy,
-    )
-
-
-def _growing(one: float, two: float, depth: float) -> float:
-    """Return the wait at ``depth``; where more layers hide more of it, the one at 2."""
-    growth = max(two - one, 0.0)
-    return two + growth * (depth - 2)
 
 
 def _renumbered(seconds: RankSeconds, config: Config, rank: int) -> RankSeconds:

@@ -56,16 +56,18 @@ class StreamTimes:
 
 def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
     """Return the time of a kernel: that of its operations or of its memory, whichever is longer."""
-    seconds = device.memory_seconds(kernel.nbytes)
-    if kernel.flops:
-        share = device.efficiencies.matrix
-        if kernel.kind is KernelKind.ATTENTION:
-            share = device.efficiencies.attention
-        elif kernel.size < _FULL_SIZE:
-            share *= max(kernel.size, 1) / _FULL_SIZE
-        products = device.product_seconds(kernel.flops, dtype, share)
-        seconds = max(seconds, products)
-    return max(seconds, device.launch_seconds)
+    in_memory = device.memory_seconds(kernel.nbytes)
+    shortest = max(in_memory, device.launch_seconds)
+    if kernel.flops == 0:
+        return shortest
+    share = device.efficiencies.matrix
+    if kernel.kind is KernelKind.ATTENTION:
+        share = device.efficiencies.attention
+    elif kernel.size < _FULL_SIZE:
+        used = max(kernel.size, 1)
+        share *= used / _FULL_SIZE
+    products = device.product_seconds(kernel.flops, dtype, share)
+    return max(shortest, products)
 
 
 def simulate(

@@ -123,13 +123,21 @@ def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
         UserError: the layout does not fit.
     """
     sizes = axis_sizes(config.parallel, world_size)
+    # Ranks of other axes do the same as those of this pipeline.
     ranks = []
     for pipeline_rank in range(sizes.pp):
         rank = pipeline_rank * sizes.ranks_per_stage
-        timeline = trace_timeline(config, world_size, rank)
-        ranks.append(time_rank(timeline, config, world_size, rank, device))
-    hop = hop_seconds(config, world_size, device)
-    return combine(ranks, config, world_size, hop)
+        seconds = rank_seconds(config, world_size, rank, device)
+        ranks.append(seconds)
+    return combine(ranks, config, world_size, device)
+
+
+def rank_seconds(
+    config: Config, world_size: int, rank: int, device: Device
+) -> RankSeconds:
+    """Trace a rank and predict how long it takes."""
+    timeline = trace_timeline(config, world_size, rank)
+    return time_rank(timeline, config, world_size, rank, device)
 
 
 def trace_timeline(config: Config, world_size: int, rank: int) -> RankTimeline:
@@ -243,7 +251,7 @@ def time_rank(
 
 
 def combine(
-    ranks: Sequence[RankSeconds], config: Config, world_size: int, hop: float
+    ranks: Sequence[RankSeconds], config: Config, world_size: int, device: Device
 ) -> StepTime:
     """Return the time of a step of a pipeline with these ranks."""
     count = config.data.micro_num
@@ -256,6 +264,7 @@ def combine(
             stages |= rank.stages
         in_order = [stages[number] for number in sorted(stages)]
         order = _action_order(config, world_size)
+        hop = hop_seconds(config, world_size, device)
         in_pipeline = pipeline_seconds(order, in_order, hop)
     update = max(rank.last for rank in ranks)
     busy = {what: seconds * count for what, seconds in slowest.busy.items()}
@@ -276,11 +285,16 @@ def hop_seconds(config: Config, world_size: int, device: Device) -> float:
     sizes = axis_sizes(config.parallel, world_size)
     if sizes.pp == 1:
         return 0.0
-    parallel_shards = sizes.tp
-    elements = config.data.packed_length * config.model.hidden_size
-    itemsize = 4 if config.model.dtype.endswith("32") else 2
-    nbytes = elements * itemsize // parallel_shards
-    nodes = 1 if sizes.ranks_per_stage < device.gpus_per_node else 2
+    model = config.model
+    elements = config.data.packed_length * model.hidden_size
+    itemsize = 2
+    if model.dtype.endswith("32"):
+        itemsize = 4
+    # Every mode of tensor parallelism sends a share of the hidden state.
+    nbytes = elements * itemsize // sizes.tp
+    nodes = 1
+    if sizes.ranks_per_stage >= device.gpus_per_node:
+        nodes = 2
     return device.transfer_seconds("send", nbytes, 2, nodes)
 
 
@@ -291,10 +305,12 @@ def axis_placements(
     sizes = axis_sizes(config.parallel, world_size)
     members_of = axis_members(sizes, rank)
     members_of["world"] = list(range(world_size))
+    per_node = device.gpus_per_node
     placements = {}
     for name, members in members_of.items():
-        nodes = {member // device.gpus_per_node for member in members}
-        placements[name] = AxisPlacement(len(members), len(nodes))
+        nodes = {member // per_node for member in members}
+        placement = AxisPlacement(len(members), len(nodes))
+        placements[name] = placement
     return placements
 
 

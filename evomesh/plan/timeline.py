@@ -100,12 +100,14 @@ class Timeline:
 
     def part(self, prefix: str) -> list[Event]:
         """Return the events of all sections whose name begins with ``prefix``."""
-        chosen = []
-        ends = [start for _, start in self.sections[1:]]
-        ends.append(len(self.events))
-        for (name, start), end in zip(self.sections, ends, strict=True):
+        # From behind: a section ends where the one after it begins.
+        chosen: list[Event] = []
+        end = len(self.events)
+        for name, start in reversed(self.sections):
             if name.startswith(prefix):
-                chosen += self.events[start:end]
+                section = self.events[start:end]
+                chosen = section + chosen
+            end = start
         return chosen
 
     def new_mark(self) -> int:
@@ -166,13 +168,16 @@ class RecordedStreams:
 
     def interface(self) -> SimpleNamespace:
         """Return what stands for a module like ``torch.cuda``."""
-        functions = dict(vars(torch.cpu))
-        functions["Stream"] = self._new_stream
-        functions["Event"] = self._new_event
-        functions["stream"] = self._use
-        functions["current_stream"] = lambda device=None: self._current[-1]
-        functions["current_device"] = lambda: 0  # torch.cpu returns a name
-        return SimpleNamespace(**functions)
+        module = SimpleNamespace(**vars(torch.cpu))
+        module.Stream = self._new_stream
+        module.Event = self._new_event
+        module.stream = self._use
+        module.current_stream = self._current_stream
+        module.current_device = lambda: 0  # torch.cpu returns a name
+        return module
+
+    def _current_stream(self, device: object = None) -> RecordedStream:
+        return self._current[-1]
 
     def _new_stream(self, priority: int = 0) -> RecordedStream:
         self._made += 1
@@ -199,8 +204,7 @@ class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._timeline = timeline
         self._streams = streams
-        axes = [grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica]
-        self._names = group_names(axes)
+        self._names = group_names(grid)
         # What arrives, by the address of its storage: the storage, so that no other gets
         # the address, and the end of the transfer.
         self._arriving: dict[int, tuple[torch.UntypedStorage, int]] = {}
@@ -243,28 +247,30 @@ class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         inputs = _tensors((args, kwargs))
-        for tensor in inputs:
-            arriving = self._arriving.pop(_key(tensor), None)
-            if arriving is not None:
-                self._timeline.events.append(Wait(self._streams.current, arriving[1]))
+        self._wait_for(inputs)
         outputs = _tensors(out)
         is_factory = not inputs and not _fills(func)
-        if is_factory or not outputs or func in _FREE:
+        if is_factory or func in _FREE:
             return
-        touched = {id(tensor): tensor for tensor in (*inputs, *outputs)}
-        nbytes = 0
-        for tensor in touched.values():
-            if tensor.is_meta:
-                nbytes += tensor.numel() * tensor.element_size()
+        nbytes = _bytes_on_device([*inputs, *outputs])
         if nbytes == 0:
             return  # on the host
         kind, flops = _work(func, args, kwargs, out)
         size = 0
         if kind is KernelKind.MATRIX:
-            shapes = [dim for tensor in inputs for dim in tensor.shape]
-            size = min(shapes)
+            size = min(min(tensor.shape) for tensor in inputs)
         kernel = Kernel(self._streams.current, kind, flops, nbytes, size)
         self._timeline.events.append(kernel)
+
+    def _wait_for(self, inputs: Sequence[Tensor]) -> None:
+        """Let the current stream wait for those inputs that are arriving."""
+        for tensor in inputs:
+            arriving = self._arriving.pop(_key(tensor), None)
+            if arriving is None:
+                continue
+            _, mark = arriving
+            wait = Wait(self._streams.current, mark)
+            self._timeline.events.append(wait)
 
 
 _aten = torch.ops.aten
@@ -280,6 +286,15 @@ _FREE = {
 }
 
 
+def _bytes_on_device(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of tensors on the meta device; one that is written in place counts once."""
+    total = 0
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        if tensor.is_meta:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
 def _fills(func: Any) -> bool:
     """Return whether an operator without tensors writes its result, as zeros does and empty does not."""
     return "empty" not in func.__name__
@@ -289,19 +304,22 @@ def _work(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> tuple[KernelKind, int]:
     """Return what bounds an operator, and the operations of its products."""
-    packet = func.overloadpacket
-    count = flop_registry.get(packet)
+    count = flop_registry.get(func.overloadpacket)
     if count is None:
         return KernelKind.MEMORY, 0
-    # The counters know the operators without their overloads that name a dtype or a result.
-    positional = [value for value in args if not isinstance(value, torch.dtype)]
-    named = {key: value for key, value in kwargs.items() if key != "out"}
+    # The counters do not know the overloads that name a dtype or a result.
+    positional = []
+    for value in args:
+        if not isinstance(value, torch.dtype):
+            positional.append(value)
+    named = dict(kwargs)
+    named.pop("out", None)
     named.pop("out_dtype", None)
     flops = int(count(*positional, **named, out_val=out))
-    name = func.__name__
-    if "attention" in name or "attn" in name:
-        return KernelKind.ATTENTION, flops
-    return KernelKind.MATRIX, flops
+    kind = KernelKind.MATRIX
+    if "attention" in func.__name__ or "attn" in func.__name__:
+        kind = KernelKind.ATTENTION
+    return kind, flops
 
 
 def _tensors(values: Any) -> list[Tensor]:

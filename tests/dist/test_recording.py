@@ -75,7 +75,7 @@ def record_step(rank: int, layout: Layout) -> Recorded:
         stages.schedule.train(batch, [1.0] * layout.packs, PLAIN, lambda *_: None)
 
     train()  # torch agrees on shapes once
-    names = group_names([grid.tp, grid.wp, grid.pp, grid.dp, grid.zero])
+    names = group_names(grid)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wait = schedules._wait_batch_p2p
