@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from evomesh.config.schema import Config
     from evomesh.parallel.traffic import TrafficLog
-    from evomesh.plan.device import Device
     from evomesh.plan.memory import PeakMemory
     from evomesh.plan.trace import RankMemory, StepTrace
 
@@ -30,6 +30,54 @@ WHERE = {
 }
 
 
+GpuMemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory",
+        min=1,
+        help="Memory of one GPU, in GiB; without it that of the device, or 80.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME|FILE",
+        help="Also predict the time of a step, on A100, A800, B200, H100, H200 or what a TOML file describes.",
+    ),
+]
+WriteOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--write", metavar="OUT.py", help="Write a config of the fastest layout."
+    ),
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--price", min=0, help="Price of one GPU for one hour, to show costs."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class RankPrediction:
+    """Prediction of one rank of a run.
+
+    Attributes:
+        peak: None for a custom model, whose activations are not counted.
+        step: None where no step was traced.
+    """
+
+    config: Config
+    gpus: int
+    rank: int
+    memory: RankMemory
+    peak: PeakMemory | None
+    step: StepTrace | None
+    warnings: list[str]
+
+
 def plan(
     config: Annotated[str, typer.Argument(help="A Python config file.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of processes in the run.")],
@@ -40,102 +88,53 @@ def plan(
             "--trace", help="Also trace one step: bytes sent, by axis of the grid."
         ),
     ] = False,
-    gpu_memory: Annotated[
-        float | None,
-        typer.Option(
-            "--gpu-memory",
-            min=1,
-            help="Memory of one GPU, in GiB; without it that of the device, or 80.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME|FILE",
-            help="Also predict the time of a step, on A100, A800, B200, H100, H200 or what a TOML file describes.",
-        ),
-    ] = None,
+    gpu_memory: GpuMemoryOption = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, as evomesh report reads."),
+    ] = False,
+    device: DeviceOption = None,
     search: Annotated[
         bool,
         typer.Option(
             "--search", help="Predict all layouts and show the fastest that fit."
         ),
     ] = False,
-    write: Annotated[
-        Path | None,
-        typer.Option(
-            "--write", metavar="OUT.py", help="Write a config of the fastest layout."
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object, as evomesh report reads."),
-    ] = False,
-    price: Annotated[
-        float | None,
-        typer.Option(
-            "--price", min=0, help="Price of one GPU for one hour, to show costs."
-        ),
-    ] = None,
+    write: WriteOption = None,
+    price: PriceOption = None,
     overrides: OverrideOption = None,
 ) -> None:
     """Predict memory, traffic and time of a run. Needs no GPU, no data and only one machine."""
     from rich.console import Console
 
-    from evomesh.config.layout import check_world
+    from evomesh.cli.plan_time import print_layouts, print_step, timed_device
     from evomesh.config.loader import load_config
-    from evomesh.config.size import parameter_count
-    from evomesh.plan.device import load_device
-    from evomesh.plan.memory import peak_memory
-    from evomesh.plan.trace import hold
-    from evomesh.plan.trace import trace as trace_step
 
-    if rank >= gpus:
-        raise UserError(
-            f"rank {rank} of {gpus} processes",
-            where="--rank",
-            expected=f"0 to {gpus - 1}",
-        )
-    _check_search(device, search, write, price)
-    known = load_device(device) if device is not None else None
-    capacity = gpu_memory or (known.memory_gib if known is not None else 80)
+    check_time_options(device, search, write, price)
+    timed = timed_device(device, gpu_memory)
     settings = load_config(config, overrides or []).config
-    warnings = check_world(settings, gpus)
-    step_trace = trace_step(settings, gpus, rank) if trace else None
-    memory = step_trace or hold(settings, gpus, rank)
-    peak = None
-    if parameter_count(settings.model) is not None:
-        peak = peak_memory(settings, gpus, rank)
+    prediction = _predict(settings, gpus, rank, trace)
     if as_json:
-        facts = _facts(settings, memory, peak, step_trace)
-        facts |= {"gpus": gpus, "rank": rank, "warnings": warnings}
+        facts = _facts(prediction)
         typer.echo(json.dumps(facts))
         return
-    lines = _describe_rank(settings, gpus, rank, memory)
-    lines += [f"warning: {warning}" for warning in warnings]
-    if peak is not None:
-        lines += _describe_peak(peak, settings, gpus, rank, capacity)
-    else:
-        lines.append("activations of a custom model are not counted")
-    if step_trace is None:
-        lines.append("--trace adds what one step sends")
     console = Console()
-    for line in lines:
-        console.print(line, highlight=False)
-    if step_trace is not None:
-        console.print(_traffic_table(step_trace.traffic))
-    if known is not None:
-        limited = known.model_copy(update={"memory_gib": capacity})
-        _print_times(console, settings, gpus, limited, price)
-        if search:
-            _search(console, settings, gpus, limited, price, config, write)
+    capacity = timed.memory_gib if timed is not None else gpu_memory or 80
+    _print_rank(console, prediction, capacity)
+    if timed is not None:
+        print_step(console, settings, gpus, timed, price)
+    if timed is not None and search:
+        print_layouts(console, settings, gpus, timed, price, config, write)
 
 
-def _check_search(
+def check_time_options(
     device: str | None, search: bool, write: Path | None, price: float | None
 ) -> None:
-    """Refuse options without the one that they belong to."""
+    """Refuse options without the one that they belong to.
+
+    Raises:
+        UserError: a search or a price without a device, a file without a search, or a file that exists.
+    """
     if device is None and (search or price is not None):
         raise UserError(
             "a prediction of time needs a device",
@@ -148,78 +147,77 @@ def _check_search(
             where="--write",
             expected="--search too",
         )
-
-
-def _print_times(
-    console: Console, config: Config, gpus: int, device: Device, price: float | None
-) -> None:
-    from evomesh.cli.plan_time import describe_step
-    from evomesh.plan.step_time import predict_step
-
-    time = predict_step(config, gpus, device)
-    for line in describe_step(time, device, price):
-        console.print(line, highlight=False)
-
-
-def _search(
-    console: Console,
-    config: Config,
-    gpus: int,
-    device: Device,
-    price: float | None,
-    path: str,
-    write: Path | None,
-) -> None:
-    """Print the fastest layouts, and write the first of them."""
-    import os
-
-    from evomesh.cli.plan_time import describe_nearest, layouts_table, write_layout
-    from evomesh.plan.search import LayoutPredictor
-    from evomesh.plan.search import search as search_layouts
-
     if write is not None and write.exists():
         raise UserError(f"{write} exists", where="--write", expected="a new file")
-    processes = len(os.sched_getaffinity(0))
-    predictor = LayoutPredictor(config, gpus, device)
-    with console.status("predicting layouts"):
-        result = search_layouts(predictor, processes)
-    total = len(result.predictions)
-    fitting = result.fitting
-    console.print(f"{total} layouts, of which {len(fitting)} fit", highlight=False)
-    if not fitting:
-        for line in describe_nearest(result, device):
-            console.print(line, highlight=False)
-        return
-    console.print(layouts_table(result, price))
-    if write is not None:
-        write_layout(fitting[0].choice, path, write)
-        console.print(f"wrote {write}", highlight=False)
 
 
-def _facts(
-    config: Config,
-    memory: RankMemory,
-    peak: PeakMemory | None,
-    step_trace: StepTrace | None,
-) -> dict[str, Any]:
+def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPrediction:
+    from evomesh.config.layout import check_world
+    from evomesh.config.size import parameter_count
+    from evomesh.plan.memory import peak_memory
+    from evomesh.plan.trace import hold
+    from evomesh.plan.trace import trace as trace_step
+
+    if rank >= gpus:
+        raise UserError(
+            f"rank {rank} of {gpus} processes",
+            where="--rank",
+            expected=f"0 to {gpus - 1}",
+        )
+    warnings = check_world(config, gpus)
+    step = trace_step(config, gpus, rank) if trace else None
+    memory = step or hold(config, gpus, rank)
+    peak = None
+    if parameter_count(config.model) is not None:
+        peak = peak_memory(config, gpus, rank)
+    return RankPrediction(config, gpus, rank, memory, peak, step, warnings)
+
+
+def _print_rank(
+    console: Console, prediction: RankPrediction, gpu_memory: float
+) -> None:
+    """Print what a rank holds and sends."""
+    lines = _describe_rank(prediction)
+    for warning in prediction.warnings:
+        lines.append(f"warning: {warning}")
+    if prediction.peak is None:
+        lines.append("activations of a custom model are not counted")
+    else:
+        lines += _describe_peak(prediction, prediction.peak, gpu_memory)
+    if prediction.step is None:
+        lines.append("--trace adds what one step sends")
+    for line in lines:
+        console.print(line, highlight=False)
+    if prediction.step is not None:
+        table = _traffic_table(prediction.step.traffic)
+        console.print(table)
+
+
+def _facts(prediction: RankPrediction) -> dict[str, Any]:
     """Return the prediction as JSON; sizes are in bytes."""
     from evomesh.config.size import parameter_count, tokens_per_step
 
+    config = prediction.config
+    memory = prediction.memory
     facts: dict[str, Any] = {
+        "gpus": prediction.gpus,
+        "rank": prediction.rank,
+        "warnings": prediction.warnings,
         "model_parameters": parameter_count(config.model),
         "tokens_per_step": tokens_per_step(config, memory.grid.dp.size),
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
     }
+    peak = prediction.peak
     if peak is not None:
         facts["peak"] = {
             "total": peak.total,
             "phase": peak.phase,
             "kinds": peak.kinds,
         }
-    if step_trace is not None:
-        facts["traffic"] = _traffic_rows(step_trace.traffic)
+    if prediction.step is not None:
+        facts["traffic"] = _traffic_rows(prediction.step.traffic)
     return facts
 
 
@@ -239,12 +237,14 @@ def _traffic_rows(traffic: TrafficLog) -> list[dict[str, Any]]:
     return rows
 
 
-def _describe_rank(
-    config: Config, gpus: int, rank: int, memory: RankMemory
-) -> list[str]:
+def _describe_rank(prediction: RankPrediction) -> list[str]:
     """Return three lines: the run, the rank's position in the grid, and what it holds."""
     from evomesh.config.size import parameter_count, tokens_per_step
 
+    config = prediction.config
+    memory = prediction.memory
+    rank = prediction.rank
+    gpus = prediction.gpus
     grid = memory.grid
     data = config.data
     count = parameter_count(config.model)
@@ -273,7 +273,7 @@ def _describe_rank(
 
 
 def _describe_peak(
-    peak: PeakMemory, config: Config, gpus: int, rank: int, gpu_memory: float
+    prediction: RankPrediction, peak: PeakMemory, gpu_memory: float
 ) -> list[str]:
     """Return the bytes at the peak of a step by kind, and whether a GPU has as many."""
     from evomesh.plan.memory import RESERVED
@@ -291,7 +291,7 @@ def _describe_peak(
     lines.append(
         f"does not fit in {gpu_memory:g} GiB by {missing:.1f} GiB, with {reserve}"
     )
-    changes = _changes_that_fit(config, gpus, rank, capacity)
+    changes = _changes_that_fit(prediction, capacity)
     if changes:
         lines.append(f"fits with any of: {'; '.join(changes)}")
     else:
@@ -299,7 +299,7 @@ def _describe_peak(
     return lines
 
 
-def _changes_that_fit(config: Config, gpus: int, rank: int, capacity: int) -> list[str]:
+def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
     from evomesh.plan.layout_choice import (
         choice_of,
         difference,
@@ -308,10 +308,12 @@ def _changes_that_fit(config: Config, gpus: int, rank: int, capacity: int) -> li
     )
     from evomesh.plan.memory import peak_memory
 
+    config = prediction.config
+    gpus = prediction.gpus
     now = choice_of(config, gpus)
     changes = []
     for choice in single_changes(config, now, gpus):
-        peak = peak_memory(with_choice(config, choice), gpus, rank)
+        peak = peak_memory(with_choice(config, choice), gpus, prediction.rank)
         if peak.missing(capacity) <= 0:
             changes.append(difference(now, choice))
     return changes
@@ -335,14 +337,11 @@ def _format_ranges(numbers: list[int]) -> str:
 def _traffic_table(traffic: TrafficLog) -> Table:
     from rich.table import Table
 
-    # One row for each operation on each axis, such as all_gather on tp.
     table = Table("operation", "axis", title="one step of this rank")
     for column in ("calls", "MiB"):
         table.add_column(column, justify="right")
-    sizes = traffic.nbytes()
-    counts = traffic.count()
-    for operation, axis in sorted(counts):
-        calls = counts[operation, axis]
-        mebibytes = sizes[operation, axis] / MIB
-        table.add_row(operation, axis, str(calls), f"{mebibytes:.3f}")
+    for row in _traffic_rows(traffic):
+        calls = str(row["calls"])
+        mebibytes = f"{row['bytes'] / MIB:.3f}"
+        table.add_row(row["operation"], row["axis"], calls, mebibytes)
     return table

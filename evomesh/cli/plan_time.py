@@ -1,15 +1,18 @@
-"""What ``evomesh plan`` says about time: the predicted step, the best layouts, and a config for the best one."""
+"""The part of ``evomesh plan`` that predicts time: a step, the fastest layouts, and a config of the fastest."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    from evomesh.config.schema import Config
     from evomesh.plan.device import Device
     from evomesh.plan.layout_choice import LayoutChoice
     from evomesh.plan.search import SearchResult
@@ -19,6 +22,68 @@ GIB = 2**30
 BEST = 10
 BILLION = 1e9
 SECONDS_PER_HOUR = 3600
+
+
+def timed_device(name: str | None, gpu_memory: float | None) -> Device | None:
+    """Load the device of a prediction, with another memory if one is given; None without a name.
+
+    Raises:
+        UserError: no such device.
+    """
+    from evomesh.plan.device import load_device
+
+    if name is None:
+        return None
+    device = load_device(name)
+    if gpu_memory is None:
+        return device
+    return device.model_copy(update={"memory_gib": gpu_memory})
+
+
+def print_step(
+    console: Console, config: Config, gpus: int, device: Device, price: float | None
+) -> None:
+    """Print the predicted time of a step."""
+    from evomesh.plan.step_time import predict_step
+
+    time = predict_step(config, gpus, device)
+    lines = describe_step(time, device, price)
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def print_layouts(
+    console: Console,
+    config: Config,
+    gpus: int,
+    device: Device,
+    price: float | None,
+    path: str,
+    write: Path | None,
+) -> None:
+    """Print the fastest layouts of a run, and write a config of the first of them.
+
+    Args:
+        path: of the config.
+    """
+    from evomesh.plan.search import LayoutPredictor, search
+
+    predictor = LayoutPredictor(config, gpus, device)
+    cores = os.sched_getaffinity(0)
+    with console.status("predicting layouts"):
+        result = search(predictor, len(cores))
+    fitting = result.fitting
+    total = len(result.predictions)
+    console.print(f"{total} layouts, of which {len(fitting)} fit", highlight=False)
+    if not fitting:
+        for line in describe_nearest(result, device):
+            console.print(line, highlight=False)
+        return
+    table = layouts_table(result, price)
+    console.print(table)
+    if write is not None:
+        write_layout(fitting[0].choice, path, write)
+        console.print(f"wrote {write}", highlight=False)
 
 
 def describe_step(time: StepTime, device: Device, price: float | None) -> list[str]:
@@ -44,11 +109,18 @@ def step_parts(time: StepTime) -> dict[str, float]:
 
     parts = {}
     for kind in KernelKind:
-        parts[kind.value] = time.busy.get(kind.value, 0.0)
-    parts["waiting for collectives"] = time.exposed
-    parts["waiting for other stages"] = time.bubble
-    parts["reducing, updating, gathering"] = time.update
-    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+        name = kind.value
+        if name in time.busy:
+            parts[name] = time.busy[name]
+    waits = {
+        "waiting for collectives": time.exposed,
+        "waiting for other stages": time.bubble,
+        "reducing, updating, gathering": time.update,
+    }
+    for name, seconds in waits.items():
+        if seconds > 0:
+            parts[name] = seconds
+    return parts
 
 
 def layouts_table(result: SearchResult, price: float | None) -> Table:

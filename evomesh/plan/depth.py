@@ -1,4 +1,4 @@
-"""What a rank takes and holds at any depth, on the line through two small depths: each layer adds the same."""
+"""Time and memory of a rank at any depth, on the line through two small depths: each layer adds the same."""
 
 from __future__ import annotations
 

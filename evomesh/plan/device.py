@@ -24,7 +24,7 @@ class _Table(BaseModel):
 
 
 class Rates(_Table):
-    """What one device computes: TFLOP/s of dense products by dtype, and GB/s of its memory."""
+    """Rates of one device: TFLOP/s of dense products by dtype, and GB/s of its memory."""
 
     bfloat16: float = Field(gt=0)
     float16: float = Field(gt=0)
@@ -42,7 +42,7 @@ class Links(_Table):
 
 
 class Efficiencies(_Table):
-    """Which share of a rate of the data sheet is reached, by kind of operation.
+    """Shares of the data sheet's rates that are reached, by kind of operation.
 
     The defaults are calibrated on InternEvo's 8-GPU measurements, see docs/plan.md.
     """

@@ -59,7 +59,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class TracedMemory:
-    """What a traced step of one rank held.
+    """Memory of a traced step of one rank.
 
     Attributes:
         held: bytes by kind that are there during the whole step.

@@ -44,7 +44,7 @@ def pipeline_seconds(
     while left:
         before = left
         for rank, actions in order.items():
-            # A rank goes on until it needs what no other has computed yet.
+            # A rank continues until it needs what no other has computed yet.
             while position[rank] < len(actions):
                 action = actions[position[rank]]
                 ready = _ready_at(action, done, hop, last)

@@ -56,7 +56,7 @@ _FINALISTS = 12
 
 @dataclass(frozen=True)
 class LayoutPrediction:
-    """What a layout needs and how fast it is; ``time`` is None for one that does not fit."""
+    """Memory and time of a layout; ``time`` is None for one that does not fit."""
 
     choice: LayoutChoice
     peak: PeakMemory
@@ -148,10 +148,12 @@ class LayoutPredictor:
         for rank in _different_ranks(choice.pipeline):
             traced[rank] = self._seconds(config, rank)
         in_order = []
-        for rank in range(choice.pipeline):
+        ranks = range(choice.pipeline)
+        for rank in ranks:
             like = _stand_in(rank, choice.pipeline)
-            seconds = _renumbered(traced[like], config, rank)
-            in_order.append(seconds)
+            seconds = traced[like]
+            own = _renumbered(seconds, config, rank)
+            in_order.append(own)
         return combine(in_order, config, self.world_size, self.device)
 
     def _held(self, config: Config) -> PeakMemory:

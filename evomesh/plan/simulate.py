@@ -35,7 +35,7 @@ class AxisPlacement:
 
 @dataclass
 class StreamTimes:
-    """How long the streams of a rank are busy, and when each has come to its end, in seconds.
+    """Times of the streams of a rank, in seconds.
 
     Attributes:
         busy: seconds by kind of kernel, and by operation and axis of transfers.

@@ -49,7 +49,7 @@ UPDATE = "update"
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """What one rank does with a micro-batch, with the last one, and in the update.
+    """Timeline of one rank in a micro-batch, in the last one, and in the update.
 
     Attributes:
         stages: global numbers of its stages.
@@ -123,10 +123,12 @@ def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
         UserError: the layout does not fit.
     """
     sizes = axis_sizes(config.parallel, world_size)
+    distance = sizes.ranks_per_stage
+    end = sizes.pp * distance
     # Ranks of other axes do the same as those of this pipeline.
+    pipeline = range(0, end, distance)
     ranks = []
-    for pipeline_rank in range(sizes.pp):
-        rank = pipeline_rank * sizes.ranks_per_stage
+    for rank in pipeline:
         seconds = rank_seconds(config, world_size, rank, device)
         ranks.append(seconds)
     return combine(ranks, config, world_size, device)

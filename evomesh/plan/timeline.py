@@ -33,7 +33,7 @@ COMPUTE = "compute"
 
 
 class KernelKind(Enum):
-    """What bounds a kernel."""
+    """Kind of a kernel, which says what bounds it."""
 
     MATRIX = "matrix products"
     ATTENTION = "attention"
