@@ -169,6 +169,7 @@ def weights_on_meta(streams: SimpleNamespace | None = None) -> Iterator[None]:
     Args:
         streams: None: those of the CPU, which do nothing.
     """
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     if streams is None:
@@ -177,6 +178,13 @@ def weights_on_meta(streams: SimpleNamespace | None = None) -> Iterator[None]:
     with (
         patch.object(torch, "meta", streams, create=True),
         patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
+        # From torch 2.15 on: it asks the stream for a number, which that of a CPU lacks.
+        patch.object(
+            _fsdp_collectives,
+            "record_grad_output_stream",
+            lambda buffer, stream: None,
+            create=True,
+        ),
     ):
         yield
 
