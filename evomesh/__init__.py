@@ -33,6 +33,7 @@ _HOMES = {
     # Extensions.
     "register_loader": "evomesh.checkpoint.loaders",
     "register_model": "evomesh.models.registry",
+    "register_tracker": "evomesh.config.trackers",
     # Watching a run.
     "AlertCenter": "evomesh.monitor.alerts.center",
     # Building blocks of custom models.
@@ -60,7 +61,7 @@ __all__ = [
     "InitialWeight", "LanguageModel", "LoadedConfig", "LoadedModel", "LossOutput", "ModelConfig", "Norm", "Placement",
     "RotaryEmbedding", "SamplingParams", "SequenceBounds", "StreamedToken", "UserError", "attend", "encode_prompt",
     "generate_tokens", "linear_cross_entropy", "load_config", "load_model", "parameter_dtype", "register_loader",
-    "register_model", "run_training", "stream_tokens",
+    "register_model", "register_tracker", "run_training", "stream_tokens",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from evomesh.checkpoint.restore import LoadedModel, load_model
     from evomesh.config.loader import LoadedConfig, load_config
     from evomesh.config.model import ModelConfig
+    from evomesh.config.trackers import register_tracker
     from evomesh.data.tokenizer import encode_prompt
     from evomesh.errors import ConfigError, UserError
     from evomesh.generate.decode import StreamedToken, generate_tokens, stream_tokens

@@ -15,7 +15,7 @@ from queue import Empty, Full, Queue
 from typing import Any
 
 from evomesh.config.redact import redact_text
-from evomesh.config.trackers import TRACKER_TYPES, TRACKERS
+from evomesh.config.trackers import TRACKER_TYPES, TRACKERS, custom_trackers
 from evomesh.errors import UserError
 from evomesh.monitor.trackers.tracker import TrackedRun, Tracker
 
@@ -28,6 +28,7 @@ _CLASSES = {
     "wandb": "evomesh.monitor.trackers.wandb_run:WandbTracker",
     "mlflow": "evomesh.monitor.trackers.mlflow_run:MlflowTracker",
     "swanlab": "evomesh.monitor.trackers.swanlab_run:SwanlabTracker",
+    "tensorboard": "evomesh.monitor.trackers.tensorboard_run:TensorBoardTracker",
 }
 
 
@@ -47,9 +48,9 @@ def build_tracker(setting: Mapping[str, Any]) -> Tracker:
             where=f"{TRACKERS}, type {kind!r}",
             fix="pip install 'evomesh[trackers]'",
         )
-    module, _, name = _CLASSES.get(kind, kind).partition(":")
     try:
-        tracker: Tracker = getattr(importlib.import_module(module), name)(**options)
+        tracker_class = custom_trackers.get(kind) or _import_class(kind)
+        tracker: Tracker = tracker_class(**options)
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(
             f"tracker {kind!r} cannot be used: {error}",
@@ -57,6 +58,14 @@ def build_tracker(setting: Mapping[str, Any]) -> Tracker:
             expected="MODULE:CLASS that can be imported and takes the other options",
         ) from None
     return tracker
+
+
+def _import_class(kind: str) -> Callable[..., Tracker]:
+    """Import the class of a known type, or that of MODULE:CLASS."""
+    module_name, _, name = _CLASSES.get(kind, kind).partition(":")
+    module = importlib.import_module(module_name)
+    tracker_class: Callable[..., Tracker] = getattr(module, name)
+    return tracker_class
 
 
 @contextmanager

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from evomesh.config import trackers
 from evomesh.config.redact import REDACTED, redact_text
+from evomesh.config.trackers import TrackerRegistry
 from evomesh.errors import UserError
 from evomesh.monitor.trackers import group
 from evomesh.monitor.trackers.group import TrackerGroup
@@ -164,6 +167,44 @@ def test_json_lines(tmp_path: Path) -> None:
         *("resume", "text", "scalars", "file", "finish"),
     ]
     assert events[3] == {"event": "scalars", "step": 1, "values": {"loss": 0.5}}
+
+
+def test_tensorboard_as_a_tracker(tmp_path: Path) -> None:
+    setting = {"type": "tensorboard", "folder": str(tmp_path / "boards")}
+    run(tmp_path, 0, setting, steps=3)
+    run(tmp_path, 2, setting, steps=2)
+    accumulator = EventAccumulator(str(tmp_path / "boards"))
+    accumulator.Reload()
+    losses = {event.step: event.value for event in accumulator.Scalars("loss")}
+    assert losses == pytest.approx({step: 1 / (step + 1) for step in range(4)})
+    assert b"hunter2pass" not in stored_bytes(tmp_path / "boards")
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> TrackerRegistry:
+    """Registry in which the test leaves nothing for others."""
+    fresh = TrackerRegistry()
+    monkeypatch.setattr(trackers, "custom_trackers", fresh)
+    monkeypatch.setattr(group, "custom_trackers", fresh)
+    return fresh
+
+
+def test_a_registered_class_is_a_type(
+    tmp_path: Path, registry: TrackerRegistry
+) -> None:
+    setting = {"type": "notes", "log": str(tmp_path / "log")}
+    [unknown] = trackers.tracker_findings([setting])
+    assert "register_tracker" in unknown.expected
+    registry.register("notes")(RecordingTracker)
+    assert list(trackers.tracker_findings([setting])) == []
+    run(tmp_path, 0, setting)
+    names = [call[0] for call in calls(tmp_path / "log")]
+    assert names == ["start", "text", "scalars", "scalars", "file", "finish"]
+
+
+def test_a_name_of_evomesh_cannot_be_registered(registry: TrackerRegistry) -> None:
+    with pytest.raises(ValueError, match="register another name"):
+        registry.register("jsonl")
 
 
 def stored_bytes(folder: Path) -> bytes:
