@@ -93,20 +93,15 @@ def _in_run_findings(data: DataConfig) -> Iterator[ConfigFinding]:
         ),
     }
     for key, (every_key, every, texts) in asked.items():
-        if texts is None:
-            if every > 0:
-                yield ConfigFinding(
-                    (every_key, key),
-                    f"{every_key}={every}, but {key} is not set",
-                    expected=f'{key}=["..."]',
-                )
-            continue
         if every <= 0:
+            continue  # switched off
+        if texts is None:
             yield ConfigFinding(
-                (key, every_key),
-                f"{key} is set, but never used",
-                expected=f"{every_key}=N, a number of steps",
+                (every_key, key),
+                f"{every_key}={every}, but {key} is not set",
+                expected=f'{key}=["..."]',
             )
+            continue
         if not texts or not all(texts):
             yield ConfigFinding(
                 (key,),

@@ -92,6 +92,8 @@ SWITCHES: tuple[Switch, ...] = (
         ("data.valid_folder", "data.valid_micro_num", "data.valid_min_length"),
         _is_not_positive,
     ),
+    Switch("data.sample_every", ("data.samples.*",), _is_not_positive),
+    Switch("data.eval_every", ("data.evaluation.*",), _is_not_positive),
     Switch(
         "parallel.pipeline.size",
         (

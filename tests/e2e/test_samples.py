@@ -127,7 +127,6 @@ def test_samples_are_recorded_and_change_no_bit_of_the_training_also_over_a_resu
     ("settings", "message"),
     [
         ("sample_every=5", "samples.prompts is not set"),
-        ('samples=dict(prompts=["a"])', "samples.prompts is set, but never used"),
         ("sample_every=5, samples=dict(prompts=[])", "at least one text"),
         (
             'sample_every=5, samples=dict(prompts=["a"]), tokenizer_path=None',
@@ -138,7 +137,7 @@ def test_samples_are_recorded_and_change_no_bit_of_the_training_also_over_a_resu
             "from 1 to 31: data.seq_len=32 has prompt and answer",
         ),
     ],
-    ids=["no prompts", "never", "empty", "no tokenizer", "too long"],
+    ids=["no prompts", "empty", "no tokenizer", "too long"],
 )
 def test_prompts_that_cannot_be_answered_are_refused_before_the_first_step(
     tmp_path: Path, run: Run, tokenizer: Path, settings: str, message: str
