@@ -2,7 +2,7 @@
 
 Command:   make train            (or: evomesh train configs/demo_chat.py, once configs/demo.py has been trained)
 Hardware:  2 CPU cores, 2 GiB of memory, about a minute
-Expect:    most answers about held-out names begin with the right module; README.md shows a whole run
+Expect:    answers begin with a module, for held-out names more often the right one than by always naming the same
 """
 
 import os
