@@ -271,7 +271,7 @@ def llama_shape(config: Config) -> dict[str, int | float | bool | str]:
 def row_batches(
     folder: Path, length: int, rows: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Yield batches of rows of the documents, laid end to end once and cut; the order is drawn for each pass."""
+    """Yield batches of rows of all texts, joined once and split evenly; each pass has its own order."""
     documents: list[list[int]] = []
     for path in sorted(folder.rglob("*.bin")):
         documents += [json.loads(line)["tokens"] for line in path.open()]
