@@ -29,6 +29,8 @@ OFF = {
     "no saving": ["ckpt=dict(enable_save_ckpt=False,checkpoint_every=0,keep_last=0,enable_internevo2hf_ckpt=True)"],
     "no images": ["data.is_multimodal=False", "data.vocab_file='v'", "data.image_folder='i'"],
     "no validation": ["data.valid_every=0", "data.valid_micro_num=0"],
+    "no samples": ["data.sample_every=0", "data.samples=dict(prompts=[],temperature=-1.0)"],
+    "no benchmarks": ["data.eval_every=0", "data.evaluation=dict(tasks=[],limit=0)"],
     "no dynamic NTK": ["model.use_dynamic_ntk_rope=False", "model.rope_scaling_factor=0.5"],
     "no rotary scaling": ["model.rope_scaling=dict(type='default',factor=-1,foo=2)"],
     "nothing to load": ["ckpt.load_ckpt_info=dict(path=None,content=3,ckpt_type=4)"],
@@ -78,6 +80,8 @@ def test_a_block_that_is_on_or_unknown_is_still_checked(
 @pytest.mark.parametrize(
     ("sets", "key"),
     [
+        (["data.samples.prompts=['Hello']"], "data.samples.prompts"),
+        (["data.evaluation.tasks=['arc.yaml']"], "data.evaluation.tasks"),
         (["model.rope_scaling_factor=2.0"], "model.rope_scaling_factor"),
         (["data.shm_path='/tmp/x'"], "data.shm_path"),
         (["data.valid_folder='v'"], "data.valid_folder"),

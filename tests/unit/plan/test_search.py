@@ -58,6 +58,20 @@ def test_every_layout_is_allowed_once_and_has_the_tokens_of_the_config() -> None
     assert {choice.pipeline for choice in choices} == {1, 2, 4}
 
 
+def test_layouts_that_would_change_the_tokens_of_a_step_are_left_out() -> None:
+    """12 packs in a step: 8 data-parallel ranks cannot share them evenly."""
+    start = config({"tensor": {"size": 2, "mode": "mtp"}})
+    data = start.data.model_copy(update={"micro_num": 3})
+    start = start.model_copy(update={"data": data})
+    tokens = tokens_per_step(start, 4)
+    sizes = set()
+    for choice in base_choices(start, 8, gpus_per_node=8):
+        dp = axis_sizes(with_choice(start, choice).parallel, 8).dp
+        assert tokens_per_step(with_choice(start, choice), dp) == tokens
+        sizes.add(dp)
+    assert sizes == {1, 2, 4}
+
+
 def test_neighbors_keep_the_tokens_of_a_step() -> None:
     start = config({"pipeline": {"size": 2}})
     now = choice_of(start, 4)

@@ -19,7 +19,16 @@ from evomesh.plan.step_time import (
     time_rank,
     trace_timeline,
 )
-from evomesh.plan.timeline import Kernel, KernelKind, Transfer
+from evomesh.plan.timeline import (
+    COMPUTE,
+    Kernel,
+    KernelKind,
+    Mark,
+    RecordedStreams,
+    Timeline,
+    Transfer,
+    Wait,
+)
 
 T, D, F, V, L = 2048, 256, 704, 4000, 4
 LINEAR = L * (4 * D * D + 3 * D * F)
@@ -109,6 +118,20 @@ def test_gradients_are_reduced_during_backward_where_the_config_says_so() -> Non
     (late, late_seconds), (early, early_seconds) = times
     assert late > early
     assert early_seconds < late_seconds
+
+
+def test_what_streams_wait_for_is_written_down() -> None:
+    timeline = Timeline()
+    device = RecordedStreams(timeline).interface()
+    side = device.Stream()
+    side.wait_stream(device.current_stream())
+    with device.stream(side):
+        event = device.Event().record()
+    device.current_stream().wait_event(event)
+    assert timeline.events == [
+        *(Mark(COMPUTE, 1), Wait("stream 1", 1)),
+        *(Mark("stream 1", 2), Wait(COMPUTE, 2)),
+    ]
 
 
 def test_axes_are_placed_on_nodes_of_adjacent_ranks() -> None:
