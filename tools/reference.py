@@ -127,8 +127,7 @@ GROUPS = (
         "其他系统的格式",
         {
             "evomesh convert to-hf": "把检查点导出为 Hugging Face 文件夹。",
-            "evomesh convert from-hf": "把 Hugging Face 文件夹导入为检查点，只有权重："
-            "Llama、Qwen2、Qwen3、Mistral 或 InternLM。",
+            "evomesh convert from-hf": "把 Hugging Face 文件夹导入为检查点，只有权重。",
             "evomesh convert check": "检查模型文件夹是否可以用于推理。",
             "evomesh convert push": "把模型文件夹上传到 Hugging Face hub。",
             "evomesh convert from-internevo": "导入以任意并行方式保存的 InternEvo 检查点。",

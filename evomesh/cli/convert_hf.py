@@ -86,8 +86,9 @@ OutArgument = Annotated[
 ArchOption = Annotated[
     str | None,
     typer.Option(
-        help="llama, qwen2, qwen3, mistral, olmo2, phi3, smollm3 (built into transformers) or internlm2, "
-        "internlm3, baichuan (names and settings of their remote code) [default: the model's own, else llama]."
+        help="llama, qwen2, qwen3, mistral, olmo2, phi3, smollm3, gemma, gemma2, gemma3_text (built into transformers) "
+        "or internlm2, internlm3, baichuan (names and settings of their remote code) "
+        "[default: the model's own, else llama]."
     ),
 ]
 DtypeOption = Annotated[
@@ -176,7 +177,11 @@ def from_hf(
         bool, typer.Option(help="Compare logits with transformers.")
     ] = True,
 ) -> None:
-    """Import a Hugging Face folder as a checkpoint, weights only: Llama, Qwen2, Qwen3, Mistral or InternLM."""
+    """Import a Hugging Face folder as a checkpoint, weights only.
+
+    Reads folders whose model_type is llama, qwen2, qwen3, mistral, olmo2, phi3, smollm3, gemma, gemma2, gemma3_text,
+    baichuan, internlm, internlm2 or internlm3.
+    """
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
     convert(hf, out, dtype, compare, print)

@@ -106,8 +106,8 @@ REFUSED: dict[str, Refusal] = {
     "model.is_reward": Refusal("reward models are not part of evomesh"),
     "model.deepnorm": Refusal("DeepNorm is not part of evomesh"),
     "model.max_window_layers": Refusal(
-        "a window in some layers only is not part of evomesh",
-        "set model.use_sliding_window=False",
+        "model.layer_types says which layers have a window",
+        "set model.layer_types, or model.use_sliding_window=False",
     ),
     "model.moe_use_residual": _EXPERTS,
     "model.num_experts": replace(_EXPERTS, accepted=(1,)),
