@@ -4,7 +4,7 @@
 
 All that stands in the section was printed by this very run. The texts count in English, so that a small model soon
 knows them, and one of them is a page whose encoding was broken again and again. A seed of the data order is searched
-with which it is read in the middle of the run.
+with which it is read in the middle of the run. The Chinese page gets the same blocks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from evomesh.config.loader import load_config
-from evomesh.data.packing.ledger import StepLedger
-from evomesh.data.packing.staged import open_training_corpus
-
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/spikes.md"
+sys.path.insert(0, str(ROOT))
+# After the path is set.
+from evomesh.config.loader import load_config  # noqa: E402
+from evomesh.data.packing.ledger import StepLedger  # noqa: E402
+from evomesh.data.packing.staged import open_training_corpus  # noqa: E402
+from tests.support.pages import BLOCK, DOCS, Page  # noqa: E402
+from tools.translations import mark  # noqa: E402
+
+PAGE = Page(DOCS / "spikes.md")
 TITLE = "## A poisoned document\n"
 STEPS = 60
 WANTED_STEPS = range(42, 54)
@@ -64,6 +68,7 @@ SPIKE = 'spike = dict(policy="rollback_and_skip", min_steps=16, window=16)\n'
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+\t\w+ \S+ in \S+ -- (.*)")
 SHOWN = re.compile(r"is a spike|micro-batches, most|^ |^layers|resuming step|left out:")
 NOT_SHOWN = re.compile(r"documents  tokens|tflops|embedding\.|data\.seed")
+SKIPPED = re.compile(r"data\.skip_batches=\d+")
 INTRODUCTION = """
 Written by `python tools/spike_transcript.py`: texts that count in English, and a page whose encoding was broken again
 and again. Every line is of one run; other lines of the log are left out, and long ones cut.
@@ -186,12 +191,24 @@ def transcript(demo: DemoFolder) -> str:
     )
 
 
+def update_translation() -> None:
+    """Give the Chinese page the blocks and the step of the English one."""
+    blocks = BLOCK.finditer(PAGE.text)
+    settings = SKIPPED.finditer(PAGE.prose)
+    path = PAGE.translation.path
+    text = BLOCK.sub(lambda _: next(blocks)[0], PAGE.translation.text)
+    text = SKIPPED.sub(lambda _: next(settings)[0], text)
+    path.write_text(text, encoding="utf-8")
+    mark(PAGE)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         section = transcript(DemoFolder(Path(name)))
         os.chdir(ROOT)
-    text = PAGE.read_text(encoding="utf-8").partition(TITLE)[0]
-    PAGE.write_text(f"{text.rstrip()}\n\n{section.rstrip()}\n", encoding="utf-8")
+    text = PAGE.text.partition(TITLE)[0]
+    PAGE.path.write_text(f"{text.rstrip()}\n\n{section.rstrip()}\n", encoding="utf-8")
+    update_translation()
 
 
 if __name__ == "__main__":
