@@ -15,14 +15,7 @@ from tools.cluster_transcript import TITLES, Transcript
 from tools.translations import with_chinese_punctuation
 
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
-ENGLISH_ONLY = {
-    "compatibility.md",
-    "performance.md",
-    "plan.md",
-    "recipes.md",
-    "reports.md",
-    "spikes.md",
-}
+ENGLISH_ONLY = {"plan.md"}
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
 
 

@@ -83,7 +83,7 @@ ROWS: tuple[DocumentRow, ...] = (
         "usage",
         "tools/alpaca_tokenizer.py",
         "differs",
-        "ids of <eoh> and <eoa> are the tokenizer's own; the split differs",
+        "ids of `<eoh>` and `<eoa>` are the tokenizer's own; the split differs",
         CHAT,
     ),
     DocumentRow(

@@ -214,8 +214,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("tools/tokenizer.py", "replaces its output; InternEvo appends to it"),
     (
         "tools/alpaca_tokenizer.py",
-        "<eoh>, <eoa> and the line break have the tokenizer's own ids, for V7_sft.model 103027, 103028 and 364, where "
-        "InternEvo's script writes 103167, 103166 and 13; --split_ratio holds out other records",
+        "`<eoh>`, `<eoa>` and the line break have the tokenizer's own ids, for V7_sft.model 103027, 103028 and 364, "
+        "where InternEvo's script writes 103167, 103166 and 13; --split_ratio holds out other records",
     ),
     ("log prefix", "names evomesh's files: report.py in step"),
     ("first checkpoint", "checkpoint_every=50 writes step 50 first, not 49"),
