@@ -8,7 +8,7 @@ part of it, and neither are the places where a run keeps its files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ NAMES_OF_RUN = (
 )
 TIMES = (TGS, "tflops", "fwd_bwd_time")
 FIRST_FIGURES = ("loss", "grad_norm", "lr")  # named first where several differ
-SOFTWARE = ("evomesh", "revision", "dirty", "digest", "torch", "python")
 CODE = ("evomesh", "revision", "dirty", "digest")
+VERSIONS = ("torch", "python")
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,36 @@ def _compare_facts(comparison: RunComparison, first: Row, second: Row) -> None:
     if not first or not second:
         comparison.unknown = ["config", "data", "code", "versions", "layout"]
         return
-    settings = [flat(facts.get("config") or {}) for facts in (first, second)]
-    _add_differences(comparison, "config", *settings)
-    files = [_data_facts(facts) for facts in (first, second)]
-    _add_differences(comparison, "data", *files)
-    versions = [facts.get("software") or {} for facts in (first, second)]
-    for name in SOFTWARE:
-        part = "code" if name in CODE else "versions"
-        values = [{name: software.get(name)} for software in versions]
-        _add_differences(comparison, part, *values)
-    layouts = [_layout_facts(facts) for facts in (first, second)]
-    _add_differences(comparison, "layout", *layouts)
+    facts_of_part = {
+        "config": _config_facts,
+        "data": _data_facts,
+        "code": _code_facts,
+        "versions": _version_facts,
+        "layout": _layout_facts,
+    }
+    for part, of_start in facts_of_part.items():
+        ours = of_start(first)
+        theirs = of_start(second)
+        _add_differences(comparison, part, ours, theirs)
+
+
+def _config_facts(facts: Row) -> Row:
+    """Return the values of the config by their dotted keys."""
+    return flat(facts.get("config") or {})
+
+
+def _code_facts(facts: Row) -> Row:
+    return _software_facts(facts, CODE)
+
+
+def _version_facts(facts: Row) -> Row:
+    return _software_facts(facts, VERSIONS)
+
+
+def _software_facts(facts: Row, names: Sequence[str]) -> Row:
+    """Return what a start recorded of its software under these names."""
+    software = facts.get("software") or {}
+    return {name: software.get(name) for name in names}
 
 
 def _data_facts(facts: Row) -> Row:
@@ -242,10 +261,12 @@ def _shown(value: Any) -> str:
 
 
 def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    match value:
+        case dict():
+            return {key: _strict(item) for key, item in value.items()}
+        case list():
+            return [_strict(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case _:
+            return value

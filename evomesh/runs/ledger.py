@@ -57,9 +57,13 @@ def open_run_data(path: str) -> RunData:
 def untrained_steps(rows: Iterable[Mapping[str, Any]]) -> set[int]:
     """Return the steps that made no update: those left out, and spikes whose last try made none."""
     rows = list(rows)
-    was_applied: dict[int, bool] = {}
+    without_update: set[int] = set()
     for row in rows:
-        if row["event"] == "spike" and type(row.get("step")) is int:
-            was_applied[row["step"]] = row.get("applied") is not False
-    without_update = {step for step, applied in was_applied.items() if not applied}
+        step = row.get("step")
+        if row["event"] != "spike" or type(step) is not int:
+            continue
+        # The last try of a step decides.
+        without_update.discard(step)
+        if row.get("applied") is False:
+            without_update.add(step)
     return left_out_steps(rows) | without_update

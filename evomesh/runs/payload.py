@@ -25,6 +25,9 @@ from evomesh.runs.times import TimeAccount, account_for
 
 MAX_POINTS = 200_000  # of a figure; beyond, pairs of lowest and highest are kept
 MAX_ALERTS = 500  # the newest
+# What the page shows of how a run was started.
+START_FACTS = ("command", "folder", "host", "device", "world_size")
+SOFTWARE_FACTS = ("evomesh", "revision", "dirty", "digest", "torch", "python")
 MAX_TYPES = 40  # types of data, validation sets, of each figure
 PREFIXES = ("loss/", "tokens/", "acc/", "val/", "eval/")
 PLAIN_FIGURES = (
@@ -47,32 +50,42 @@ def payload_of(runs: Sequence[RunFiles], now: float, *, live: bool = False) -> R
     secrets = secret_values(os.environ)
     entries = []
     for run in runs:
-        entry = _redacted(_run_entry(run, now), secrets)
+        entry = _run_entry(run, now)
+        entry = _redacted(entry, secrets)
         # After redaction: megabytes of base64, in which no text is hidden.
         entry |= _columns(run)
         entries.append(entry)
-    return {"written": now, "live": live, "runs": entries}
+    return {
+        "written": now,
+        "live": live,
+        "runs": entries,
+    }
 
 
 def _columns(run: RunFiles) -> Row:
     columns = run.columns()
-    figures = _shown_figures(columns) | _history_figures(run)
+    figures = _shown_figures(columns)
+    figures |= _history_figures(run)
     speed = _speed(columns, run.world_size)
     if speed is not None:
         figures["speed"] = speed
-    steps: dict[str, int] = {}
+    places: dict[str, int] = {}
     encoded = {}
-    for name, item in figures.items():
-        x, y = encode_column(item)
+    for name, figure in figures.items():
+        steps, values = encode_column(figure)
         # Most figures are of all steps, whose numbers are stored once.
-        place = steps.setdefault(x, len(steps))
-        encoded[redact_text(name)] = {"x": place, "y": y}
-    return {"steps": list(steps), "columns": encoded}
+        place = places.setdefault(steps, len(places))
+        shown_name = redact_text(name)
+        encoded[shown_name] = {"x": place, "y": values}
+    return {"steps": list(places), "columns": encoded}
 
 
 def _run_entry(run: RunFiles, now: float) -> Row:
     columns = run.columns()
     account = account_for(run.starts)
+    memory = _history_figures(run).get("memory")
+    alerts = run.alerts[-MAX_ALERTS:]
+    data = _mapping(run.facts.get("data"))
     return {
         "name": _name_of(run),
         "folder": str(run.folder.resolve()),
@@ -82,10 +95,10 @@ def _run_entry(run: RunFiles, now: float) -> Row:
         "skipped": _not_finite(run),
         "spikes": spike_rows(run),
         "samples": sample_rows(run),
-        "predictions": prediction_rows(run, _history_figures(run).get("memory")),
-        "alerts": [_alert(row) for row in run.alerts[-MAX_ALERTS:]],
+        "predictions": prediction_rows(run, memory),
+        "alerts": [_alert(row) for row in alerts],
         "data": _data_rows(run),
-        "fingerprint": _mapping(run.facts.get("data")).get("hash"),
+        "fingerprint": data.get("hash"),
         "facts": _facts(run),
         "config": _config_rows(run.facts),
         "unreadable": run.unreadable,
@@ -126,13 +139,26 @@ def _history_figures(run: RunFiles) -> dict[str, Column]:
     figures: dict[str, Column] = {}
     for step in sorted(last):
         row = last[step]
-        values = {"seconds": row.get("seconds"), "memory": row.get("memory")}
-        values["wait"] = _mapping(row.get("phases")).get("data wait")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                column = figures.setdefault(name, Column())
-                column.steps.append(step)
-                column.values.append(float(value))
+        known = _step_figures(row)
+        for name, value in known.items():
+            column = figures.setdefault(name, Column())
+            column.steps.append(step)
+            column.values.append(value)
+    return figures
+
+
+def _step_figures(row: Row) -> dict[str, float]:
+    """Return what a line of the history says of a step's time and memory."""
+    phases = _mapping(row.get("phases"))
+    named = {
+        "seconds": row.get("seconds"),
+        "memory": row.get("memory"),
+        "wait": phases.get("data wait"),
+    }
+    figures: dict[str, float] = {}
+    for name, value in named.items():
+        if isinstance(value, int | float):
+            figures[name] = float(value)
     return figures
 
 
@@ -158,22 +184,31 @@ def _as_text(numbers: np.ndarray) -> str:
 
 
 def reduce_points(
-    steps: np.ndarray, values: np.ndarray, count: int
+    steps: np.ndarray,
+    values: np.ndarray,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return at most ``count`` points: of each stretch of steps its lowest and its highest value."""
     stretches = count // 2
-    bounds = np.linspace(0, len(steps), stretches + 1).astype(np.int64)
+    bounds = np.linspace(0, len(steps), stretches + 1)
+    whole_bounds = bounds.astype(int)
     kept: list[int] = []
-    for begin, stop in itertools.pairwise(bounds):
+    for begin, stop in itertools.pairwise(whole_bounds):
         part = values[begin:stop]
-        if np.isnan(part).all():
-            kept.append(int(begin))
-            continue
-        lowest = int(begin + np.nanargmin(part))
-        highest = int(begin + np.nanargmax(part))
-        kept += sorted({lowest, highest})
-    positions = np.asarray(kept)
-    return steps[positions], values[positions]
+        for position in _extremes(part):
+            kept.append(begin + position)
+    kept_steps = steps[kept]
+    kept_values = values[kept]
+    return kept_steps, kept_values
+
+
+def _extremes(values: np.ndarray) -> list[int]:
+    """Return the positions of the lowest and the highest value in order; the first one where all are NaN."""
+    if np.isnan(values).all():
+        return [0]
+    lowest = int(np.nanargmin(values))
+    highest = int(np.nanargmax(values))
+    return sorted({lowest, highest})
 
 
 def _summary(
@@ -218,14 +253,16 @@ def _total_steps(run: RunFiles) -> int:
 def _summary_of_figures(columns: Mapping[str, Column], world_size: int) -> Row:
     """Return last and lowest loss and the usual speed, as far as they are known."""
     summary: Row = {}
-    losses = columns.get("loss", Column()).values
-    finite = [value for value in losses if math.isfinite(value)]
+    losses = columns.get("loss", Column())
+    finite = list(filter(math.isfinite, losses.values))
     if finite:
         summary["loss"] = finite[-1]
         summary["lowest_loss"] = min(finite)
-    if TGS in columns:
-        median = float(np.median(columns[TGS].values))
-        summary["speed"] = median * world_size
+    speeds = columns.get(TGS)
+    if speeds is not None:
+        median = float(np.median(speeds.values))
+        speed = median * world_size
+        summary["speed"] = speed
     return summary
 
 
@@ -288,26 +325,39 @@ def _data_rows(run: RunFiles) -> list[Row]:
 
 def _facts(run: RunFiles) -> Row:
     facts = run.facts
-    software = _mapping(facts.get("software"))
-    shown: Row = {}
-    for name in ("command", "folder", "host", "device", "world_size"):
-        shown[name] = facts.get(name)
+    shown = _known(facts, START_FACTS)
     layout = _mapping(facts.get("layout"))
-    shown["layout"] = " ".join(f"{axis}={size}" for axis, size in layout.items())
-    for name in ("evomesh", "revision", "dirty", "digest", "torch", "python"):
-        shown[name] = software.get(name)
-    return {name: value for name, value in shown.items() if value not in (None, "")}
+    if layout:
+        sizes = [f"{axis}={size}" for axis, size in layout.items()]
+        shown["layout"] = " ".join(sizes)
+    software = _mapping(facts.get("software"))
+    shown |= _known(software, SOFTWARE_FACTS)
+    return shown
+
+
+def _known(facts: Mapping[str, Any], names: Sequence[str]) -> Row:
+    """Return those of the named facts that are recorded and not empty."""
+    known: Row = {}
+    for name in names:
+        value = facts.get(name)
+        if value not in (None, ""):
+            known[name] = value
+    return known
 
 
 def _config_rows(facts: Row) -> list[list[str]]:
     """Return key, value and origin of every value of the config."""
+    config = _mapping(facts.get("config"))
     origins = _mapping(facts.get("origins"))
     secrets = secret_values(os.environ)
     rows = []
-    for key, value in flat(_mapping(facts.get("config"))).items():
-        text = value if isinstance(value, str) else repr(value)
+    for key, value in flat(config).items():
+        text = value
+        if not isinstance(value, str):
+            text = repr(value)
         shown = redact_setting(key, text, secrets)
-        rows.append([key, shown, origin_of(key, origins)])
+        origin = origin_of(key, origins)
+        rows.append([key, shown, origin])
     return rows
 
 
@@ -326,7 +376,9 @@ def flat(value: Any, key: str = "") -> Row:
         return {key: value} if key else {}
     leaves: Row = {}
     for name, item in value.items():
-        inner = f"{key}.{name}" if key else name
+        inner = name
+        if key:
+            inner = f"{key}.{name}"
         leaves |= flat(item, inner)
     return leaves
 
@@ -337,15 +389,20 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _redacted(value: Any, secrets: Sequence[str]) -> Any:
     """Return JSON without secrets and with NaN and infinity, which it does not have, as None."""
-    if isinstance(value, dict):
-        return {str(key): _redacted(item, secrets) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redacted(item, secrets) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return _redacted_text(value, secrets)
-    return value
+    match value:
+        case dict():
+            redacted = {}
+            for key, item in value.items():
+                redacted[str(key)] = _redacted(item, secrets)
+            return redacted
+        case list() | tuple():
+            return [_redacted(item, secrets) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case str():
+            return _redacted_text(value, secrets)
+        case _:
+            return value
 
 
 def _redacted_text(text: str, secrets: Sequence[str]) -> str:

@@ -105,15 +105,19 @@ def plan_replay(run: RunFiles, step: int, layout: str, scratch: Path) -> ReplayP
     dp = axis_sizes(original.parallel, int(facts["world_size"])).dp
     _enter(str(facts.get("folder", "")))
     first_step, checkpoint = _checkpoint_before(original, step)
-    is_same = config.parallel == original.parallel
+    # The same layout repeats to the bit.
+    bound = 0.0
+    if config.parallel != original.parallel:
+        bound = BOUNDS[config.model.dtype]
+    quiet = _quiet(config, scratch, checkpoint)
     return ReplayPlan(
         run=run,
         step=step,
-        config=_without_spikes(_quiet(config, scratch, checkpoint), run.folder, step),
+        config=_without_spikes(quiet, run.folder, step),
         ranks=_ranks_with(config, dp),
         first_step=first_step,
         checkpoint=checkpoint,
-        bound=0.0 if is_same else BOUNDS[config.model.dtype],
+        bound=bound,
         folder=scratch,
     )
 
@@ -244,15 +248,21 @@ def _without_spikes(config: Config, folder: Path, step: int) -> Config:
 
     That one is computed as it was, and a run that then stopped or went back does neither.
     """
-    earlier = {one for one in left_out_steps(read_spikes(folder)) if one < step}
     listed = config.data.skip_batches
-    added = [(one, one) for one in earlier if one not in listed]
-    steps = StepRanges(tuple(sorted([*listed.ranges, *added])))
-    policy = "skip" if config.spike.holds_back else config.spike.policy
-    sections = {
-        "data": config.data.model_copy(update={"skip_batches": steps}),
-        "spike": config.spike.model_copy(update={"policy": policy}),
-    }
+    ranges = list(listed.ranges)
+    rows = read_spikes(folder)
+    for left_out in left_out_steps(rows):
+        is_earlier = left_out < step
+        if is_earlier and left_out not in listed:
+            one_step = (left_out, left_out)
+            ranges.append(one_step)
+    ranges.sort()
+    skipped = StepRanges(tuple(ranges))
+    data = config.data.model_copy(update={"skip_batches": skipped})
+    spike = config.spike
+    if spike.holds_back:
+        spike = spike.model_copy(update={"policy": "skip"})
+    sections = {"data": data, "spike": spike}
     return config.model_copy(update=sections)
 
 
@@ -269,15 +279,19 @@ def compare_replay(plan: ReplayPlan) -> ReplayResult:
     """Compare what the replay logged into its folder with what the run logged."""
     again = read_run(plan.folder).rows
     result = ReplayResult()
+    logged = plan.run.rows
     for step in range(plan.first_step, plan.step + 1):
-        if step not in again or step not in plan.run.rows:
+        if step not in again or step not in logged:
             continue
         result.steps.append(step)
-        differences = list(figure_differences(step, plan.run.rows[step], again[step]))
-        for one in differences:
-            result.largest = max(result.largest, one.relative)
+        beyond = []
+        for difference in figure_differences(step, logged[step], again[step]):
+            result.largest = max(result.largest, difference.relative)
+            if _is_beyond(difference, plan):
+                beyond.append(difference)
+        # Later steps follow from the first that differs.
         if not result.differing:
-            result.differing = [one for one in differences if _is_beyond(one, plan)]
+            result.differing = beyond
     return result
 
 

@@ -80,19 +80,22 @@ def account_for(starts: Sequence[StartRecord]) -> TimeAccount | None:
     """Return where the time went, None if the run has no history."""
     if not starts:
         return None
-    account = TimeAccount(causes=dict.fromkeys(CAUSES, 0.0))
-    account.wall = max(0.0, starts[-1].last_time - starts[0].began)
+    wall = starts[-1].last_time - starts[0].began
+    causes = dict.fromkeys(CAUSES, 0.0)
+    account = TimeAccount(max(0.0, wall), causes)
     for index, start in enumerate(starts):
+        later = starts[index + 1 :]
+        first_steps = [other.first_step for other in later]
         # Steps from here on were lost with the start, and done again by a later one.
-        later = [other.first_step for other in starts[index + 1 :]]
-        lost_from = min(later, default=None)
+        lost_from = min(first_steps, default=None)
+        _count_steps(account, start, lost_from)
         cost = _cost_of_start(index, starts)
         account.starts.append(cost)
-        _count_steps(account, start, lost_from)
-        account.causes["start"] += cost.starting
-        account.causes["down"] += cost.down
-    counted = sum(account.causes.values())
-    account.causes["other"] += max(0.0, account.wall - counted)
+        causes["start"] += cost.starting
+        causes["down"] += cost.down
+    counted = sum(causes.values())
+    not_counted = account.wall - counted
+    causes["other"] += max(0.0, not_counted)
     return account
 
 
@@ -141,11 +144,13 @@ def seconds_of_row(row: Row) -> float:
 def _starting_seconds(start: StartRecord) -> float:
     if start.steps:
         first = start.steps[0]
-        first_began = (number_of(first.get("time")) or start.began) - seconds_of_row(
-            first
-        )
-        return max(0.0, first_began - start.began)
-    return max(0.0, (number_of(start.facts.get("time")) or start.began) - start.began)
+        ended = number_of(first.get("time"))
+        seconds = seconds_of_row(first)
+    else:
+        ended = number_of(start.facts.get("time"))
+        seconds = 0.0
+    ready = (ended or start.began) - seconds
+    return max(0.0, ready - start.began)
 
 
 def _count_steps(

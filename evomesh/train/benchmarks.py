@@ -53,25 +53,42 @@ class RunHarnessModel(HarnessModel):
 
     def _score(self, batch: list[ScoringRequest]) -> dict[int, TextScore]:
         """Score requests in packs, of which each data-parallel rank takes its share."""
-        packs = self.passes.pack([request.inputs for request in batch])
-        # Weights may be sharded over these ranks: each makes as many passes.
-        dp = self.grid.dp
-        packs += packs[-1:] * (-len(packs) % dp.size)
-        own = packs[dp.rank :: dp.size]
+        texts = [request.inputs for request in batch]
+        packs = self.passes.pack(texts)
+        own = self._own_packs(packs)
+        labels = [_labels(pack, batch) for pack in own]
+        targets = self.passes.batch(own, labels)
         scores: dict[int, TextScore] = {}
 
         def read(index: int, output: LossOutput) -> None:
-            scores.update(_scores_of_pack(own[index], batch, output))
+            found = _scores_of_pack(own[index], batch, output)
+            scores.update(found)
 
-        labels = [_labels(pack, batch) for pack in own]
-        targets = self.passes.batch(own, labels)
         with this_process().phase(Place.FORWARD_BACKWARD):
-            self.passes.stages.schedule.evaluate(targets, read)
-        # The last stage has the losses.
-        for axis in (self.grid.pp, dp):
-            for others in all_gather_objects(dict(scores), axis):
-                scores |= others
-        return scores
+            schedule = self.passes.stages.schedule
+            schedule.evaluate(targets, read)
+        return self._of_all_ranks(scores)
+
+    def _of_all_ranks(self, scores: dict[int, TextScore]) -> dict[int, TextScore]:
+        """Return the scores of all data-parallel ranks, whose last stages have the losses."""
+        merged = dict(scores)
+        for axis in (self.grid.pp, self.grid.dp):
+            of_ranks = all_gather_objects(merged, axis)
+            merged = {}
+            for gathered in of_ranks:
+                merged |= gathered
+        return merged
+
+    def _own_packs(self, packs: list[TextPack]) -> list[TextPack]:
+        """Return the packs that this data-parallel rank scores.
+
+        Weights may be sharded over these ranks: each makes as many passes.
+        """
+        dp = self.grid.dp
+        missing = -len(packs) % dp.size
+        repeated = packs[-1:] * missing
+        shared = packs + repeated
+        return shared[dp.rank :: dp.size]
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -102,7 +119,8 @@ class RunHarnessModel(HarnessModel):
             sampling, stops = self._sampling_params(options)
             answer = self._growing_answer(prompt, sampling, number)
             growing.append(answer)
-            pending.append(PendingAnswer(stops))
+            wanted = PendingAnswer(stops)
+            pending.append(wanted)
 
         def end_at_stop_strings() -> None:
             for answer, wanted in zip(growing, pending, strict=True):
@@ -142,7 +160,9 @@ def _labels(pack: TextPack, requests: Sequence[ScoringRequest]) -> list[int]:
 
 
 def _scores_of_pack(
-    pack: TextPack, requests: Sequence[ScoringRequest], output: LossOutput
+    pack: TextPack,
+    requests: Sequence[ScoringRequest],
+    output: LossOutput,
 ) -> dict[int, TextScore]:
     losses = output.nll.double().tolist()
     correct = output.correct.tolist()
@@ -150,10 +170,11 @@ def _scores_of_pack(
     for number, end in zip(pack.texts, pack.ends, strict=True):
         request = requests[number]
         stop = end + 1
-        first = stop - len(request.targets)
-        total = -sum(losses[first:stop])
-        is_greedy = all(correct[first:stop])
-        scores[request.number] = TextScore(total, is_greedy)
+        targets = slice(stop - len(request.targets), stop)
+        total = -sum(losses[targets])
+        is_greedy = all(correct[targets])
+        score = TextScore(total, is_greedy)
+        scores[request.number] = score
     return scores
 
 
@@ -193,18 +214,27 @@ class BenchmarkRunner:
         facts: dict[str, str] = {}
         for task in self.tasks.tasks.values():
             digest = hashlib.sha256()
-            for doc in islice(task.eval_docs, self.section.limit):
-                digest.update(repr(doc).encode())
-            facts[f"the data of task {task.config.task}"] = digest.hexdigest()[:12]
+            examples = islice(task.eval_docs, self.section.limit)
+            for doc in examples:
+                content = repr(doc).encode()
+                digest.update(content)
+            name = f"the data of task {task.config.task}"
+            facts[name] = digest.hexdigest()[:12]
         return facts
 
     def scores(self) -> dict[str, float]:
         """Return the figures ``eval/TASK/METRIC`` of the weights as they are now, the same on all ranks."""
+        section = self.section
         with evaluated(self.module, self.model.passes.device):
             results = score_tasks(
-                self.model, self.tasks, self.section.num_fewshot, self.section.limit
+                self.model,
+                self.tasks,
+                section.num_fewshot,
+                section.limit,
             )
         figures = task_figures(results)
-        for axis in (self.grid.pp, self.grid.dp, self.grid.tp):
-            figures = all_gather_objects(figures, axis)[0]
+        grid = self.grid
+        for axis in (grid.pp, grid.dp, grid.tp):
+            of_ranks = all_gather_objects(figures, axis)
+            figures = of_ranks[0]
         return figures

@@ -77,8 +77,11 @@ def grow_answers(
         after_token: called after each round of tokens; may end answers.
     """
     while running := [answer for answer in answers if not answer.finish]:
-        logits = passes.next_logits([answer.ids for answer in running])
-        chosen = None if logits is None else _choose(running, logits)
+        texts = [answer.ids for answer in running]
+        logits = passes.next_logits(texts)
+        chosen = None
+        if logits is not None:
+            chosen = _choose(running, logits)
         tokens = passes.agree(chosen, len(running))
         for answer, token in zip(running, tokens, strict=True):
             answer.append(token)
@@ -86,16 +89,21 @@ def grow_answers(
             after_token()
 
 
-def _choose(answers: Sequence[GrowingAnswer], logits: Tensor) -> list[int]:
+def _choose(
+    answers: Sequence[GrowingAnswer],
+    logits: Tensor,
+) -> list[int]:
     """Return the next token of each answer by its row of the logits [R, V]."""
-    if all(answer.sampler.sampling.greedy for answer in answers):
+    samplers = [answer.sampler for answer in answers]
+    if all(sampler.sampling.greedy for sampler in samplers):
         best: list[int] = logits.argmax(-1).tolist()
         return best
     on_host = logits.cpu()
-    return [
-        answer.sampler.next_token(row)
-        for answer, row in zip(answers, on_host, strict=True)
-    ]
+    chosen: list[int] = []
+    for sampler, row in zip(samplers, on_host, strict=True):
+        token = sampler.next_token(row)
+        chosen.append(token)
+    return chosen
 
 
 class PromptSampler:
@@ -128,19 +136,28 @@ class PromptSampler:
 
     def answers(self) -> list[PromptSample]:
         """Return an answer to each prompt by the weights as they are now."""
-        growing = []
+        growing: list[GrowingAnswer] = []
         for number, (_, ids) in enumerate(self.prompts):
-            length = self.sampling.max_total_length(len(ids), self.context_length)
-            sampler = TokenSampler(self.sampling, (self.sampling.seed, number))
-            growing.append(GrowingAnswer(list(ids), len(ids), length, sampler))
+            answer = self._growing_answer(number, ids)
+            growing.append(answer)
         with evaluated(self.module, self.passes.device):
             grow_answers(self.passes, growing)
-        samples = []
-        for (prompt, ids), answer in zip(self.prompts, growing, strict=True):
-            text = self.tokenizer.decode(answer.answer)
-            new_tokens = len(answer.ids) - len(ids)
-            samples.append(PromptSample(prompt, text, new_tokens, answer.finish))
-        return samples
+        return [self._sample(number, answer) for number, answer in enumerate(growing)]
+
+    def _sample(self, number: int, answer: GrowingAnswer) -> PromptSample:
+        """Return a finished answer as it is recorded."""
+        prompt, _ = self.prompts[number]
+        text = self.tokenizer.decode(answer.answer)
+        new_tokens = len(answer.ids) - answer.prompt_length
+        return PromptSample(prompt, text, new_tokens, answer.finish)
+
+    def _growing_answer(self, number: int, ids: Sequence[int]) -> GrowingAnswer:
+        """Return an answer to a prompt without tokens; each prompt has a separate stream of random numbers."""
+        length = len(ids)
+        longest = self.sampling.max_total_length(length, self.context_length)
+        stream = (self.sampling.seed, number)
+        sampler = TokenSampler(self.sampling, stream)
+        return GrowingAnswer(list(ids), length, longest, sampler)
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, context_length: int) -> list[int]:

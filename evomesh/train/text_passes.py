@@ -88,12 +88,18 @@ class TextPasses:
     def next_logits(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
         """Return the logits [R, V] of what follows each text, on the ranks with the last stage; None on others."""
         packs = self.pack(texts)
+        batch = self.batch(packs)
         logits: list[Tensor] = []
 
-        def read(index: int, model: Any, hidden: Tensor) -> None:
-            logits.append(self._logits_of_rows(model, hidden, packs[index].ends))
+        def read(
+            index: int,
+            model: Any,
+            hidden: Tensor,
+        ) -> None:
+            ends = packs[index].ends
+            found = self._logits_of_rows(model, hidden, ends)
+            logits.append(found)
 
-        batch = self.batch(packs)
         # Each batch counts as progress of this rank.
         with this_process().phase(Place.FORWARD_BACKWARD):
             self.stages.schedule.read(batch, read)
@@ -125,14 +131,17 @@ class TextPasses:
 
     def pack(self, texts: Sequence[Sequence[int]]) -> list[TextPack]:
         """Return packs of the texts in order, all of one length: that of training, unless a text is longer."""
-        packs = [TextPack()]
+        last = TextPack()
+        packs = [last]
         for number, ids in enumerate(texts):
-            together = len(packs[-1].tokens) + len(ids)
-            if packs[-1].texts and together > self.longest_pack:
-                packs.append(TextPack())
-            packs[-1].add_text(number, ids)
+            together = len(last.tokens) + len(ids)
+            if last.texts and together > self.longest_pack:
+                last = TextPack()
+                packs.append(last)
+            last.add_text(number, ids)
         longest = max(len(pack.tokens) for pack in packs)
-        length = -(-longest // self.multiple) * self.multiple
+        missing = -longest % self.multiple
+        length = longest + missing
         for pack in packs:
             pack.pad(length, self.segment)
         return packs
@@ -162,7 +171,12 @@ class TextPasses:
         )
         return batch.to(self.device)
 
-    def _logits_of_rows(self, model: Any, hidden: Tensor, rows: list[int]) -> Tensor:
+    def _logits_of_rows(
+        self,
+        model: Any,
+        hidden: Tensor,
+        rows: list[int],
+    ) -> Tensor:
         """Return the logits [R, V] of some rows of a pack's hidden states [T, D], or of this rank's part of them."""
         axis = self.grid.tp
         if not self.is_split or axis.size == 1:
@@ -170,20 +184,27 @@ class TextPasses:
             return logits
         # The head gathers the rows of all tensor ranks, of which each gives as many.
         whole = all_gather_no_grad(hidden, axis)
-        missing = -len(rows) % axis.size
-        chosen = whole[rows + rows[-1:] * missing]
-        own = axis.shard(range(len(chosen)))
-        gathered: Tensor = model.logits(chosen[own.start : own.stop])
-        return gathered[: len(rows)]
+        count = len(rows)
+        missing = -count % axis.size
+        repeated = rows[-1:] * missing
+        chosen = whole[rows + repeated]
+        own_rows = axis.shard(range(len(chosen)))
+        own = chosen[own_rows.start : own_rows.stop]
+        gathered: Tensor = model.logits(own)
+        return gathered[:count]
 
 
 def _bounds(packs: Sequence[TextPack], length: int) -> Tensor:
     """Return the bounds of the packs' segments, [M, K] int32; as many as a loader gives (see ``Batch``)."""
-    most_segments = max(len(pack.bounds) - 1 for pack in packs)
-    count = next_power_of_two(most_segments) + 1
+    most_bounds = max(len(pack.bounds) for pack in packs)
+    most_segments = most_bounds - 1
+    segments = next_power_of_two(most_segments)
+    count = segments + 1
     rows: list[list[int]] = []
     for pack in packs:
         missing = count - len(pack.bounds)
-        row = pack.bounds + [length] * missing
+        empty_segments = [length] * missing
+        row = list(pack.bounds)
+        row += empty_segments
         rows.append(row)
     return torch.tensor(rows, dtype=torch.int32)

@@ -22,6 +22,7 @@ UNFOLDED = (
     "layers",
     "models",
     "plan",
+    "runs",
     "serve",
     "storage",
 )
