@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ TIED_LAYOUTS: tuple[dict[str, Any], ...] = (
 )
 
 
+@functools.cache
 def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The whole tensor, a function of its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
