@@ -29,10 +29,7 @@ $(VENV)/.dev: $(VENV)/.core
 	@touch $@
 
 train: $(VENV)/.core ## real text -> tokenizer -> dataset -> trained model -> validation -> chat model -> answers
-	$(PY) tools/demo_data.py $(DEMO)
-	$(EVOMESH) train configs/demo.py
-	$(EVOMESH) train configs/demo_chat.py
-	$(PY) tools/demo_report.py
+	$(EVOMESH) demo .
 
 lint: $(VENV)/.dev ## style, types, import layers
 	$(VENV)/bin/ruff check .

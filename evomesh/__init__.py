@@ -12,7 +12,7 @@ name. Hence ``run_training`` and ``generate_tokens``.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     # Configs and training.

@@ -14,6 +14,7 @@ from evomesh.cli import (
     config,
     convert,
     data,
+    demo,
     doctor,
     eval,
     generate,
@@ -49,6 +50,7 @@ app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("replay")(replay.replay)
 app.command("watch")(watch.watch)
+app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("parity")(parity.parity)

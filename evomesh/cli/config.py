@@ -370,12 +370,10 @@ def shipped_configs() -> list[Path]:
 
 
 def _config_folders() -> list[Path]:
-    """Return the folder of the shipped configs: of the checkout, else the environment's share folder."""
-    checkout = Path(__file__).resolve().parents[2] / "configs"
-    installed = Path(sys.prefix) / "share" / "evomesh" / "configs"
-    return [
-        folder for folder in (checkout, installed) if (folder / "7B_sft.py").exists()
-    ][:1]
+    """Return the folder of the shipped configs: of the checkout, else of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package.parent / "configs", package / "shipped_configs")
+    return [folder for folder in folders if (folder / "7B_sft.py").exists()][:1]
 
 
 def _base_files(config: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tools.demo_chat import Question, answer_shares, named_module, read_questions
+from evomesh.demo.questions import Question, answer_shares, named_module, read_questions
 
 ROWS = [
     Question("A.f", "a.b", "Return one."),
