@@ -48,6 +48,7 @@ GROUPS = (
         "Train and watch",
         "训练与观察",
         {
+            "evomesh demo": "用每个 Python 自带的文本训练一个小模型和一个对话模型，并报告它们学到了什么。",
             "evomesh train": "训练 CONFIG 描述的模型。",
             "evomesh run": "与 train 命令一样训练；崩溃或丢失进程后，从最新的检查点重新启动。",
             "evomesh top": "在训练时显示一次运行：进度、损失、速度、保存、告警和每个进程。",

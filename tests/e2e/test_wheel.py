@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evomesh import __version__
 from evomesh.cli.config import shipped_configs, xtuner_configs
@@ -80,7 +82,7 @@ def test_the_wheel_has_every_file_of_the_package_and_every_config(
 
 
 def test_configs_are_found_without_a_checkout(unpacked: Path, tmp_path: Path) -> None:
-    copied = run(unpacked, tmp_path, "config", "copy", "7B_sft", "mine.py")
+    copied = run(unpacked, tmp_path, "config", "copy", "7B_isp_sft", "mine.py")
     assert copied.returncode == 0, copied.stderr
     assert (tmp_path / "mine.py").exists()
     assert (tmp_path / "_base_" / "7B.py").exists()
@@ -102,3 +104,14 @@ def test_the_demo_runs_without_a_checkout(unpacked: Path, tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"try"}
     config = tmp_path / "try" / "configs" / "demo.py"
     assert config.read_bytes() == (ROOT / "configs" / "demo.py").read_bytes()
+
+
+def test_containers_and_citations_are_of_this_version() -> None:
+    containerfile = (ROOT / "Containerfile").read_text()
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", containerfile, re.M)
+    names = {name for line in copied for name in line.split()}
+    assert names == {*SOURCES, "constraints.txt"}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == names
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
