@@ -107,7 +107,8 @@ def make_dataset(folder: Path) -> None:
 
     texts = read_texts()
     hash_file = folder / "source.sha256"
-    if hash_file.exists() and hash_file.read_text() == texts.source_hash:
+    is_complete = hash_file.exists() and hash_file.read_text() == texts.source_hash
+    if is_complete:
         print(f"{folder}: already made from the same text", flush=True)
         return
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import re
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ ANSWER = re.compile(r"It is in (\S+)\. ")
 
 
 class Question(NamedTuple):
-    """What is asked about one function, class or method, and the answer to it."""
+    """A question about one function, class or method, and the answer to it."""
 
     name: str  # of a method: CLASS.METHOD
     module: str
@@ -76,28 +77,42 @@ def answer_shares(
     questions: Sequence[Question], answers: Sequence[str], guess: str
 ) -> AnswerShares:
     """Return the shares of answers to questions, against one module as the answer to all of them."""
-    modules = [named_module(answer) for answer in answers]
-    pairs = zip(questions, modules, strict=True)
-    right = sum(module == question.module for question, module in pairs)
-    guessed = sum(question.module == guess for question in questions)
-    in_form = sum(module is not None for module in modules)
+    right = 0
+    guessed = 0
+    in_form = 0
+    for question, answer in zip(questions, answers, strict=True):
+        module = named_module(answer)
+        right += module == question.module
+        guessed += question.module == guess
+        in_form += module is not None
     total = len(questions)
-    return AnswerShares(right / total, guessed / total, in_form / total)
+    return AnswerShares(
+        right / total,
+        guessed / total,
+        in_form / total,
+    )
 
 
 def read_questions() -> list[Question]:
     """Return a question for every documented public name that one module alone defines."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    questions_of: dict[str, list[Question]] = {}
+    questions_of: defaultdict[str, list[Question]] = defaultdict(list)
     for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
+        relative = path.relative_to(library)
+        parts = relative.with_suffix("").parts
         if _is_left_out(parts):
             continue
-        module = ".".join(parts).removesuffix(".__init__")
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        module = ".".join(parts)
+        module = module.removesuffix(".__init__")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        tree = ast.parse(text)
         for question in _questions(tree, module):
-            questions_of.setdefault(question.name, []).append(question)
-    return [same[0] for same in questions_of.values() if len(same) == 1]
+            questions_of[question.name].append(question)
+    unique = []
+    for same in questions_of.values():
+        if len(same) == 1:
+            unique += same
+    return unique
 
 
 def _is_left_out(parts: tuple[str, ...]) -> bool:

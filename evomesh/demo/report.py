@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from evomesh.checkpoint.restore import LoadedModel
@@ -35,12 +35,15 @@ def read_metrics(run_folder: Path) -> tuple[list[dict[str, float]], dict[str, fl
     """Return the metrics of all training steps and those of the last validation of a run."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    steps = [row for row in rows if "loss" in row]
-    validations = []
+    steps = []
+    validation: dict[str, float] = {}
     for row in rows:
-        if any(key.startswith("val/") for key in row):
-            validations.append(row)
-    return steps, validations[-1]
+        if "loss" in row:
+            steps.append(row)
+        is_validation = any(key.startswith("val/") for key in row)
+        if is_validation:
+            validation = row
+    return steps, validation
 
 
 def print_losses(console: Console, config: Config, run_folder: Path) -> bool:
@@ -67,7 +70,8 @@ def _compare_losses(config: Config, validation: dict[str, float]) -> tuple[bool,
 
     table = Table(title="held-out loss (nats per token, lower is better)")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "set" else "right")
+        justify: JustifyMethod = "left" if column == "set" else "right"
+        table.add_column(column, justify=justify)
     is_best = True
     for valid in build_valid_data(config.data, vocab_size):
         held_out = held_out_pairs(valid)
@@ -85,15 +89,23 @@ def print_shares(
     console: Console, chat: LoadedModel, questions: Sequence[Question]
 ) -> bool:
     """Print how many held-out answers name the right module; return whether they are more than by guessing."""
-    asked = [question for question in questions if question.is_held_out]
-    trained = Counter(one.module for one in questions if not one.is_held_out)
+    asked = []
+    trained: Counter[str] = Counter()  # questions of each module
+    for question in questions:
+        if question.is_held_out:
+            asked.append(question)
+        else:
+            trained[question.module] += 1
     [(guess, _)] = trained.most_common(1)
-    shares = answer_shares(asked, _answers(chat, asked), guess)
+    answers = _answers(chat, asked)
+    shares = answer_shares(asked, answers, guess)
 
     table = Table(title="chat: answers that name the right module")
     for column in ("held out", "this model", f'always "{guess}"', "any module"):
         table.add_column(column, justify="right")
-    percentages = [f"{share:.1%}" for share in shares]
+    percentages = []
+    for share in shares:
+        percentages.append(f"{share:.1%}")
     table.add_row(f"{len(asked):,}", *percentages)
     console.print(table)
     return shares.right > shares.guessed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -68,7 +69,7 @@ class DemoTexts(NamedTuple):
 
     @property
     def size(self) -> str:
-        """How much text there is, in words."""
+        """Return how much text there is, in words."""
         characters = sum(len(document.text) for document in self.documents)
         return (
             f"{len(self.documents)} documents, {characters / 1e6:.1f} million characters; "
@@ -85,21 +86,25 @@ def _read_documents() -> Iterator[DemoDocument]:
     """Yield the standard library's modules and the topics of Python's built-in help."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for package in PACKAGES:
-        for path in sorted((library / package).glob("*.py")):
+        folder = library / package
+        for path in sorted(folder.glob("*.py")):
+            name = f"{package}/{path.name}"
             text = path.read_text(encoding="utf-8", errors="replace")
-            yield DemoDocument("code", f"{package}/{path.name}", text)
+            yield DemoDocument("code", name, text)
     for name in sorted(topics):
         yield DemoDocument("en", name, topics[name])
 
 
 def write_documents(folder: Path, documents: Sequence[DemoDocument]) -> list[Path]:
     """Write folder/SPLIT/TYPE.jsonl for each split and type; return the files."""
-    records_of_file: dict[Path, list[Any]] = {}
+    records_of_file: defaultdict[Path, list[Any]] = defaultdict(list)
     for document in documents:
-        split = "valid" if document.is_held_out else "train"
+        split = "train"
+        if document.is_held_out:
+            split = "valid"
         path = folder / split / f"{document.type}.jsonl"
         record = {"text": document.text}
-        records_of_file.setdefault(path, []).append(record)
+        records_of_file[path].append(record)
     for path, records in records_of_file.items():
         _write_lines(path, records)
     return sorted(records_of_file)
@@ -108,9 +113,12 @@ def write_documents(folder: Path, documents: Sequence[DemoDocument]) -> list[Pat
 def write_questions(folder: Path, questions: Sequence[Question]) -> list[Path]:
     """Write the conversations of each split as folder/SPLIT.jsonl; return the files."""
     files = []
-    for split, is_held_out in (("train", False), ("valid", True)):
-        chosen = [one for one in questions if one.is_held_out == is_held_out]
-        conversations = [question.conversation for question in chosen]
+    held_out = {"train": False, "valid": True}
+    for split, is_held_out in held_out.items():
+        conversations = []
+        for question in questions:
+            if question.is_held_out == is_held_out:
+                conversations.append(question.conversation)
         file = folder / f"{split}.jsonl"
         _write_lines(file, conversations)
         files.append(file)
