@@ -54,7 +54,7 @@ def print_losses(console: Console, config: Config, run_folder: Path) -> bool:
     last = sum(last_losses) / len(last_losses)
     is_best, table = _compare_losses(config, validation)
     console.print(
-        f"training loss: {first:.3f} at step 0, {last:.3f} over the last {LAST_STEPS} of {len(steps)} steps"
+        f"training loss: {first:.3f} at step 0, {last:.3f} over the last {len(last_losses)} of {len(steps)} steps"
     )
     console.print(table)
     return is_best and last < first / 2
