@@ -2,10 +2,12 @@
 
     python tools/report_pictures.py RUN docs/images
     python tools/report_pictures.py --data demo_data/train --tokenizer demo_data/tokenizer.json docs/images
+    python tools/report_pictures.py --plan configs/7B_sft.py docs/images
 
 RUN is a run folder, such as that of the demo (`make train`). Writes report.png (light), report-dark.png,
 report-narrow.png (400 px wide) and report-print.png (as it is printed). Of a data folder it writes data-report.png and
-data-report-dark.png.
+data-report-dark.png; of a config, planned as a pipeline of 8 stages on 64 H100, plan-timeline.png and
+plan-groups.png.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from evomesh.config.data import DataConfig
+from evomesh.config.loader import load_config
 from evomesh.data.survey.documents import open_folder
 from evomesh.data.survey.survey import survey_of
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.monitor.overview import find_run
-from evomesh.runs.page import render_data_page, render_page
+from evomesh.plan.device import load_device
+from evomesh.plan.step_spans import predict_spans
+from evomesh.runs.page import render_data_page, render_page, render_plan_page
 from evomesh.runs.payload import payload_of
+from evomesh.runs.plan_payload import PlanFigures, plan_payload
 from evomesh.runs.read import read_run
 
 BROWSERS = ("chromium", "google-chrome")
+PLAN_GPUS = 64
 
 
 def take(
@@ -72,12 +79,34 @@ def data_page(folder: str, tokenizer_path: str) -> str:
     return render_data_page(survey)
 
 
+def plan_page(config: str) -> str:
+    """Return the page of a config as a pipeline of 8 stages on 64 H100."""
+    changes = ["parallel.pipeline.size=8", "data.micro_num=16", "model.checkpoint=0.5"]
+    settings = load_config(config, changes).config
+    device = load_device("H100")
+    spans = predict_spans(settings, PLAN_GPUS, device)
+    name = Path(config).name
+    figures = PlanFigures(name, settings, PLAN_GPUS, device, spans, peaks=[])
+    return render_plan_page(plan_payload(figures))
+
+
+def take_sections(browser: Browser, page_file: Path, folder: Path) -> None:
+    """Take the timeline and the groups of a plan."""
+    page = browser.new_page(viewport={"width": 1000, "height": 1400}, locale="en-GB")
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("#chart-streams .u-over")
+    page.locator("#timeline").screenshot(path=folder / "plan-timeline.png")
+    page.locator("#groups").screenshot(path=folder / "plan-groups.png")
+    page.close()
+
+
 def main() -> None:
     """Write the pictures into the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, nargs="*")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", metavar="FOLDER")
+    parser.add_argument("--plan", metavar="CONFIG")
     parser.add_argument("--tokenizer", default="demo_data/tokenizer.json")
     options = parser.parse_args()
     folder: Path = options.folder
@@ -97,6 +126,9 @@ def main() -> None:
             file.write_text(data_page(options.data, options.tokenizer), "utf-8")
             take(browser, file, folder / "data-report.png", 1280, 1300, "light")
             take(browser, file, folder / "data-report-dark.png", 1280, 1300, "dark")
+        if options.plan:
+            file.write_text(plan_page(options.plan), "utf-8")
+            take_sections(browser, file, folder)
         browser.close()
 
 

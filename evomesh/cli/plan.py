@@ -52,6 +52,14 @@ WriteOption = Annotated[
         "--write", metavar="OUT.py", help="Write a config of the fastest layout."
     ),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="OUT.html",
+        help="Write a page with the streams of a step, memory, groups and layouts.",
+    ),
+]
 PriceOption = Annotated[
     float | None,
     typer.Option(
@@ -102,15 +110,17 @@ def plan(
     ] = False,
     write: WriteOption = None,
     price: PriceOption = None,
+    html: HtmlOption = None,
     overrides: OverrideOption = None,
 ) -> None:
     """Predict memory, traffic and time of a run. Needs no GPU, no data and only one machine."""
     from rich.console import Console
 
+    from evomesh.cli.plan_page import PageSubject, write_plan_page
     from evomesh.cli.plan_time import print_layouts, print_step, timed_device
     from evomesh.config.loader import load_config
 
-    check_time_options(device, search, write, price)
+    check_time_options(device, search, write, price, html)
     timed = timed_device(device, gpu_memory)
     settings = load_config(config, overrides or []).config
     prediction = _predict(settings, gpus, rank, trace)
@@ -121,24 +131,42 @@ def plan(
     console = Console()
     capacity = timed.memory_gib if timed is not None else gpu_memory or 80
     _print_rank(console, prediction, capacity)
-    if timed is not None:
-        print_step(console, settings, gpus, timed, price)
-    if timed is not None and search:
-        print_layouts(console, settings, gpus, timed, price, config, write)
+    if timed is None:
+        return
+    from evomesh.plan.step_spans import predict_spans
+
+    spans = predict_spans(settings, gpus, timed)
+    print_step(console, spans.time, timed, price)
+    result = None
+    if search:
+        result = print_layouts(console, settings, gpus, timed, price, config, write)
+    if html is not None:
+        subject = PageSubject(config, settings, gpus, timed, price)
+        write_plan_page(console, html, subject, spans, result)
 
 
 def check_time_options(
-    device: str | None, search: bool, write: Path | None, price: float | None
+    device: str | None,
+    search: bool,
+    write: Path | None,
+    price: float | None,
+    html: Path | None,
 ) -> None:
     """Refuse options without the one that they belong to.
 
     Raises:
-        UserError: a search or a price without a device, a file without a search, or a file that exists.
+        UserError: a search, a price or a page without a device, a file without a search, or a file that exists.
     """
-    if device is None and (search or price is not None):
+    needing = {
+        "--search": search,
+        "--price": price is not None,
+        "--html": html is not None,
+    }
+    given = [name for name, is_given in needing.items() if is_given]
+    if device is None and given:
         raise UserError(
             "a prediction of time needs a device",
-            where="--search" if search else "--price",
+            where=given[0],
             expected="--device too",
         )
     if write is not None and not search:

@@ -41,12 +41,9 @@ def timed_device(name: str | None, gpu_memory: float | None) -> Device | None:
 
 
 def print_step(
-    console: Console, config: Config, gpus: int, device: Device, price: float | None
+    console: Console, time: StepTime, device: Device, price: float | None
 ) -> None:
     """Print the predicted time of a step."""
-    from evomesh.plan.step_time import predict_step
-
-    time = predict_step(config, gpus, device)
     lines = describe_step(time, device, price)
     for line in lines:
         console.print(line, highlight=False)
@@ -60,8 +57,8 @@ def print_layouts(
     price: float | None,
     path: str,
     write: Path | None,
-) -> None:
-    """Print the fastest layouts of a run, and write a config of the first of them.
+) -> SearchResult:
+    """Print the fastest layouts of a run, write a config of the first of them, and return all.
 
     Args:
         path: of the config.
@@ -78,12 +75,13 @@ def print_layouts(
     if not fitting:
         for line in describe_nearest(result, device):
             console.print(line, highlight=False)
-        return
+        return result
     table = layouts_table(result, price)
     console.print(table)
     if write is not None:
         write_layout(fitting[0].choice, path, write)
         console.print(f"wrote {write}", highlight=False)
+    return result
 
 
 def describe_step(time: StepTime, device: Device, price: float | None) -> list[str]:
@@ -95,32 +93,12 @@ def describe_step(time: StepTime, device: Device, price: float | None) -> list[s
     if price is not None:
         speed += f", {_cost(time, price):,.2f} per billion tokens"
     lines = [speed]
-    parts = step_parts(time)
+    parts = time.parts()
     width = max(map(len, parts))
     for name, seconds in parts.items():
         share = seconds / time.seconds
         lines.append(f"  {name:{width}} {seconds:8.3f} s  {share:5.1%}")
     return lines
-
-
-def step_parts(time: StepTime) -> dict[str, float]:
-    """Return seconds by what a rank does; collectives count as far as compute waits for them."""
-    from evomesh.plan.timeline import KernelKind
-
-    parts = {}
-    for kind in KernelKind:
-        name = kind.value
-        if name in time.busy:
-            parts[name] = time.busy[name]
-    waits = {
-        "waiting for collectives": time.exposed,
-        "waiting for other stages": time.bubble,
-        "reducing, updating, gathering": time.update,
-    }
-    for name, seconds in waits.items():
-        if seconds > 0:
-            parts[name] = seconds
-    return parts
 
 
 def layouts_table(result: SearchResult, price: float | None) -> Table:
@@ -190,8 +168,8 @@ def _reason(better: StepTime | None, time: StepTime) -> str:
     """Return the part of a step that grew most against a better layout."""
     if better is None:
         return ""
-    before = step_parts(better)
-    now = step_parts(time)
+    before = better.parts()
+    now = time.parts()
     growth = {name: now[name] - before.get(name, 0.0) for name in now}
     name = max(growth, key=lambda part: growth[part])
     slower = time.seconds - better.seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evomesh.pipeline.action_order import ScheduleAction
 
@@ -22,12 +23,41 @@ class StageSeconds:
         return self.backward if kind == "B" else self.backward / 2
 
 
+class TimedAction(NamedTuple):
+    """Action of a rank, with its start and end."""
+
+    action: ScheduleAction
+    start: float
+    end: float
+
+
+# By rank, in the order in which it does them.
+TimedActions = dict[int, list[TimedAction]]
+
+
 def pipeline_seconds(
     order: Mapping[int, Sequence[ScheduleAction]],
     stages: Sequence[StageSeconds],
     hop: float,
 ) -> float:
-    """Return when the last rank has done all of its actions.
+    """Return when the last rank has done all of its actions; arguments as of ``timed_actions``."""
+    return last_end(timed_actions(order, stages, hop))
+
+
+def last_end(timed: TimedActions) -> float:
+    """Return when the last rank has done all of its actions."""
+    ends = []
+    for actions in timed.values():
+        ends.append(actions[-1].end)
+    return max(ends)
+
+
+def timed_actions(
+    order: Mapping[int, Sequence[ScheduleAction]],
+    stages: Sequence[StageSeconds],
+    hop: float,
+) -> TimedActions:
+    """Return when each rank does each of its actions.
 
     Args:
         order: actions by rank.
@@ -38,15 +68,15 @@ def pipeline_seconds(
     """
     last = len(stages) - 1
     done: dict[ScheduleAction, float] = {}
+    timed: TimedActions = {rank: [] for rank in order}
     clock = dict.fromkeys(order, 0.0)
-    position = dict.fromkeys(order, 0)
     left = sum(map(len, order.values()))
     while left:
         before = left
         for rank, actions in order.items():
             # A rank continues until it needs what no other has computed yet.
-            while position[rank] < len(actions):
-                action = actions[position[rank]]
+            while len(timed[rank]) < len(actions):
+                action = actions[len(timed[rank])]
                 ready = _ready_at(action, done, hop, last)
                 if ready is None:
                     break
@@ -54,11 +84,11 @@ def pipeline_seconds(
                 end = start + stages[action.stage].of(action.kind)
                 done[action] = end
                 clock[rank] = end
-                position[rank] += 1
+                timed[rank].append(TimedAction(action, start, end))
                 left -= 1
         if left == before:
             raise ValueError("the ranks of the pipeline wait for each other")
-    return max(clock.values())
+    return timed
 
 
 def _ready_at(

@@ -50,8 +50,12 @@ class StreamTimes:
     def end(self) -> float:
         return max(self.ends.values(), default=0.0)
 
-    def add_busy(self, what: str, seconds: float) -> None:
+    def occupy(self, stream: str, what: str, start: float, seconds: float) -> float:
+        """Let a stream do something from ``start`` on, and return when that ends."""
+        end = start + seconds
+        self.ends[stream] = end
         self.busy[what] = self.busy.get(what, 0.0) + seconds
+        return end
 
 
 def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
@@ -75,22 +79,24 @@ def simulate(
     device: Device,
     dtype: str,
     placements: Mapping[str, AxisPlacement],
+    times: StreamTimes | None = None,
 ) -> StreamTimes:
     """Return the times of the streams after ``events``, all of which begin at 0.
 
     Args:
         dtype: of products.
         placements: by name of an axis.
+        times: to fill, such as a ``StreamRecord``; a new one by default.
     """
-    times = StreamTimes()
+    if times is None:
+        times = StreamTimes()
     marks: dict[int, float] = {}
     ends = times.ends
     for event in events:
         now = ends.get(event.stream, 0.0)
         if isinstance(event, Kernel):
             seconds = kernel_seconds(event, device, dtype)
-            ends[event.stream] = now + seconds
-            times.add_busy(event.kind.value, seconds)
+            times.occupy(event.stream, event.kind.value, now, seconds)
         elif isinstance(event, Mark):
             marks[event.mark] = now
         elif isinstance(event, Wait):
@@ -122,7 +128,4 @@ def _transfer(
     start = max(now, times.ends.get(communicator, 0.0))
     for mark in event.after:
         start = max(start, marks.get(mark, 0.0))
-    end = start + seconds
-    times.ends[communicator] = end
-    times.add_busy(communicator, seconds)
-    return end
+    return times.occupy(communicator, communicator, start, seconds)

@@ -30,10 +30,16 @@ from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.pipeline.stages import stages_of_rank
 from evomesh.plan.device import Device
 from evomesh.plan.memory import local_bytes
-from evomesh.plan.pipeline_time import StageSeconds, pipeline_seconds
+from evomesh.plan.pipeline_time import (
+    StageSeconds,
+    TimedActions,
+    last_end,
+    timed_actions,
+)
 from evomesh.plan.simulate import AxisPlacement, StreamTimes, simulate
 from evomesh.plan.timeline import (
     Event,
+    KernelKind,
     RecordedStreams,
     Timeline,
     TimelineRecorder,
@@ -115,6 +121,23 @@ class StepTime:
         """Tokens per second and GPU."""
         return self.tokens / self.seconds / self.ranks
 
+    def parts(self) -> dict[str, float]:
+        """Return seconds by what a rank does; collectives count as far as compute waits for them."""
+        parts = {}
+        for kind in KernelKind:
+            name = kind.value
+            if name in self.busy:
+                parts[name] = self.busy[name]
+        waits = {
+            "waiting for collectives": self.exposed,
+            "waiting for other stages": self.bubble,
+            "reducing, updating, gathering": self.update,
+        }
+        for name, seconds in waits.items():
+            if seconds > 0:
+                parts[name] = seconds
+        return parts
+
 
 def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
     """Predict the time of a step, from a trace of each rank of one pipeline.
@@ -122,16 +145,19 @@ def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
     Raises:
         UserError: the layout does not fit.
     """
-    sizes = axis_sizes(config.parallel, world_size)
-    distance = sizes.ranks_per_stage
-    end = sizes.pp * distance
-    # Ranks of other axes do the same as those of this pipeline.
-    pipeline = range(0, end, distance)
     ranks = []
-    for rank in pipeline:
+    for rank in first_pipeline(config, world_size):
         seconds = rank_seconds(config, world_size, rank, device)
         ranks.append(seconds)
     return combine(ranks, config, world_size, device)
+
+
+def first_pipeline(config: Config, world_size: int) -> range:
+    """Return the ranks of one pipeline; ranks of other axes do the same as these."""
+    sizes = axis_sizes(config.parallel, world_size)
+    distance = sizes.ranks_per_stage
+    end = sizes.pp * distance
+    return range(0, end, distance)
 
 
 def rank_seconds(
@@ -261,13 +287,7 @@ def combine(
     computing = slowest.micro_batch * count
     in_pipeline = computing
     if len(ranks) > 1:
-        stages: dict[int, StageSeconds] = {}
-        for rank in ranks:
-            stages |= rank.stages
-        in_order = [stages[number] for number in sorted(stages)]
-        order = _action_order(config, world_size)
-        hop = hop_seconds(config, world_size, device)
-        in_pipeline = pipeline_seconds(order, in_order, hop)
+        in_pipeline = last_end(schedule_ranks(ranks, config, world_size, device))
     update = max(rank.last for rank in ranks)
     busy = {what: seconds * count for what, seconds in slowest.busy.items()}
     sizes = axis_sizes(config.parallel, world_size)
@@ -280,6 +300,19 @@ def combine(
         bubble=max(in_pipeline - computing, 0.0),
         update=update,
     )
+
+
+def schedule_ranks(
+    ranks: Sequence[RankSeconds], config: Config, world_size: int, device: Device
+) -> TimedActions:
+    """Return when each of several ranks of a pipeline does its forwards and backwards."""
+    stages: dict[int, StageSeconds] = {}
+    for rank in ranks:
+        stages |= rank.stages
+    in_order = [stages[number] for number in sorted(stages)]
+    order = _action_order(config, world_size)
+    hop = hop_seconds(config, world_size, device)
+    return timed_actions(order, in_order, hop)
 
 
 def hop_seconds(config: Config, world_size: int, device: Device) -> float:

@@ -21,6 +21,7 @@ CONTENT_POLICY = (
 
 RUN_SCRIPTS = ("charts.js", "run_figures.js", "report.js")
 DATA_SCRIPTS = ("charts.js", "data_words.js", "data_report.js")
+PLAN_SCRIPTS = ("charts.js", "plan_words.js", "timeline.js", "plan_report.js")
 
 
 def render_page(payload: dict[str, Any]) -> str:
@@ -32,6 +33,11 @@ def render_page(payload: dict[str, Any]) -> str:
 def render_data_page(payload: dict[str, Any]) -> str:
     """Return the page of a survey of a data folder (``survey_of``)."""
     return _render(payload, DATA_SCRIPTS, "'none'")
+
+
+def render_plan_page(payload: dict[str, Any]) -> str:
+    """Return the page of a prediction (``plan_payload``)."""
+    return _render(payload, PLAN_SCRIPTS, "'none'")
 
 
 def _render(payload: dict[str, Any], scripts: Sequence[str], connect: str) -> str:

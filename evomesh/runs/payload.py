@@ -168,7 +168,7 @@ def encode_column(column: Column) -> tuple[str, str]:
     values = np.asarray(column.values, dtype=np.float64)
     if len(steps) > MAX_POINTS:
         steps, values = reduce_points(steps, values, MAX_POINTS)
-    return _as_text(steps), _as_text(_drawable(values))
+    return as_text(steps), as_text(_drawable(values))
 
 
 def _drawable(values: np.ndarray) -> np.ndarray:
@@ -178,7 +178,8 @@ def _drawable(values: np.ndarray) -> np.ndarray:
     return np.where(is_drawable, values, np.nan)
 
 
-def _as_text(numbers: np.ndarray) -> str:
+def as_text(numbers: np.ndarray) -> str:
+    """Return 32-bit numbers as base64."""
     content = numbers.astype("<f4").tobytes()
     return base64.b64encode(content).decode()
 

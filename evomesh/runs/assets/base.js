@@ -28,6 +28,13 @@ function duration(seconds) {
 }
 const percent = (value) => (typeof value === "number" ? `${fixed(100 * value)} %` : "–");
 
+// 32-bit numbers that were written as base64.
+function numbersOf(text) {
+  const bytes = atob(text), buffer = new Uint8Array(bytes.length);
+  for (let i = 0; i < bytes.length; i++) buffer[i] = bytes.charCodeAt(i);
+  return new Float32Array(buffer.buffer);
+}
+
 function section(id, ...children) { return make("section", { id, "aria-labelledby": `${id}-h` }, make("h2", { id: `${id}-h` }, t(id)), ...children); }
 // Draw charts as they come near the window, one in a frame, so that the first is there soon.
 function drawNear(views) {
@@ -55,7 +62,7 @@ document.getElementById("theme").onclick = () => {
   document.getElementById("theme").textContent = `${t("theme")}: ${t(theme)}`;
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; for (const view of drawn) { view.draw(); view.plot.setSize({ width: Math.min(340, view.box.clientWidth || 340), height: 200 }); } });
+addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; for (const view of drawn) { view.draw(); view.plot.setSize(view.printSize); } });
 addEventListener("afterprint", () => { applyTheme(); redraw(); });
 function startPage() {
   for (const view of drawn.splice(0)) view.close();

@@ -59,20 +59,32 @@ class ChartView {
   constructor(chart, series) {
     this.chart = chart; this.series = series; this.log = false; this.plot = null;
     const title = (this.title = t(`c_${chart.id}`));
-    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${t("keys")}` });
+    this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${this.keysText}` });
     this.caption = make("figcaption");
-    const logs = make("button", { type: "button", "aria-pressed": "false" }, t("log"));
-    logs.onclick = () => { this.log = !this.log; logs.setAttribute("aria-pressed", this.log); this.draw(); };
-    const whole = make("button", { type: "button" }, t("all"));
-    whole.onclick = () => this.zoom(null);
     this.details = make("details", {}, make("summary", {}, `${t("table")}: ${title}`));
-    this.details.addEventListener("toggle", () => { if (this.details.open && !this.details.dataset.made) { this.details.dataset.made = "1"; this.details.append(sampleTable(chart, series, this.data)); } });
-    this.figure = make("figure", { id: `chart-${chart.id}` }, make("div", { class: "head" }, make("h3", {}, title), make("div", { class: "buttons" }, logs, whole)),
+    this.details.addEventListener("toggle", () => { if (this.details.open && !this.details.dataset.made) { this.details.dataset.made = "1"; this.details.append(this.table()); } });
+    this.figure = make("figure", { id: `chart-${chart.id}` }, make("div", { class: "head" }, make("h3", {}, title), make("div", { class: "buttons" }, ...this.buttons())),
       this.box, this.caption, this.details);
     this.box.addEventListener("keydown", (event) => this.key(event));
-    this.sizes = new ResizeObserver(() => { if (this.plot && this.box.clientWidth) this.plot.setSize({ width: this.box.clientWidth, height: 230 }); });
+    this.sizes = new ResizeObserver(() => { if (this.plot && this.box.clientWidth) this.plot.setSize({ width: this.box.clientWidth, height: this.height }); });
     this.sizes.observe(this.box);
     drawn.push(this);
+  }
+
+  get keysText() { return t("keys"); }
+  get height() { return 230; }
+  get printSize() { return { width: Math.min(340, this.box.clientWidth || 340), height: 200 }; }
+  sentence() { return sentence(this.chart, this.series); }
+  table() { return sampleTable(this.chart, this.series, this.data); }
+  buttons() {
+    const logs = make("button", { type: "button", "aria-pressed": "false" }, t("log"));
+    logs.onclick = () => { this.log = !this.log; logs.setAttribute("aria-pressed", this.log); this.draw(); };
+    return [logs, this.wholeButton()];
+  }
+  wholeButton() {
+    const whole = make("button", { type: "button" }, t("all"));
+    whole.onclick = () => this.zoom(null);
+    return whole;
   }
 
   get data() { return (this.columns ??= aligned(this.series)); }
@@ -81,9 +93,9 @@ class ChartView {
   fill() {
     if (this.isFilled) return;
     this.isFilled = true;
-    const text = sentence(this.chart, this.series);
+    const text = this.sentence();
     this.caption.textContent = text;
-    this.box.setAttribute("aria-label", `${this.title}. ${text}. ${t("keys")}`);
+    this.box.setAttribute("aria-label", `${this.title}. ${text}. ${this.keysText}`);
   }
 
   draw() {
@@ -96,7 +108,7 @@ class ChartView {
     const lines = this.series.map((s, i) => ({ label: s.label, stroke: color(`--c${i % 8}`), width: 1.5, dash: DASHES[Math.floor(i / 8) % 4],
       spanGaps: Boolean(this.chart.points) || this.series.some((o) => o.x !== this.series[0].x), points: { show: few && !this.chart.bars, size: 5 }, ...(this.chart.bars ? { paths: uPlot.paths.bars({ size: [0.8, 60] }), fill: `${color(`--c${i % 8}`)}99` } : {}), value: (_, v) => short(v) }));
     const data = this.log ? this.data.map((column, i) => (i ? column.map((v) => (v > 0 ? v : null)) : column)) : this.data;
-    const height = 230, width = this.box.clientWidth || 500;
+    const height = this.height, width = this.box.clientWidth || 500;
     this.plot = new uPlot({ width, height, legend: { live: true }, cursor: { drag: { x: true, y: false, dist: 5 }, focus: { prox: 24 } },
       scales: { x: { time: false, ...(this.chart.logX ? { distr: 3 } : {}), ...(this.chart.labels ? { range: (_, low, high) => [low - 0.6, high + 0.6] } : {}) }, y: this.log ? { distr: 3 } : {} },
       series: [{ label: t(this.chart.x || "step"), value: (_, v) => (v === null ? "–" : placeOf(this.chart, v)) }, ...lines],

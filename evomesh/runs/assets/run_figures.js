@@ -11,12 +11,6 @@ const CHARTS = [
   { id: "seconds", names: /^(seconds|wait)$/ }, { id: "samples", names: /^num_samples_in_batch$/ }, { id: "scale", names: /^loss_scale$/, varies: true },
 ];
 
-function numbersOf(text) {
-  const bytes = atob(text), buffer = new Uint8Array(bytes.length);
-  for (let i = 0; i < bytes.length; i++) buffer[i] = bytes.charCodeAt(i);
-  return new Float32Array(buffer.buffer);
-}
-
 // A figure of a run. Most are far down the page: their numbers are decoded when they are first asked for.
 class StoredFigure {
   constructor(steps, column) { this.steps = steps; this.column = column; this.isEmpty = column.y.length === 0; }

@@ -1,0 +1,89 @@
+"""The page of ``evomesh plan --html``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomesh.cli.plan_time import BEST
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evomesh.config.schema import Config
+    from evomesh.plan.device import Device
+    from evomesh.plan.memory import PeakMemory
+    from evomesh.plan.search import SearchResult
+    from evomesh.plan.step_spans import StepSpans
+    from evomesh.runs.plan_payload import LayoutRow
+
+
+@dataclass(frozen=True)
+class PageSubject:
+    """Subject of a prediction: a config, by the path that the user typed, on so many of a device."""
+
+    path: str
+    config: Config
+    gpus: int
+    device: Device
+    price: float | None
+
+
+def write_plan_page(
+    console: Console,
+    out: Path,
+    subject: PageSubject,
+    spans: StepSpans,
+    result: SearchResult | None,
+) -> None:
+    """Write the page of a prediction.
+
+    Args:
+        result: of a search; None without one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from evomesh.runs.page import render_plan_page, write_page
+    from evomesh.runs.plan_payload import PlanFigures, plan_payload
+
+    figures = PlanFigures(
+        name=Path(subject.path).name,
+        config=subject.config,
+        gpus=subject.gpus,
+        device=subject.device,
+        step=spans,
+        peaks=_peaks(subject, spans),
+        layouts=None if result is None else _layouts(result),
+        price=subject.price,
+    )
+    page = render_plan_page(plan_payload(figures))
+    write_page(out, page)
+    megabytes = len(page) / 1e6
+    console.print(f"wrote {out} ({megabytes:.1f} MB)", highlight=False)
+
+
+def _peaks(subject: PageSubject, spans: StepSpans) -> list[PeakMemory]:
+    """Return the peak of each rank of the pipeline; none for a custom model."""
+    from evomesh.config.size import parameter_count
+    from evomesh.plan.memory import peak_memory
+
+    if parameter_count(subject.config.model) is None:
+        return []
+    peaks = []
+    for rank in spans.ranks:
+        peak = peak_memory(subject.config, subject.gpus, rank.rank)
+        peaks.append(peak)
+    return peaks
+
+
+def _layouts(result: SearchResult) -> list[LayoutRow]:
+    from evomesh.runs.plan_payload import LayoutRow
+
+    rows = []
+    for prediction in result.fitting[:BEST]:
+        assert prediction.time is not None
+        row = LayoutRow(str(prediction.choice), prediction.peak.total, prediction.time)
+        rows.append(row)
+    return rows

@@ -1,0 +1,126 @@
+"""The page of ``evomesh plan --html`` in a real browser: time, ranks, keys, groups, languages, print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomesh.config.layout import axis_sizes
+from evomesh.parallel.build import axis_members
+from evomesh.plan.device import load_device
+from evomesh.plan.memory import PeakMemory
+from evomesh.plan.step_spans import predict_spans
+from evomesh.runs.page import render_plan_page
+from evomesh.runs.plan_payload import LayoutRow, PlanFigures, plan_payload
+from tests.support.browser import needs_browser, running_browser
+from tests.unit.plan.test_step_time import config
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = needs_browser
+PARALLEL = {"pipeline": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}}
+GPUS = 16
+GIB = 2**30
+
+
+def test_a_pipeline_is_seen_and_used_with_keys(tmp_path: Path) -> None:
+    layout = config(PARALLEL)
+    device = load_device("A100")
+    spans = predict_spans(layout, GPUS, device)
+    peak = PeakMemory({"weights": 30 * GIB, "moments": 10 * GIB}, "backward")
+    rows = [LayoutRow("tensor <2>", 40 * GIB, spans.time)]
+    figures = PlanFigures(
+        "run.py", layout, GPUS, device, spans, [peak] * 4, rows, price=2.0
+    )
+    file = tmp_path / "plan.html"
+    file.write_text(render_plan_page(plan_payload(figures)), "utf-8")
+    with running_browser() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB")
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: problems.append(request.url))
+        page.goto(file.as_uri())
+        page.wait_for_selector("#chart-ranks .u-over")
+        page.locator("#chart-streams").scroll_into_view_if_needed()
+        page.wait_for_selector("#chart-streams .u-over")
+        check_keys_and_zoom(page, spans.ranks[0].placed[0].end)
+        check_ranks_of_streams(page)
+        check_groups(page, axis_members(axis_sizes(layout.parallel, GPUS), 5))
+        bars = page.locator("#memory .bar, #layouts .bar")
+        assert bars.count() == 5
+        assert "weights" in bars.first.get_attribute("aria-label")
+        check_languages_phone_and_print(page)
+        assert [url for url in problems if not url.startswith("file:")] == []
+
+
+def check_keys_and_zoom(page: Any, first_forward: float) -> None:
+    """Go through the boxes by keys: the first is a forward as long as was predicted; zoom is that of both charts."""
+    spoken = page.locator("#spoken")
+    page.locator("#chart-ranks .plot").focus()
+    page.keyboard.press("Home")
+    text = spoken.inner_text()
+    assert text.startswith("rank 0: forward micro-batch 0, stage 0, 0 ms – ")
+    milliseconds = re.search(r"\(([\d.]+) ms\)", text)
+    assert milliseconds
+    assert float(milliseconds[1]) == pytest.approx(1000 * first_forward, rel=1e-2)
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(spoken).to_contain_text("forward micro-batch 1")
+    page.keyboard.press("ArrowDown")
+    sync_api.expect(spoken).to_contain_text("rank 4: ")
+    page.keyboard.press("+")
+    ranges = "drawn.map((view) => view.plot.scales.x.max - view.plot.scales.x.min)"
+    step = page.evaluate("payload.seconds * 1000")
+    page.wait_for_function(f"{ranges}.every((span) => span < {0.6 * step})")
+    before = page.evaluate("drawn[1].range[0]")
+    page.keyboard.press("PageDown")
+    page.wait_for_function(f"drawn[1].range[0] > {before}")
+    page.keyboard.press("0")
+    page.wait_for_function(f"{ranges}.every((span) => span > {0.99 * step})")
+    # Not an empty picture: the first color of the boxes is on it.
+    painted = """(() => { const c = document.querySelector('#chart-ranks canvas');
+      const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0;
+      for (let i = 0; i < d.length; i += 4) n += d[i] === 0x0b && d[i + 1] === 0x63 && d[i + 2] === 0xce;
+      return n / (c.width * c.height); })()"""
+    assert page.evaluate(painted) > 0.05
+
+
+def check_ranks_of_streams(page: Any) -> None:
+    """Choose a second rank: its streams come below those of the first."""
+    labels = "drawn[1].rows.map((row) => row.label)"
+    alone = page.evaluate(labels)
+    assert alone[0] == "compute"
+    assert "all_reduce tp" in alone
+    page.get_by_label("12", exact=True).check()
+    both = page.evaluate(labels)
+    assert both[0] == "0 compute"
+    assert "12 compute" in both
+    page.locator("#chart-streams summary").click()
+    cells = page.locator("#chart-streams details tbody tr").first.inner_text().split()
+    assert cells[:2] == ["0", "compute"]
+    page.locator("#chart-streams summary").click()
+
+
+def check_groups(page: Any, members_of: dict[str, list[int]]) -> None:
+    """Choose rank 5: the ranks with a stripe are those of its axes."""
+    page.locator("#chosen-rank").fill("5")
+    striped = page.locator(".cell:has(i)").evaluate_all(
+        "(cells) => cells.map((cell) => Number(cell.dataset.rank))"
+    )
+    others: set[int] = set()
+    for members in members_of.values():
+        others.update(members)
+    assert set(striped) == others - {5}
+
+
+def check_languages_phone_and_print(page: Any) -> None:
+    """Look for words without a translation, anything too wide, and print."""
+    page.locator("#language").click()
+    sync_api.expect(page.locator("#groups h2")).to_have_text("通信关系")
+    assert page.evaluate("Object.values(WORDS).every((w) => w.length === 2 && w[1])")
+    heads = page.locator("h2, h3, th, dt, legend").all_inner_texts()
+    assert [head for head in heads if re.search("[a-z]_[a-z]", head)] == []
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.pdf().startswith(b"%PDF")
