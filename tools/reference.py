@@ -1,8 +1,10 @@
-"""Write docs/commands.md and docs/commands.zh.md: every command with its purpose and what --help prints.
+"""Write docs/commands.md and docs/keys.md, each in English and Chinese.
 
     python tools/reference.py
 
-The purposes in English are those of the code; a command that has no Chinese one below is an error.
+The first has every command with its purpose and what --help prints, the second every key of a config
+(tools/keys_page.py). The purposes in English are those of the code; a command that has no Chinese one below is an
+error.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typer.testing import CliRunner  # noqa: E402
 from evomesh.cli.app import app  # noqa: E402
 from evomesh.cli.main import train_py_app  # noqa: E402
 from tests.support.pages import DOCS, Page  # noqa: E402
+from tools import keys_page  # noqa: E402
 from tools.translations import with_chinese_punctuation  # noqa: E402
 
 PAGE = Page(DOCS / "commands.md")
@@ -242,11 +245,16 @@ def _table(
     return "".join(f"| {name} | {purpose} |\n" for name, purpose in rows)
 
 
+def write(page: Page, english: str, chinese: str) -> None:
+    """Write a page in both languages, the Chinese one with its stamp."""
+    page.path.write_text(english, encoding="utf-8")
+    stamp = f"\n<!-- English page: {page.digest} -->\n"
+    page.translation.path.write_text(chinese + stamp, encoding="utf-8")
+
+
 def main() -> None:
-    english, chinese = pages()
-    PAGE.path.write_text(english, encoding="utf-8")
-    stamp = f"\n<!-- English page: {PAGE.digest} -->\n"
-    PAGE.translation.path.write_text(chinese + stamp, encoding="utf-8")
+    write(PAGE, *pages())
+    write(keys_page.PAGE, *keys_page.pages())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -12,6 +13,7 @@ from evomesh.config.loader import LoadedConfig, known_keys, section_class
 from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.reading.spellings import QUEUE, SPELLINGS, TOP_LEVEL
 from evomesh.config.schema import Config
+from evomesh.config.step_values import BatchSizeRampup, StepRanges
 from evomesh.errors import UserError
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -64,12 +66,11 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
 
 def _schema_rows(field: FieldInfo) -> list[tuple[str, str]]:
     """Return rows on the type, default and bounds of a field."""
-    type_name = _type_name(field.annotation)
     default = str(field.default)
     if field.is_required():
         default = "required"
-    rows = [("type", type_name), ("default", default)]
-    bounds = _bounds(field)
+    rows = [("type", type_name(field.annotation)), ("default", default)]
+    bounds = bounds_of(field)
     if bounds:
         rows.append(("allowed", bounds))
     return rows
@@ -106,17 +107,31 @@ def _resolved_key(key: str) -> str:
     return "run.tensorboard_queue" if key == QUEUE else TOP_LEVEL.get(key, key)
 
 
-def _type_name(annotation: Any) -> str:
-    is_plain_class = isinstance(annotation, type) and not get_args(annotation)
-    name = annotation.__name__ if is_plain_class else str(annotation)
-    return (
-        name.replace("typing.", "")
-        .replace("evomesh.config.step_values.", "")
-        .replace("NoneType", "None")
-    )
+def type_name(annotation: Any) -> str:
+    """Return a type as Python writes it in a config: a choice as its values, a section as a dictionary."""
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if section_class(annotation) is annotation:
+        return "dict"
+    if annotation in (StepRanges, BatchSizeRampup):
+        return "str"
+    if annotation is Ellipsis:
+        return "..."
+    if annotation is NoneType:
+        return "None"
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    names = [type_name(argument) for argument in arguments]
+    if origin in (Union, UnionType):
+        return " | ".join(names)
+    name: str = (origin or annotation).__name__
+    if names:
+        name += f"[{', '.join(names)}]"
+    return name
 
 
-def _bounds(field: FieldInfo) -> str:
+def bounds_of(field: FieldInfo) -> str:
+    """Return which numbers a field takes, such as ">= 0, < 1"."""
     bounds = []
     for constraint in field.metadata:
         for name, sign in SIGNS.items():
