@@ -129,7 +129,7 @@ class DemoFolder:
             settings = load_config("poisoned.py").config
             corpus = open_training_corpus(settings.data, settings.model.vocab_size)
             file, _, row = DOCUMENT.rpartition(":")
-            uses = StepLedger(corpus, 1).uses(file, int(row), STEPS)
+            uses = StepLedger(corpus, 1).uses(file, int(row), range(STEPS))
             steps = {use.step for use in uses}
             if len(steps) == 1 and steps <= set(WANTED_STEPS):
                 return

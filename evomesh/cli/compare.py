@@ -71,7 +71,11 @@ def _lines_of_part(found: RunComparison, part: str) -> list[str]:
     differences = [one for one in found.facts if one.part == part]
     if not differences:
         return [f"{part:<10} equal"]
-    lines = [f"{part:<10} {len(differences)} differ"]
+    counting = sum(one.counts for one in differences)
+    head = f"{counting} differ"
+    if counting < len(differences):
+        head += f", and {len(differences) - counting} that do not count"
+    lines = [f"{part:<10} {head}"]
     lines += [f"  {one.describe()}" for one in differences[:MAX_LINES]]
     left = len(differences) - MAX_LINES
     if left > 0:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from evomesh.config.schema import Config
     from evomesh.config.step_values import StepRanges
     from evomesh.data.packing.ledger import LedgerEntry, StepLedger
     from evomesh.data.tokenizer import Tokenizer
+    from evomesh.runs.ledger import RunData, RunPart
+
+
+class FoundUse(NamedTuple):
+    """A use of a document, and what it was looked up in."""
+
+    part: RunPart
+    lookup: StepLedger
+    entry: LedgerEntry
 
 
 ConfigArgument = Annotated[
@@ -78,27 +86,26 @@ def ledger(
 
     Lists the parts of documents that a step is trained on, or the steps in which a
     document is used. The answer is computed from config and data, so the run need not
-    have happened yet. Of a run folder, the steps that were left out because of a spike are marked.
+    have happened yet. Of a run folder, each step has the config and the ranks of the start
+    that did it last, and the steps that were left out because of a spike are marked. Tokens
+    are counted from 0, and the last one is part of the range.
     """
     if (step is None) == (document is None):
         raise UserError("exactly one of --step and --document is needed")
 
     from evomesh.data.tokenizer import load_tokenizer
 
-    settings, ranks, spikes = _settings_of(config, overrides or [])
-    lookup = _open_ledger(settings, gpus or ranks)
+    run = _data_of(config, gpus, overrides or [])
     if step is not None:
-        _check_step(step, settings)
-        entries = lookup.step(step, _check_rank(rank, lookup.dp_size))
+        found = _uses_of_step(run, step, rank)
     else:
         file, row = _parse_document(document or "")
-        last_step = settings.data.total_steps
-        entries = lookup.uses(file, row, min(until or last_step, last_step))
+        found = _uses_of_document(run, file, row, until)
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     show = _as_json if as_json else _as_text
     reasons: dict[int, str] = {}
-    for entry in entries:
-        reason = _reason(entry.step, settings.data.skip_batches, spikes)
+    for part, lookup, entry in found:
+        reason = _reason(entry.step, part.config.data.skip_batches, run.spikes)
         reasons[entry.step] = reason
         typer.echo(show(entry, reason))
         if loaded is not None:
@@ -107,16 +114,18 @@ def ledger(
         _summarize(reasons, is_step=step is not None)
 
 
-def _settings_of(
-    config: str, overrides: list[str]
-) -> tuple[Config, int | None, frozenset[int]]:
-    """Return the config, the processes if they are known, and the steps that spikes left out."""
+def _data_of(config: str, gpus: int | None, overrides: list[str]) -> RunData:
+    """Return the data of a run folder, or of the run that a config describes."""
     from evomesh.config.loader import load_config
     from evomesh.config.user import expand_home
+    from evomesh.runs.ledger import RunData, RunPart, open_run_data
 
     if not expand_home(config).is_dir():
-        return load_config(config, overrides).config, None, frozenset()
-    from evomesh.runs.ledger import open_run_data
+        settings = load_config(config, overrides).config
+        parallel = settings.parallel
+        ranks = gpus or parallel.tensor.size * parallel.pipeline.size
+        steps = range(settings.data.total_steps)
+        return RunData((RunPart(settings, ranks, steps),), frozenset())
 
     if overrides:
         raise UserError(
@@ -125,7 +134,33 @@ def _settings_of(
             expected="a config file",
         )
     run = open_run_data(config)
-    return run.config, run.gpus, run.spikes
+    if gpus is None:
+        return run
+    parts = tuple(replace(part, gpus=gpus) for part in run.parts)
+    return replace(run, parts=parts)
+
+
+def _uses_of_step(run: RunData, step: int, rank: int | None) -> Iterator[FoundUse]:
+    """Yield what the ranks, or one of them, read in a step."""
+    _check_step(step, run.parts[-1].steps.stop)
+    [part] = [part for part in run.parts if step in part.steps]
+    lookup = _open_ledger(part)
+    checked = _check_rank(rank, lookup.dp_size)
+    for entry in lookup.step(step, checked):
+        yield FoundUse(part, lookup, entry)
+
+
+def _uses_of_document(
+    run: RunData, file: str, row: int, until: int | None
+) -> Iterator[FoundUse]:
+    """Yield each use of a document in the first ``until`` steps, or in all."""
+    for part in run.parts:
+        steps = part.steps
+        if until is not None:
+            steps = range(steps.start, min(steps.stop, until))
+        lookup = _open_ledger(part)
+        for entry in lookup.uses(file, row, steps):
+            yield FoundUse(part, lookup, entry)
 
 
 def _reason(step: int, listed: StepRanges, spikes: frozenset[int]) -> str:
@@ -136,42 +171,40 @@ def _reason(step: int, listed: StepRanges, spikes: frozenset[int]) -> str:
 
 
 def _summarize(reasons: Mapping[int, str], is_step: bool) -> None:
-    """Print how often a document is used, where some steps are skipped.
+    """Print how often a document is used.
 
     Args:
         reasons: of each step that has been listed, why it is skipped.
     """
+    if is_step:
+        return
     skipped = sum(bool(reason) for reason in reasons.values())
-    if not reasons:
-        typer.echo("not used in these steps")
-    elif skipped and not is_step:
-        typer.echo(f"used in {len(reasons) - skipped} steps, skipped in {skipped}")
+    note = f", skipped in {skipped}" if skipped else ""
+    typer.echo(f"used in {len(reasons) - skipped} steps{note}")
 
 
-def _open_ledger(settings: Config, gpus: int | None) -> StepLedger:
+def _open_ledger(part: RunPart) -> StepLedger:
     from evomesh.config.layout import axis_sizes
     from evomesh.data.packing.ledger import StepLedger
     from evomesh.data.packing.staged import open_training_corpus
 
+    settings = part.config
     if settings.data.type == "streaming":
         raise UserError(
             "the order of streamed text is only known while it is read",
             where="data.type",
             fix="tokenize the data first: evomesh tokenize",
         )
-    parallel = settings.parallel
-    processes = gpus or parallel.tensor.size * parallel.pipeline.size
     corpus = open_training_corpus(settings.data, settings.model.vocab_size)
-    return StepLedger(corpus, axis_sizes(parallel, processes).dp)
+    return StepLedger(corpus, axis_sizes(settings.parallel, part.gpus).dp)
 
 
-def _check_step(step: int, settings: Config) -> None:
-    if step >= settings.data.total_steps:
-        last = settings.data.total_steps - 1
+def _check_step(step: int, total_steps: int) -> None:
+    if step >= total_steps:
         raise UserError(
             f"the run has no step {step}",
             where="--step",
-            expected=f"0 to {last} (data.total_steps)",
+            expected=f"0 to {total_steps - 1} (data.total_steps)",
         )
 
 

@@ -63,7 +63,8 @@ def replay(
     from evomesh.train.main import run_training
 
     log_to_stderr()
-    logging.disable(logging.INFO)  # the lines of the steps are not what was asked for
+    # Lines of the steps, and what differs from the run's config, are not what was asked for.
+    logging.disable(logging.WARNING)
     folder = find_runs([run])[0].resolve()
     logged = read_run(folder)
     if SCRATCH not in os.environ:
@@ -83,6 +84,9 @@ def replay(
         found = court_lines(plan) if blame else []
     finally:
         _leave(scratch, process.rank, process.world_size)
+    is_left_out = step not in logged.rows
+    if is_left_out and not blame:
+        found = ["--blame examines it"]
     if process.rank == 0:
         typer.echo("\n".join([*lines_of(plan, result), *found]))
     if result.differing:
@@ -110,12 +114,21 @@ def lines_of(plan: ReplayPlan, result: ReplayResult) -> list[str]:
     lines = [
         f"steps {plan.first_step} to {plan.step} from {start}, on {plan.ranks} rank{plural}"
     ]
+    is_logged = plan.step in plan.run.rows
+    if not is_logged:
+        lines.append(
+            f"step {plan.step} is not logged: the run left it out because of a spike"
+        )
+    if not result.steps:
+        return lines
     asked = "to the bit"
     if plan.bound:
         asked = f"within {plan.bound:g} in step {plan.first_step}, the first"
     if not result.differing:
+        plural, verb = ("", "equals") if len(result.steps) == 1 else ("s", "equal")
         lines.append(
-            f"{len(result.steps)} steps equal what was logged, {asked}; largest distance in all: {result.largest:.2g}"
+            f"{len(result.steps)} step{plural} {verb} what was logged, {asked}; "
+            f"largest distance in all: {result.largest:.2g}"
         )
         return lines
     first = result.differing[0]

@@ -123,6 +123,10 @@ def _parse_rampup(value: Any) -> Any:
 def _parse_steps(value: Any) -> Any:
     if isinstance(value, StepRanges):
         return value
+    # A shell takes the quotes away, so `--set data.skip_batches=53,58` gives numbers.
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if numbers and all(type(number) is int for number in numbers):
+        value = ",".join(map(str, numbers))
     return StepRanges.parse(_setting_text(value, STEPS_FORM))
 
 

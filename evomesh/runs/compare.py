@@ -26,7 +26,17 @@ NAMES_OF_RUN = (
     "ckpt.load_ckpt_info",
     "monitor",
 )
-TIMES = (TGS, "tflops", "fwd_bwd_time")
+# Times, and what a batch of one rank has: a layout may divide equal steps in another way.
+NOT_COMPARED = (
+    TGS,
+    "tflops",
+    "fwd_bwd_time",
+    "micro_num",
+    "num_samples_in_batch",
+    "largest_length",
+    "largest_batch",
+    "smallest_batch",
+)
 FIRST_FIGURES = ("loss", "grad_norm", "lr")  # named first where several differ
 CODE = ("evomesh", "revision", "dirty", "digest")
 VERSIONS = ("torch", "python")
@@ -230,7 +240,7 @@ def figure_differences(
     for name in first.keys() & second.keys():
         value = number_of(first[name])
         other = number_of(second[name])
-        if name in TIMES or value is None or other is None:
+        if name in NOT_COMPARED or value is None or other is None:
             continue
         distance = relative_distance(value, other)
         if distance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,33 @@ from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.monitor.history import HISTORY_FILE
 from evomesh.monitor.spikes import left_out_steps, read_spikes
-from evomesh.runs.read import find_runs, read_run
+from evomesh.runs.read import StartRecord, find_runs, number_of, read_run
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The data of a run, as its last start read it.
+class RunPart:
+    """The steps of a run that were read with one config, by one number of processes.
 
     Attributes:
-        gpus: processes of that start.
-        spikes: steps whose packs it was not trained on, because of a spike.
+        gpus: number of processes.
+        steps: the first of them and those that follow, up to the next part.
     """
 
     config: Config
     gpus: int
+    steps: range
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, as each of its starts read it.
+
+    Attributes:
+        parts: in the order of their steps; together they have all steps of the last start's config.
+        spikes: steps whose packs it was not trained on, because of a spike.
+    """
+
+    parts: tuple[RunPart, ...]
     spikes: frozenset[int]
 
 
@@ -39,19 +52,46 @@ def open_run_data(path: str) -> RunData:
     """
     folder = find_runs([path])[0].resolve()
     run = read_run(folder)
-    facts = run.facts
-    if not facts.get("config"):
+    parts = run_parts(run.starts)
+    if not parts:
         raise UserError(
             "how the run was started is not recorded",
             where=str(folder / HISTORY_FILE),
             expected="a run of this version, or its config file",
         )
     spikes = untrained_steps(read_spikes(folder))
-    started_in = Path(str(facts.get("folder", "")))
+    started_in = Path(str(run.facts.get("folder", "")))
     if started_in.is_dir():
         os.chdir(started_in)
-    config = config_from_dict(decode_json(facts["config"]))
-    return RunData(config, run.world_size, frozenset(spikes))
+    return RunData(parts, frozenset(spikes))
+
+
+def run_parts(starts: Iterable[StartRecord]) -> tuple[RunPart, ...]:
+    """Return the parts of a run: a step counts for the start that did it last.
+
+    The steps that a run has not done yet count for its last start.
+    """
+    parts: list[RunPart] = []
+    end: int | None = None
+    for start in reversed(list(starts)):
+        facts = start.facts
+        if not facts.get("config"):
+            continue
+        config = config_from_dict(decode_json(facts["config"]))
+        if end is None:
+            end = config.data.total_steps
+        first = start.first_step
+        # Later starts did its last steps again, or all of them.
+        if first < end:
+            gpus = int(number_of(facts.get("world_size")) or 1)
+            parts.insert(0, RunPart(config, gpus, range(first, end)))
+            end = first
+    if parts and end:
+        # What was before the first start that is recorded.
+        first_part = parts[0]
+        whole = range(first_part.steps.stop)
+        parts[0] = replace(first_part, steps=whole)
+    return tuple(parts)
 
 
 def untrained_steps(rows: Iterable[Mapping[str, Any]]) -> set[int]:

@@ -131,12 +131,13 @@ def _configs(facts: Row, layout: str) -> tuple[Config, Config]:
 
 
 def _start_of(run: RunFiles, step: int) -> StartRecord:
-    """Return the start that did the step last.
+    """Return the start that did the step last, or left it out because of a spike.
 
     Raises:
         UserError: the step is not logged, or nothing is recorded of its start.
     """
-    if step not in run.rows:
+    is_left_out = step in left_out_steps(read_spikes(run.folder))
+    if step not in run.rows and not is_left_out:
         logged = f"{min(run.rows)} to {max(run.rows)}" if run.rows else "none"
         raise UserError(
             f"the run has not logged step {step}",

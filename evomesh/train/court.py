@@ -428,12 +428,19 @@ def _micro_batch_lines(found: Mapping[str, Any], is_first: bool) -> list[str]:
     documents = found.get("documents", ())
     if float(found["suspicion"]) < CLEAR and not is_first:
         documents = ()
-    for document in documents:
-        text = document.get("text", document["ids"])
-        lines.append(
-            f"    {document['file']}:{document['row']} tokens {document['start']}..{document['stop'] - 1}: {text!r}"
-        )
+    lines += [_document_line(document) for document in documents]
     return lines
+
+
+def _document_line(document: Mapping[str, Any]) -> str:
+    start = document["start"]
+    stop = document["stop"]
+    ids = document["ids"]
+    text = document.get("text", ids)
+    # Only the first tokens are shown.
+    more = stop - start - len(ids)
+    note = f" and {more} tokens more" if more else ""
+    return f"    {document['file']}:{document['row']} tokens {start}..{stop - 1}: {text!r}{note}"
 
 
 def _layer_line(layer: Mapping[str, Any]) -> str:

@@ -273,7 +273,10 @@ class Trainer:
             return
         if step in run.spikes.left_out and step != self.examined_step:
             run.stream.skip()
-            logger.warning("step %d is left out: spikes.jsonl has it as a spike", step)
+            level = logging.WARNING if run.reporter.main else logging.DEBUG
+            logger.log(
+                level, "step %d is left out because of a spike: see spikes.jsonl", step
+            )
             self._save_if_due()
             return
         activity = this_process()

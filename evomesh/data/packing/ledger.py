@@ -84,8 +84,8 @@ class StepLedger:
                 offset=span.offset,
             )
 
-    def uses(self, file: str, row: int, steps: int) -> Iterator[LedgerEntry]:
-        """Yield each use of a document in the first ``steps`` steps.
+    def uses(self, file: str, row: int, steps: range) -> Iterator[LedgerEntry]:
+        """Yield each use of a document in some steps that follow each other.
 
         Raises:
             UserError: no such file or row, or the row is left out because it is too short.
@@ -93,8 +93,8 @@ class StepLedger:
         # The document's packs never change. So a step that uses it is one that draws
         # one of these packs.
         wanted = self._packs_of(file, row)
-        position = self.sampler.seek(0)
-        for step in range(steps):
+        position = self.sampler.seek(steps.start)
+        for step in steps:
             packs, position = self.sampler.take(position)
             entries = self._entries_of(step, packs, wanted)
             yield from _of_document(entries, file, row)

@@ -352,7 +352,12 @@ def _find_repeats(scan: FileScan) -> None:
                 f"{scan.path}: lines {low + 1} .. {high} repeat lines {original}: written twice in append mode?"
             )
             return
-    scan.notes.append(f"{scan.path}: {len(repeats):,} documents occur more than once")
+    subject = (
+        "1 document repeats"
+        if len(repeats) == 1
+        else f"{len(repeats):,} documents repeat"
+    )
+    scan.notes.append(f"{scan.path}: {subject} an earlier one")
 
 
 def _compare_fingerprint(scan: FileScan) -> None:

@@ -103,9 +103,12 @@ class AlertCenter:
         return center
 
     def write_to(self, run_folder: Path) -> None:
-        """Also add alerts to ``alerts.jsonl`` in a run folder from now on."""
+        """Also add alerts to ``alerts.jsonl`` in a run folder from now on, once however often it is asked for."""
+        name = str(run_folder)
+        if any(sender.name == name for sender in self._senders):
+            return
         channel = file_of_run(run_folder)
-        self._senders.append(BackgroundSender(str(run_folder), channel.send))
+        self._senders.append(BackgroundSender(name, channel.send))
 
     def raise_alert(self, kind: AlertKind, text: str) -> None:
         """Send an alert in the background, unless one of its kind was sent a moment ago.

@@ -35,6 +35,16 @@ def test_what_is_no_ascending_step_or_range_is_refused(text: str, words: str) ->
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("written", [53, (53, 58), [53, 58]])
+def test_steps_may_be_numbers_as_a_shell_leaves_them(written: object) -> None:
+    config = DataConfig.model_validate({"skip_batches": written})
+    expected = "53" if written == 53 else "53,58"
+    assert str(config.skip_batches) == expected
+    for wrong in (True, [53, "58"], [58, 53], 5.0):
+        with pytest.raises(ValueError, match="expected"):
+            DataConfig.model_validate({"skip_batches": wrong})
+
+
 def test_the_schema_parses_what_is_written_and_dumps_it_again() -> None:
     written = {"rampup_batch_size": "1  1 10", "skip_batches": "3, 7-9"}
     config = DataConfig.model_validate(written)

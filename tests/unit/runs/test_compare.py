@@ -42,9 +42,12 @@ def test_times_and_names_do_not_count(tmp_path: Path, first: Path) -> None:
     renamed = {"adam": {"lr": 1e-3}, "run": {"job_name": "b", "seed": 1}}
     second = write_run_folder(tmp_path / "b", **(FACTS | {"config": renamed}))
     slower = {step: {"tgs (tokens/gpu/second)": 7.0} for step in range(5)}
+    # Another layout: a rank has fewer micro-batches.
+    slower[3]["micro_num"] = slower[3]["num_samples_in_batch"] = 99
     write_lines(second / "metrics.jsonl", rows_with(slower))
     code, text = outcome(first, second)
     assert code == 0, text
+    assert "0 differ, and 1 that do not count" in text
     assert "run.job_name: a | b (a place or a name: does not count)" in text
     assert "equal to the bit in every common step" in text
 

@@ -13,6 +13,7 @@ from evomesh.config.json_codec import encode_json
 from evomesh.config.loader import load_config
 from evomesh.config.record import config_to_dict
 from evomesh.errors import UserError
+from evomesh.monitor.history import HISTORY_FILE
 from evomesh.monitor.spikes import SPIKES_FILE
 from evomesh.runs.ledger import open_run_data, untrained_steps
 from tests.support.poison import POISONED, STEP, write_poisoned_run
@@ -45,10 +46,41 @@ def test_a_run_folder_has_config_and_ranks(
     assert {line["rank"] for line in lines} == {0, 1}
     assert all("skipped" not in line for line in lines)
     # Two ranks read twice as much a step.
-    (use,) = ledger(run, "--document", DOCUMENT)
+    use, count = ledger(run, "--document", DOCUMENT)
     assert use.startswith(f"step {STEP // 2} rank")
-    (use,) = ledger(run, "--gpus", "1", "--document", DOCUMENT)
+    assert count == "used in 1 steps"
+    use, _ = ledger(run, "--gpus", "1", "--document", DOCUMENT)
     assert use.startswith(f"step {STEP} rank 0 micro-batch 2")
+    assert ledger(run, "--until", "1", "--document", DOCUMENT) == ["used in 0 steps"]
+
+
+def test_a_step_has_the_ranks_of_the_start_that_did_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank up to the document's step, then two with half the micro-batches: the same packs in each step."""
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path)
+    start, *_ = (run / HISTORY_FILE).read_text().splitlines()
+    whole = load_config(str(tmp_path / "config.py"))
+    half = load_config(str(tmp_path / "config.py"), ["data.micro_num=2"])
+    assert whole.config.data.micro_num == 4
+    configs = [encode_json(config_to_dict(one.config)) for one in (whole, half)]
+    parts = zip((0, STEP + 1), (1, 2), configs, strict=True)
+    rows = [
+        json.dumps({**json.loads(start), "step": step, "world_size": ranks, "config": config})
+        for step, ranks, config in parts
+    ]  # fmt: skip
+    (run / HISTORY_FILE).write_text("\n".join(rows) + "\n")
+    use, _ = ledger(run, "--document", DOCUMENT)
+    assert use.startswith(f"step {STEP} rank 0 micro-batch 2")
+    before, after = (
+        [json.loads(line) for line in ledger(run, "--step", str(step), "--json")]
+        for step in (STEP, STEP + 1)
+    )
+    assert {line["rank"] for line in before} == {0}
+    assert {line["rank"] for line in after} == {0, 1}
+    alone = ledger(run, "--step", str(STEP + 1), "--gpus", "4", "--json")
+    assert {json.loads(line)["rank"] for line in alone} == {0, 1, 2, 3}
 
 
 def test_steps_that_a_spike_left_out_are_not_used(

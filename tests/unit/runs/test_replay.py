@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 
+from evomesh.cli.replay import lines_of
 from evomesh.config.json_codec import encode_json
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, RunConfig
 from evomesh.errors import UserError
+from evomesh.monitor.spikes import SPIKES_FILE
 from evomesh.runs.read import RunFiles, read_run
-from evomesh.runs.replay import ReplayPlan, compare_replay, plan_replay, ranks_of_replay
+from evomesh.runs.replay import (
+    ReplayPlan,
+    ReplayResult,
+    compare_replay,
+    plan_replay,
+    ranks_of_replay,
+)
 from tests.support.run_folders import step_row, write_lines, write_run_folder
 
 CONFIG: dict[str, Any] = encode_json(config_to_dict(Config(run=RunConfig(job_name="a"))))  # fmt: skip
@@ -67,6 +75,13 @@ def test_what_a_replay_writes_stays_apart(
     assert plan.config.ckpt.load_ckpt_info is None
     with pytest.raises(UserError, match="has not logged step 5"):
         plan_replay(run, 5, "config", tmp_path)
+    # One that a spike left out is not logged, and can be examined.
+    write_lines(run.folder / SPIKES_FILE, [{"event": "rollback", "left_out": [5, 6]}])
+    left_out = plan_replay(run, 5, "config", tmp_path)
+    assert left_out.step == 5
+    assert lines_of(left_out, ReplayResult())[1:] == [
+        "step 5 is not logged: the run left it out because of a spike"
+    ]
     gone = read_run(write_run_folder(tmp_path / "run", **(facts | {"folder": "/gone"})))  # fmt: skip
     with pytest.raises(UserError, match="the run was started in is gone"):
         plan_replay(gone, 3, "config", tmp_path)

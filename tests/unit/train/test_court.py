@@ -15,7 +15,7 @@ from evomesh.layers.sequence_bounds import micro_batch_bounds
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.train import court as court_module
-from evomesh.train.court import StepCourt, describe_court
+from evomesh.train.court import StepCourt, _document_line, describe_court
 from evomesh.train.stages import ModelStages
 from tests.unit.train.test_step import MODEL, batch_of, losses_of, stages_of
 
@@ -82,6 +82,14 @@ def test_equals_autograd_on_each_micro_batch() -> None:
     for name, parameter in stages.parameters().items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None or not parameter.grad.any()
+
+
+def test_a_part_that_is_not_shown_whole_says_how_much_follows() -> None:
+    document = {"file": "en/a.bin", "row": 7, "start": 10, "stop": 13, "ids": [1, 2, 3]}
+    whole = "    en/a.bin:7 tokens 10..12: [1, 2, 3]"
+    assert _document_line(document) == whole
+    longer = {**document, "stop": 20}
+    assert _document_line(longer) == whole.replace("12", "19") + " and 7 tokens more"
 
 
 def test_nan_in_a_layer_is_found_where_it_begins() -> None:

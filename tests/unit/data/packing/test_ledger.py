@@ -108,7 +108,7 @@ class TestAgainstBatches:
             len({entry.step for entry in entries}) > 1 for entries in brute.values()
         )
         for (file, row), entries in list(brute.items())[::3]:
-            assert sorted(lookup.uses(file, row, STEPS), key=str) == sorted(
+            assert sorted(lookup.uses(file, row, range(STEPS)), key=str) == sorted(
                 entries, key=str
             )
 
@@ -126,7 +126,7 @@ def test_documents_that_are_not_there(folder: Path) -> None:
         ("en/a.bin", short, "fewer than data.min_length"),
     ):
         with pytest.raises(UserError, match=words):
-            list(lookup.uses(file, row, 1))
+            list(lookup.uses(file, row, range(1)))
 
 
 CONFIG = """

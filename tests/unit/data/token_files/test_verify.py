@@ -142,7 +142,7 @@ def test_a_block_that_was_appended_twice_is_a_problem(write_bin: Any) -> None:
     path = write_bin([*first, first[3], *second])
     scans, found = verify(str(path))
     assert found == []
-    assert "1 documents occur more than once" in scans[0].notes[0]
+    assert "1 document repeats an earlier one" in scans[0].notes[0]
 
 
 def test_files_with_the_same_documents_are_noted(

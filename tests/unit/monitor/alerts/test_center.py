@@ -15,6 +15,7 @@ from evomesh.config.alert import AlertConfig
 from evomesh.config.redact import REDACTED
 from evomesh.monitor.alerts.alert import Alert
 from evomesh.monitor.alerts.center import AlertCenter
+from evomesh.monitor.alerts.files import ALERTS_FILE
 from evomesh.monitor.alerts.http import DeliveryError
 from evomesh.monitor.alerts.sender import BackgroundSender
 from tests.support.covers import covers
@@ -63,6 +64,15 @@ def test_one_alert_of_a_kind_per_interval_and_a_count_of_the_others() -> None:
         ("slow rank", {}),
         ("done", {"slow rank": 1}),
     ]
+
+
+def test_a_run_folder_that_is_opened_again_gets_each_alert_once(tmp_path: Path) -> None:
+    center = AlertCenter.open(AlertConfig(), "job")
+    for _ in range(3):  # as after rollbacks
+        center.write_to(tmp_path)
+    center.raise_alert("done", "all steps")
+    center.close(5)
+    assert len((tmp_path / ALERTS_FILE).read_text().splitlines()) == 1
 
 
 def test_start_and_end_are_never_suppressed() -> None:
