@@ -1,7 +1,7 @@
 """Bits per byte over time: the demo's recipe against a plain transformers Llama with AdamW and cosine.
 
 Run: python benchmarks/learning.py --data DEMO_FOLDER [--minutes 5] [--seeds 3] [--threads 2] [--output learning.jsonl]
-     [--recipes evomesh "evomesh, half the time" "optimizer.type=adamw" ...] [--clock wall|cpu] [--jobs 1]
+     [--recipes evomesh "evomesh, half the time" "optimizer.type=adamw" ...] [--pace SECONDS [--jobs 2]]
 
 Both train for a fixed time on the token files of tools/demo_data.py, on as many threads, with equally many parameters,
 and are scored on the same held-out text in segments of the same length. The baseline trains on documents laid end to
@@ -10,62 +10,35 @@ with seed 0 for a fraction of the time (--search). Rates follow the time that ha
 with the time. The clock stops while the held-out text is scored.
 
 A recipe is a name of RECIPES, or settings of configs/demo.py separated by spaces. Runs that the output file holds are
-not done again. --clock cpu counts the process's CPU time, divided by the threads: for a busy machine, on which --jobs
-runs at a time may share the cores. Prints tables in Markdown.
+not done again. With --pace each recipe is first timed for so many seconds on all threads, by turns with the baseline,
+which wants an idle machine; a step of the long runs then counts as the median time of a step there. So these may share
+a busy machine, --jobs at a time with their share of the threads, without a change of their figures. Prints tables in
+Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from evomesh.config.loader import load_config
-from evomesh.config.lr_scheduler import LrConfig
-from evomesh.config.schema import AdamConfig, Config, LossConfig
-from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
-from evomesh.optim.scaler import LossScaler
-from evomesh.optim.schedule import learning_rate
-from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.grid import Grid
-from evomesh.parallel.modes import MODES
-from evomesh.train.allocator import keep_freed_memory
-from evomesh.train.stages import build_stages
-from evomesh.train.step import train_step
-from evomesh.train.validate import validate
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.learning_sides import EvomeshSide, Recipe, Side, TransformersSide
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 BASELINE = "transformers, AdamW, cosine"
 BASELINE_RATES = (5e-4, 1e-3, 2e-3)
-# The steps of a schedule whose run ends with the time, however many it really has.
-SCHEDULE_STEPS = 10_000
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What differs from the demo's config, and the share of the time that it gets.
-
-    Attributes:
-        phases: more settings from a share of the run on, such as another length of the segments.
-    """
-
-    settings: tuple[str, ...] = ()
-    time_share: float = 1.0
-    phases: tuple[tuple[float, tuple[str, ...]], ...] = ()
+# The first steps of a side allocate its memory.
+UNTIMED_STEPS = 5
 
 
 def muon(*settings: str) -> Recipe:
@@ -110,204 +83,39 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A run: everything that its figures depend on."""
+    """A run: everything that its figures depend on.
+
+    Attributes:
+        lr: the baseline's learning rate; None: the recipe's own.
+        points: how often the held-out text is scored.
+        pace: the seconds that a step counts as; None: those that it takes.
+    """
 
     recipe: str
-    lr: float | None  # the baseline's; None: the recipe's own
+    lr: float | None
     seed: int
     seconds: float
     threads: int
-    clock: str
-    points: int  # of the curve
-
-
-class Side(Protocol):
-    """A model in training."""
-
-    def step(self, progress: float) -> int:
-        """Take one step, and return its number of tokens; ``progress`` is the share of the time that has passed."""
-        ...
-
-    def bits(self) -> dict[str, float]:
-        """Return the bits per byte of each held-out set."""
-        ...
-
-
-class EvomeshSide:
-    """Model, data and steps as `evomesh train` has them."""
-
-    def __init__(self, recipe: Recipe, seed: int, data: str) -> None:
-        keep_freed_memory()  # as `evomesh train` does
-        self.phases = [(0.0, ()), *recipe.phases]
-        self.shared = [
-            *(f"data.{kind}_folder={data}/{kind}" for kind in ("train", "valid")),
-            f"data.total_steps={SCHEDULE_STEPS}",
-            f"data.seed={seed}",
-            *recipe.settings,
-        ]
-        self.config = config = load_config(str(DEMO), self.shared).config
-        self.grid = Grid()
-        self.stages = build_stages(config, self.grid, MODES["mtp"], CPU)
-        self.stages.initialize(seed, self.grid)
-        self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            self.grid,
-            self.stages.module,
-            config.optimizer,
-        )
-        self.scaler = LossScaler(config.grad_scaler, config.model.dtype)
-        self.sets = build_valid_data(config.data, config.model.vocab_size)
-        self.phase = -1
-
-    def step(self, progress: float) -> int:
-        due = sum(start <= progress for start, _ in self.phases) - 1
-        if due != self.phase:
-            self.phase = due
-            sets = [*self.shared, *self.phases[due][1]]
-            self.config = load_config(str(DEMO), sets).config
-            vocab_size = self.config.model.vocab_size
-            self.stream = build_train_data(self.config.data, vocab_size).stream()
-        config = self.config
-        batch = next(self.stream)
-        train_step(
-            batch,
-            schedule=self.stages.schedule,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            grid=self.grid,
-            loss_config=LossConfig(),
-            data_types=["code", "en"],
-            lr=rate(progress, config.lr_scheduler, config.adam),
-            beta2=config.adam.adam_beta2,
-        )
-        return batch.tokens.numel()
-
-    def bits(self) -> dict[str, float]:
-        with self.optimizer.evaluated_weights():
-            figures = validate(self.stages, self.sets, self.grid, CPU)
-        return {one.name: figures[f"val/{one.name}_bpb"] for one in self.sets}
-
-
-class TransformersSide:
-    """A stock Llama of the demo's shape on rows of tokens, with torch's AdamW."""
-
-    def __init__(self, lr: float, seed: int, data: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        sets = [f"data.{kind}_folder={data}/{kind}" for kind in ("train", "valid")]
-        config = load_config(str(DEMO), sets).config
-        self.sets = build_valid_data(config.data, config.model.vocab_size)
-        torch.manual_seed(seed)
-        self.model = LlamaForCausalLM(LlamaConfig(**llama_shape(config))).train()
-        self.adam = AdamConfig(lr=lr)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
-            fused=True,
-        )
-        self.schedule = LrConfig(
-            type="cosine", warmup_ratio=0.05, eta_min=0.1 * lr, init_steps=0
-        )
-        self.batches = row_batches(
-            Path(data) / "train", config.data.seq_len, config.data.micro_bsz, seed
-        )
-
-    def step(self, progress: float) -> int:
-        rows = next(self.batches)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(progress, self.schedule, self.adam)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model(input_ids=rows, labels=rows).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        return rows.numel()
-
-    @torch.no_grad()
-    def bits(self) -> dict[str, float]:
-        self.model.eval()
-        bits = {one.name: self._bits_of(one) for one in self.sets}
-        self.model.train()
-        return bits
-
-    def _bits_of(self, valid: ValidationSet) -> float:
-        """Return the bits per byte of a held-out set, each segment of it by itself."""
-        nats = 0.0
-        for batch in valid.batches(0, 1):
-            for row, bounds in enumerate(batch.cu_seqlens.tolist()):
-                for start, stop in pairwise(bounds):
-                    if start == stop:
-                        continue
-                    part = slice(start, stop)
-                    logits = self.model(input_ids=batch.tokens[row : row + 1, part])
-                    labels = batch.labels[row, part]
-                    loss = cross_entropy(logits.logits[0], labels, reduction="sum")
-                    nats += loss.item()
-        assert valid.text_bytes is not None
-        return nats / math.log(2) / valid.text_bytes
-
-
-def llama_shape(config: Config) -> dict[str, int | float | bool | str]:
-    """Return the LlamaConfig of the model of a config."""
-    model = config.model
-    return dict(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.mlp_width,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.kv_heads,
-        rms_norm_eps=model.layer_norm_epsilon,
-        max_position_embeddings=config.data.seq_len,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-
-
-def row_batches(
-    folder: Path, length: int, rows: int, seed: int
-) -> Iterator[torch.Tensor]:
-    """Yield batches of rows of all texts, joined once and split evenly; each pass has its own order."""
-    documents: list[list[int]] = []
-    for path in sorted(folder.rglob("*.bin")):
-        documents += [json.loads(line)["tokens"] for line in path.open()]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    tokens = torch.tensor([token for index in order for token in documents[index]])
-    whole = tokens[: len(tokens) // length * length].view(-1, length)
-    while True:
-        shuffled = whole[torch.randperm(len(whole), generator=generator)]
-        for start in range(0, len(shuffled) - rows + 1, rows):
-            yield shuffled[start : start + rows]
-
-
-def rate(progress: float, schedule: LrConfig, adam: AdamConfig) -> float:
-    """Return the learning rate after a share of the time."""
-    step = int(progress * SCHEDULE_STEPS)
-    return learning_rate(step, schedule, adam, SCHEDULE_STEPS)
+    points: int
+    pace: float | None = None
 
 
 class Clock:
-    """Counts seconds of work; ``paused`` leaves out what happens in it."""
+    """Counts the seconds of training: those of a watch, or a fixed number for each step."""
 
-    def __init__(self, kind: str, threads: int) -> None:
-        self.read: Callable[[], float] = time.perf_counter
-        self.scale = 1.0
-        if kind == "cpu":
-            self.read = time.process_time
-            self.scale = 1 / threads
-        self.start = self.read()
+    def __init__(self, pace: float | None) -> None:
+        self.pace = pace
+        self.steps = 0
+        self.start = time.perf_counter()
 
     def seconds(self) -> float:
-        return (self.read() - self.start) * self.scale
+        if self.pace is not None:
+            return self.steps * self.pace
+        return time.perf_counter() - self.start
 
     def leave_out(self, since: float) -> None:
-        """Leave out what has happened since a reading of ``read``."""
-        self.start += self.read() - since
+        """Leave out what has happened since a reading of `time.perf_counter`."""
+        self.start += time.perf_counter() - since
 
 
 def find_recipe(name: str) -> Recipe:
@@ -329,24 +137,56 @@ def run_job(job: Job, data: str) -> dict[str, object]:
         side = TransformersSide(job.lr, job.seed, data)
     else:
         side = EvomeshSide(find_recipe(job.recipe), job.seed, data)
-    clock = Clock(job.clock, job.threads)
-    steps = tokens = 0
+    clock = Clock(job.pace)
+    tokens = 0
     curve: list[dict[str, object]] = []
     while len(curve) < job.points:
         seconds = clock.seconds()
         if seconds >= job.seconds * (len(curve) + 1) / job.points:
-            since = clock.read()
-            figures = {"seconds": seconds, "steps": steps, "tokens": tokens}
+            since = time.perf_counter()
+            figures = {"seconds": seconds, "steps": clock.steps, "tokens": tokens}
             curve.append({**figures, "bits": side.bits()})
             clock.leave_out(since)
             continue
         tokens += side.step(min(seconds / job.seconds, 1.0))
-        steps += 1
+        clock.steps += 1
     return {**asdict(job), "curve": curve}
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The median seconds of a step of a recipe, and of the baseline's between them."""
+
+    recipe: str
+    threads: int
+    seconds: float
+    baseline_seconds: float
+
+
+def measure_pace(recipe: str, threads: int, seconds: float, data: str) -> Pace:
+    """Time steps of a recipe and of the baseline by turns, over all phases of the recipe."""
+    torch.set_num_threads(threads)
+    baseline: Side = TransformersSide(BASELINE_RATES[0], 0, data)
+    side: Side = baseline
+    if recipe != BASELINE:
+        side = EvomeshSide(find_recipe(recipe), 0, data)
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while (progress := (time.perf_counter() - start) / seconds) < 1:
+        times.append((_timed_step(side, progress), _timed_step(baseline, progress)))
+    settled = times[UNTIMED_STEPS:]
+    ours, theirs = (statistics.median(column) for column in zip(*settled, strict=True))
+    return Pace(recipe, threads, ours, theirs)
+
+
+def _timed_step(side: Side, progress: float) -> float:
+    start = time.perf_counter()
+    side.step(progress)
+    return time.perf_counter() - start
+
+
 class Results:
-    """The runs of the output file, one a line."""
+    """The runs and paces of the output file, one a line."""
 
     def __init__(self, path: Path, data: str, jobs: int) -> None:
         self.path = path
@@ -362,6 +202,19 @@ class Results:
         found = [row for row in self.rows if wanted <= row.items()]
         return found[0] if found else None
 
+    def pace_of(self, recipe: str, threads: int, seconds: float) -> Pace:
+        """Return the pace of a recipe, measured now unless the file holds it."""
+        wanted = {"recipe": recipe, "threads": threads}.items()
+        for row in self.rows:
+            if "baseline_seconds" in row and wanted <= row.items():
+                return Pace(**row)  # type: ignore[arg-type]
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            arguments = (recipe, threads, seconds, self.data)
+            found = process.submit(measure_pace, *arguments).result()
+        self._write(asdict(found))
+        print(f"{recipe}: {found.seconds:.4f} s a step", flush=True)
+        return found
+
     def complete(self, jobs: Sequence[Job]) -> list[dict[str, object]]:
         """Do the runs that are missing and return the rows of all."""
         missing = [job for job in jobs if self.of(job) is None]
@@ -376,12 +229,15 @@ class Results:
         return [row for row in rows if row is not None]
 
     def _add(self, row: dict[str, object]) -> None:
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write(row)
         last = bits_at(row, -1)
         lr = f" lr {row['lr']}" if row["lr"] else ""
         print(f"{row['recipe']}{lr}, seed {row['seed']}: {last:.4f}", flush=True)
+
+    def _write(self, row: dict[str, object]) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def bits_at(row: dict[str, object], point: int) -> float:
@@ -391,27 +247,45 @@ def bits_at(row: dict[str, object], point: int) -> float:
     return statistics.fmean(curve[point]["bits"].values())
 
 
-def tokens_at_end(row: dict[str, object]) -> int:
+def end_of(row: dict[str, object]) -> dict[str, float]:
+    """Return the seconds, steps and tokens at the end of a run."""
     curve = row["curve"]
     assert isinstance(curve, list)
-    return int(curve[-1]["tokens"])
+    return {key: curve[-1][key] for key in ("seconds", "steps", "tokens")}
 
 
-def jobs_of(name: str, args: argparse.Namespace, lr: float | None = None) -> list[Job]:
+def paced(job: Job, results: Results, args: argparse.Namespace) -> Job:
+    """Return a job whose steps count as long as they take on an idle machine, where --pace asks for it."""
+    if not args.pace:
+        return job
+    reference = results.pace_of(BASELINE, args.threads, args.pace)
+    pace = reference.seconds
+    if job.recipe != BASELINE:
+        # The machine may be faster now than it was then: only the ratio counts.
+        found = results.pace_of(job.recipe, args.threads, args.pace)
+        pace *= found.seconds / found.baseline_seconds
+    threads = max(1, args.threads // args.jobs)
+    return replace(job, threads=threads, pace=pace)
+
+
+def jobs_of(
+    name: str, results: Results, args: argparse.Namespace, lr: float | None = None
+) -> list[Job]:
     """Return the runs of a recipe, one for each seed."""
     share = 1.0 if lr is not None else find_recipe(name).time_share
     seconds = 60 * args.minutes * share
-    seeds = range(args.seeds)
-    run = (args.threads, args.clock, args.points)
-    return [Job(name, lr, seed, seconds, *run) for seed in seeds]
+    first = Job(name, lr, 0, seconds, args.threads, args.points)
+    first = paced(first, results, args)
+    return [replace(first, seed=seed) for seed in range(args.seeds)]
 
 
 def best_rate(results: Results, args: argparse.Namespace) -> float:
     """Return the baseline's best learning rate after a fraction of the time, and print all."""
     seconds = 60 * args.minutes * args.search
-    # Only the end is of interest.
-    run = (args.threads, args.clock, 1)
-    jobs = [Job(BASELINE, lr, 0, seconds, *run) for lr in BASELINE_RATES]
+    # Only the end is of interest; a step takes as long with each rate.
+    first = Job(BASELINE, BASELINE_RATES[0], 0, seconds, args.threads, 1)
+    first = paced(first, results, args)
+    jobs = [replace(first, lr=lr) for lr in BASELINE_RATES]
     bits = [bits_at(row, -1) for row in results.complete(jobs)]
     print(
         f"\n| baseline's learning rate | bits per byte after {seconds:.0f} s |\n|---|---|"
@@ -434,7 +308,7 @@ def print_table(rows_of: dict[str, list[dict[str, object]]], seconds: float) -> 
             statistics.fmean(bits_at(row, point) for row in rows) for point in shown
         ]
         ends = [bits_at(row, -1) for row in rows]
-        tokens = statistics.fmean(tokens_at_end(row) for row in rows)
+        tokens = statistics.fmean(end_of(row)["tokens"] for row in rows)
         figures = " | ".join(f"{mean:.4f}" for mean in means)
         spread = f"{min(ends):.4f} to {max(ends):.4f}"
         print(
@@ -474,10 +348,20 @@ def arguments() -> argparse.Namespace:
         default=0.2,
         help="share of the time that each of the baseline's learning rates gets; 0: no baseline",
     )
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--pace",
+        type=float,
+        default=0.0,
+        help="seconds for which each recipe is timed first; 0: every run counts its own time",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, with --pace"
+    )
     parser.add_argument("--output", type=Path, default=Path("learning.jsonl"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs > 1 and not args.pace:
+        parser.error("--jobs above 1 makes steps slower: add --pace SECONDS")
+    return args
 
 
 def main() -> None:
@@ -489,12 +373,14 @@ def main() -> None:
     rows_of: dict[str, list[dict[str, object]]] = {}
     if args.search:
         lr = best_rate(results, args)
-        rows_of[f"{BASELINE} {lr:g}"] = results.complete(jobs_of(BASELINE, args, lr))
+        jobs = jobs_of(BASELINE, results, args, lr)
+        rows_of[f"{BASELINE} {lr:g}"] = results.complete(jobs)
     baseline = list(rows_of.values())
-    jobs = [job for name in args.recipes for job in jobs_of(name, args)]
-    results.complete(jobs)  # all together, so that --jobs of them run at a time
-    for name in args.recipes:
-        rows_of[name] = results.complete(jobs_of(name, args))
+    jobs_by_name = {name: jobs_of(name, results, args) for name in args.recipes}
+    # All together, so that --jobs of them run at a time.
+    results.complete([job for jobs in jobs_by_name.values() for job in jobs])
+    for name, jobs in jobs_by_name.items():
+        rows_of[name] = results.complete(jobs)
     print_table(rows_of, 60 * args.minutes)
     if baseline:
         print_crossing(rows_of, baseline[0])

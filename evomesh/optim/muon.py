@@ -10,8 +10,9 @@ of it. Four matrices in four shards, one exchange there and one back:
     rank 2   A2 B2 C2 D2         C0 C1 C2 C3   ->  direction of C         A2 B2 C2 D2
     rank 3   A3 B3 C3 D3         D0 D1 D2 D3   ->  direction of D         A3 B3 C3 D3
 
-Over two axes the exchange is one after the other. A rank has a few whole matrices at a
-time in memory, whatever the size of the model.
+Over two axes the exchange is one after the other. Of small matrices a rank takes several
+at once, so that one kernel works on all of them. It has a few whole matrices, or
+``MOST_ELEMENTS``, at a time in memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from evomesh.optim.rule import UpdateCounter, overwrite, true_gradient
 from evomesh.optim.slot import ParameterSlot
 from evomesh.parallel.collectives import all_to_all_no_grad
 from evomesh.parallel.grid import Axis, Grid
+
+# Matrices are taken together up to so many elements on a rank: beyond, a kernel has enough to do with one.
+MOST_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +57,13 @@ class MatrixSharding:
         return math.prod(axis.size for axis, _ in self.shards)
 
     def gather(self, shards: Tensor) -> Tensor:
-        """Exchange a shard of each of n matrices for one whole matrix, [n, shard] -> [1, whole]."""
+        """Exchange a shard of each of m·n matrices, with n ranks, for m whole ones: [m·n, shard] -> [m, whole]."""
         for axis, dim in reversed(self.shards):
             shards = all_to_all_no_grad(shards, axis, 0, dim + 1)
         return shards
 
     def scatter(self, whole: Tensor) -> Tensor:
-        """Undo ``gather``, [1, whole] -> [n, shard]."""
+        """Undo ``gather``, [m, whole] -> [m·n, shard]."""
         for axis, dim in self.shards:
             whole = all_to_all_no_grad(whole, axis, dim + 1, 0)
         return whole
@@ -67,10 +71,15 @@ class MatrixSharding:
 
 @dataclass(frozen=True, eq=False)
 class MatrixBatch:
-    """At most as many alike matrices as ranks share them: every rank computes the direction of one."""
+    """Alike matrices, of which every rank that shares them computes the directions of as many.
+
+    Attributes:
+        places: how many there can be; zeros take the places that a batch has no matrix for.
+    """
 
     matrices: list[MuonMatrix]
     sharding: MatrixSharding
+    places: int
 
     def directions(
         self, shards: list[Tensor], dtype: torch.dtype, steps: int
@@ -81,9 +90,8 @@ class MatrixBatch:
         return self.sharding.scatter(found)
 
     def stack(self, shards: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return [n, shard]; zeros take the places of matrices that a last batch lacks."""
-        num_shards = self.sharding.num_shards
-        stacked = shards[0].new_zeros((num_shards, *shards[0].shape), dtype=dtype)
+        """Return [places, shard]."""
+        stacked = shards[0].new_zeros((self.places, *shards[0].shape), dtype=dtype)
         for place, shard in zip(stacked, shards, strict=False):
             place.copy_(shard)
         return stacked
@@ -187,6 +195,12 @@ def _sharding_of(slot: ParameterSlot, grid: Grid) -> MatrixSharding:
 def _in_batches(
     matrices: Sequence[MuonMatrix], sharding: MatrixSharding
 ) -> Iterator[MatrixBatch]:
-    size = sharding.num_shards
-    for first in range(0, len(matrices), size):
-        yield MatrixBatch(list(matrices[first : first + size]), sharding)
+    """Yield batches of alike matrices, each rank's share as small as ``MOST_ELEMENTS`` and as even as possible."""
+    ranks = sharding.num_shards
+    whole_elements = matrices[0].master.numel() * ranks
+    most_of_a_rank = max(1, MOST_ELEMENTS // whole_elements)
+    share_of_a_rank = math.ceil(len(matrices) / ranks)
+    num_batches = math.ceil(share_of_a_rank / most_of_a_rank)
+    places = math.ceil(share_of_a_rank / num_batches) * ranks
+    for first in range(0, len(matrices), places):
+        yield MatrixBatch(list(matrices[first : first + places]), sharding, places)

@@ -24,14 +24,28 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Return [..., r, c] with the singular vectors of each matrix, and singular values near 1."""
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     # The product with itself is as small as the shorter side.
-    x: Tensor = matrices.mT if is_tall else matrices
-    norms = torch.linalg.matrix_norm(x, keepdim=True)
-    x = x / norms.clamp(min=SMALLEST_NORM)
+    wide: Tensor = matrices.mT if is_tall else matrices
+    norms = torch.linalg.matrix_norm(wide, keepdim=True)
+    scaled = wide / norms.clamp(min=SMALLEST_NORM)
+    rows, columns = wide.shape[-2:]
+    x = scaled.reshape(-1, rows, columns)
     for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = CUBIC * gram + QUINTIC * (gram @ gram)
-        x = LINEAR * x + polynomial @ x
-    return x.mT if is_tall else x
+        x = _newton_schulz(x)
+    directions: Tensor = x.reshape(wide.shape)
+    return directions.mT if is_tall else directions
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Return a x + (b X + c X X) x of [n, r, c], with X = x x^T; one kernel multiplies, scales and adds."""
+    gram = torch.bmm(x, x.mT)
+    polynomial = torch.baddbmm(
+        gram,
+        gram,
+        gram,
+        beta=CUBIC,
+        alpha=QUINTIC,
+    )
+    return torch.baddbmm(x, polynomial, x, beta=LINEAR)
 
 
 def rms_scale(rows: int, columns: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,21 +12,14 @@ import torch
 import transformers
 
 from benchmarks import learning
-from benchmarks.learning import (
-    DEMO,
-    RECIPES,
-    Clock,
-    Job,
-    Results,
-    llama_shape,
-    row_batches,
-)
+from benchmarks.learning import BASELINE, RECIPES, Clock, Job, Pace, Results
+from benchmarks.learning_sides import DEMO, llama_shape, row_batches
 from evomesh.config.loader import load_config
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.train.stages import build_stages
 
-JOB = Job("evomesh", None, 0, 60.0, 1, "cpu", 2)
+JOB = Job("evomesh", None, 0, 60.0, threads=1, points=2)
 
 
 def test_both_models_have_the_same_number_of_parameters() -> None:
@@ -49,15 +43,30 @@ def test_rows_hold_every_token_once_in_a_pass(tmp_path: Path) -> None:
     assert not torch.equal(passes[0], passes[1])
 
 
-def test_the_clock_leaves_out_what_it_is_told_to(
+def test_the_clock_leaves_out_what_it_is_asked_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = iter([10.0, 14.0, 20.0, 21.0])
-    monkeypatch.setattr(learning.time, "process_time", lambda: next(now))
-    clock = Clock("cpu", threads=2)
-    since = clock.read()  # 14: 4 seconds of CPU time so far
-    clock.leave_out(since)  # until 20
-    assert clock.seconds() == 2.5  # 4 + 1 of them, by 2 threads
+    now = iter([10.0, 20.0, 21.0])
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: next(now))
+    clock = Clock(pace=None)
+    clock.leave_out(since=14.0)  # until 20
+    assert clock.seconds() == 5.0  # from 10 to 14, and from 20 to 21
+
+
+def test_a_step_counts_as_long_as_on_an_idle_machine(tmp_path: Path) -> None:
+    """The recipe's steps took twice the baseline's, on a machine that was half as fast as for the baseline alone."""
+    args = Namespace(pace=30.0, jobs=2, threads=2)
+    alone = Pace(BASELINE, 2, seconds=0.125, baseline_seconds=0.125)
+    by_turns = Pace(JOB.recipe, 2, seconds=0.5, baseline_seconds=0.25)
+    path = tmp_path / "runs.jsonl"
+    rows = [json.dumps(asdict(pace)) + "\n" for pace in (alone, by_turns)]
+    path.write_text("".join(rows))
+    results = Results(path, data="no such folder", jobs=2)
+    job = learning.paced(replace(JOB, threads=2), results, args)
+    assert job == replace(JOB, threads=1, pace=0.25)
+    clock = Clock(job.pace)
+    clock.steps = 8
+    assert clock.seconds() == 2.0
 
 
 def test_a_run_that_the_file_holds_is_not_done_again(tmp_path: Path) -> None:
@@ -67,7 +76,7 @@ def test_a_run_that_the_file_holds_is_not_done_again(tmp_path: Path) -> None:
     results = Results(path, data="no such folder", jobs=1)
     assert results.complete([JOB]) == [row]
     assert learning.bits_at(row, -1) == 2.5
-    longer = Job(**{**asdict(JOB), "seconds": 120.0})
+    longer = replace(JOB, seconds=120.0)
     assert results.of(longer) is None
 
 
