@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from evomesh.config.schema import Config
     from evomesh.parallel.traffic import TrafficLog
     from evomesh.plan.memory import PeakMemory
+    from evomesh.plan.memory_timeline import MemoryTimeline
     from evomesh.plan.trace import RankMemory, StepTrace
 
 MIB = 2**20
 GIB = 2**30
 WHERE = {
+    "": "its beginning",
+    "forward": "forward",
+    "transfer": "a transfer to the next stage",
     "loss": "the loss",
     "backward": "backward",
     "update": "the update",
@@ -73,7 +77,7 @@ class RankPrediction:
     """Prediction of one rank of a run.
 
     Attributes:
-        peak: None for a custom model, whose activations are not counted.
+        peak, timeline: None for a custom model, whose activations are not counted.
         step: None where no step was traced.
     """
 
@@ -82,6 +86,7 @@ class RankPrediction:
     rank: int
     memory: RankMemory
     peak: PeakMemory | None
+    timeline: MemoryTimeline | None
     step: StepTrace | None
     warnings: list[str]
 
@@ -182,7 +187,8 @@ def check_time_options(
 def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPrediction:
     from evomesh.config.layout import check_world
     from evomesh.config.size import parameter_count
-    from evomesh.plan.memory import peak_memory
+    from evomesh.plan.memory import PeakMemory
+    from evomesh.plan.step_memory import trace_step_memory
     from evomesh.plan.trace import hold
     from evomesh.plan.trace import trace as trace_step
 
@@ -195,10 +201,11 @@ def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPredictio
     warnings = check_world(config, gpus)
     step = trace_step(config, gpus, rank) if trace else None
     memory = step or hold(config, gpus, rank)
-    peak = None
+    peak = timeline = None
     if parameter_count(config.model) is not None:
-        peak = peak_memory(config, gpus, rank)
-    return RankPrediction(config, gpus, rank, memory, peak, step, warnings)
+        timeline = trace_step_memory(config, gpus, rank)
+        peak = PeakMemory.of_timeline(timeline)
+    return RankPrediction(config, gpus, rank, memory, peak, timeline, step, warnings)
 
 
 def _print_rank(
@@ -243,7 +250,10 @@ def _facts(prediction: RankPrediction) -> dict[str, Any]:
             "total": peak.total,
             "phase": peak.phase,
             "kinds": peak.kinds,
+            "outside": peak.outside,
         }
+    if prediction.timeline is not None:
+        facts["memory_timeline"] = prediction.timeline.facts()
     if prediction.step is not None:
         facts["traffic"] = _traffic_rows(prediction.step.traffic)
     return facts
@@ -304,21 +314,18 @@ def _describe_peak(
     prediction: RankPrediction, peak: PeakMemory, gpu_memory: float
 ) -> list[str]:
     """Return the bytes at the peak of a step by kind, and whether a GPU has as many."""
-    from evomesh.plan.memory import RESERVED
-
-    width = max(map(len, peak.kinds))
+    rows = dict(peak.kinds)
+    for name, size in peak.outside.items():
+        rows[f"{name} (estimated)"] = size
+    width = max(map(len, rows))
     lines = [f"peak of a step, in {WHERE[peak.phase]}: {peak.total / GIB:.1f} GiB"]
-    for kind, size in peak.kinds.items():
-        lines.append(f"  {kind:{width}} {size / GIB:7.2f} GiB")
+    for name, size in rows.items():
+        lines.append(f"  {name:{width}} {size / GIB:7.2f} GiB")
     capacity = int(gpu_memory * GIB)
     missing = peak.missing(capacity) / GIB
-    reserve = f"{RESERVED / GIB:.0f} GiB reserved for CUDA, NCCL and fragmentation"
     if missing <= 0:
-        spare = f"{-missing:.1f} GiB to spare, with {reserve}"
-        return [*lines, f"fits in {gpu_memory:g} GiB: {spare}"]
-    lines.append(
-        f"does not fit in {gpu_memory:g} GiB by {missing:.1f} GiB, with {reserve}"
-    )
+        return [*lines, f"fits in {gpu_memory:g} GiB: {-missing:.1f} GiB to spare"]
+    lines.append(f"does not fit in {gpu_memory:g} GiB by {missing:.1f} GiB")
     changes = _changes_that_fit(prediction, capacity)
     if changes:
         lines.append(f"fits with any of: {'; '.join(changes)}")
@@ -334,14 +341,15 @@ def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
         single_changes,
         with_choice,
     )
-    from evomesh.plan.memory import peak_memory
+    from evomesh.plan.memory import trace_memory
 
     config = prediction.config
     gpus = prediction.gpus
     now = choice_of(config, gpus)
     changes = []
     for choice in single_changes(config, now, gpus):
-        peak = peak_memory(with_choice(config, choice), gpus, prediction.rank)
+        changed = with_choice(config, choice)
+        peak = trace_memory(changed, gpus, prediction.rank).peak()
         if peak.missing(capacity) <= 0:
             changes.append(difference(now, choice))
     return changes

@@ -95,7 +95,7 @@ def linear_cross_entropy(
         chunk: C; 0 means ``tokens_per_chunk``.
         axis: the tensor axis; every rank of it gets the whole result.
     """
-    chunk = chunk or tokens_per_chunk(weight.shape[0], hidden.is_cuda)
+    chunk = chunk or tokens_per_chunk(weight.shape[0], not hidden.is_cpu)
     scale = _scalar_on_device(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad

@@ -13,7 +13,7 @@ What is alive in all of them (weights, gradients, masters, moments) is counted o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,14 +26,20 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.spec import local_shard
 from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.pipeline.stages import stages_of_rank
+from evomesh.plan.memory_timeline import MemoryTimeline
+from evomesh.plan.outside_memory import communicators, outside_tensors
+from evomesh.plan.step_memory import trace_step_memory
 from evomesh.plan.trace import built_rank, empty_batch, ignore_output
 from evomesh.train.stages import ModelStages
 from evomesh.train.storage_watch import StorageWatch
 
 GIB = 2**30
-# Of a GPU's memory: the context of CUDA, libraries' workspaces, NCCL's buffers, and the
-# allocator's rounding.
+# Of a GPU's memory, where it is not estimated for the layout: see ``outside_memory``.
 RESERVED = 2 * GIB
+
+
+def _reserved() -> dict[str, int]:
+    return {"CUDA, NCCL and fragmentation": RESERVED}
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,26 @@ class PeakMemory:
 
     Attributes:
         kinds: bytes by kind, at the peak; they add up to ``total``.
-        phase: "loss", "backward" or "update", which has the peak.
+        phase: the part of the step that has the peak, such as "loss" or "backward".
+        outside: estimated bytes that no tensor has.
     """
 
     kinds: dict[str, int]
     phase: str
+    outside: dict[str, int] = field(default_factory=_reserved)
+
+    @classmethod
+    def of_timeline(cls, timeline: MemoryTimeline) -> PeakMemory:
+        return cls(timeline.at_peak, timeline.peak_part, timeline.outside)
 
     @property
     def total(self) -> int:
+        """Bytes of tensors."""
         return sum(self.kinds.values())
 
     def missing(self, capacity: int) -> int:
         """Return the bytes that a GPU of ``capacity`` bytes lacks; 0 or less where the step fits."""
-        return self.total + RESERVED - capacity
+        return self.total + sum(self.outside.values()) - capacity
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,14 @@ class TracedMemory:
         kept: bytes of activations that one micro-batch keeps for backward.
         peaks: the most bytes beyond ``held`` in each phase, with one micro-batch.
         micro_batches: how many of them keep activations at one time.
+        communicators: of the rank; None: unknown.
     """
 
     held: dict[str, int]
     kept: int
     peaks: dict[str, Peak]
     micro_batches: int
+    communicators: int | None = None
 
     def peak(self) -> PeakMemory:
         """Return the peak of all phases, with all micro-batches in flight."""
@@ -94,7 +109,11 @@ class TracedMemory:
         kinds["gathered layers"] = peak.gathered
         kinds[TRANSIENT[phase]] = peak.nbytes - lasting
         present = {kind: size for kind, size in kinds.items() if size}
-        return PeakMemory(present, phase)
+        if self.communicators is None:
+            return PeakMemory(present, phase)
+        total = sum(present.values())
+        outside = outside_tensors(self.communicators, total)
+        return PeakMemory(present, phase, outside)
 
 
 def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
@@ -103,11 +122,12 @@ def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
     Raises:
         UserError: the layout does not fit.
     """
-    return trace_memory(config, world_size, rank).peak()
+    timeline = trace_step_memory(config, world_size, rank)
+    return PeakMemory.of_timeline(timeline)
 
 
 def trace_memory(config: Config, world_size: int, rank: int = 0) -> TracedMemory:
-    """Trace a step of ``rank`` for what it holds.
+    """Trace one micro-batch of ``rank`` for what it holds: quicker than the whole step, and nearly as exact.
 
     Raises:
         UserError: the layout does not fit.
@@ -117,7 +137,7 @@ def trace_memory(config: Config, world_size: int, rank: int = 0) -> TracedMemory
         held["pipeline buffers"] = _pipeline_buffers(config, stages)
         kept, peaks = _trace_step(config, stages, optimizer)
         micro_batches = micro_batches_in_flight(config, grid.pp.rank, grid.pp.size)
-    return TracedMemory(held, kept, peaks, micro_batches)
+    return TracedMemory(held, kept, peaks, micro_batches, communicators(grid))
 
 
 def _highest(peaks: Mapping[str, Peak]) -> str:

@@ -7,9 +7,11 @@ of torch's fake backend, and reports what it would hold and send.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
 from types import SimpleNamespace
+from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -27,7 +29,15 @@ from evomesh.parallel.process_group import fake_world
 from evomesh.parallel.spec import local_shard
 from evomesh.parallel.traffic import TrafficLog, record_traffic
 from evomesh.pipeline.schedule import PipelineSchedule
+from evomesh.plan.unread_values import KnownBounds, tensors_without_values
 from evomesh.train.stages import ModelStages, build_stages
+
+
+class TracedDevice(Enum):
+    """Device that a trace is for, by the type of the tensors that stand for its own."""
+
+    CUDA = "meta"  # shapes and dtypes of CUDA's kernels, and no memory
+    CPU = "cpu"  # fake tensors, which take the CPU's paths through the code
 
 
 @dataclass(frozen=True)
@@ -107,24 +117,31 @@ def built_rank(
     world_size: int,
     rank: int,
     streams: SimpleNamespace | None = None,
+    device: TracedDevice = TracedDevice.CUDA,
 ) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
     """Build the rank's grid, model and optimizer in a fake world.
 
     Args:
         streams: stands for torch's stream interface of the device; None: streams without effect.
+        device: whose tensors the ``with`` block makes.
     """
     check_world(config, world_size)
     # The compiler would only cost time: collectives are the same without it.
     model_config = config.model.model_copy(update={"compile": False})
     traced_config = config.model_copy(update={"model": model_config})
     mode = MODES[config.parallel.tensor.mode]
-    with fake_world(world_size, rank), weights_on_meta(streams):
+    with ExitStack() as stack:
+        stack.enter_context(fake_world(world_size, rank))
         grid = build_grid(config.parallel, world_size, rank)
+        if device is TracedDevice.CPU:
+            stack.enter_context(tensors_without_values())
+        else:
+            stack.enter_context(weights_on_meta(streams))
         stages = build_stages(
             traced_config,
             grid,
             mode,
-            torch.device("meta"),
+            torch.device(device.value),
         )
         optimizer = ZeroOptimizer(
             stages.parameters().items(),
@@ -187,6 +204,22 @@ def weights_on_meta(streams: SimpleNamespace | None = None) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def host_batch(config: Config, micro_num: int) -> Batch:
+    """Make M micro-batches of segments of ``seq_len`` tokens as a loader does, each token with a target."""
+    empty = empty_batch(config, micro_num)
+    data = config.data
+    bounds = range(0, data.packed_length + 1, data.seq_len)
+    ids = torch.zeros(micro_num, config.data.packed_length, dtype=torch.long)
+    return replace(
+        empty,
+        tokens=ids,
+        labels=ids.clone(),
+        position_ids=ids.clone(),
+        type_ids=ids.clone(),
+        host_bounds=cast(Tensor, KnownBounds(tuple(bounds))),
+    )
 
 
 def empty_batch(config: Config, micro_num: int) -> Batch:

@@ -16,12 +16,15 @@ from evomesh.config.data import DataConfig
 from evomesh.config.loader import load_config
 from evomesh.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from evomesh.config.size import parameter_count
-from evomesh.layers.loss import MIN_CHUNK_TOKENS
+from evomesh.layers.loss import tokens_per_chunk
 from evomesh.plan.memory import GIB, peak_memory
+from evomesh.plan.memory_timeline import MemoryTimeline
+from evomesh.plan.step_memory import trace_step_memory
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted([*CONFIGS.glob("*.py"), *CONFIGS.glob("xtuner/*.py")])
 T, D, F, V, N, L = 2048, 256, 704, 4000, 4, 8
+CHUNK = min(T, tokens_per_chunk(V, on_cuda=True))
 
 
 def config(parallel: dict[str, Any] | None = None, **model: Any) -> Config:
@@ -45,7 +48,7 @@ def config(parallel: dict[str, Any] | None = None, **model: Any) -> Config:
 
 @pytest.mark.parametrize("recompute", [0.0, 0.5, 1.0])
 def test_the_peak_is_that_of_arithmetic(recompute: float) -> None:
-    sizes = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS)
+    sizes = Sizes(L, D, N, F, V, T, chunk=CHUNK)
     found = peak_memory(config(checkpoint=recompute), 1)
     assert found.total == pytest.approx(bytes_in_16_bits(sizes, recompute), rel=0.02)
     weights = 2 * sizes.parameters
@@ -55,7 +58,7 @@ def test_the_peak_is_that_of_arithmetic(recompute: float) -> None:
 
 
 def test_schedule_free_and_an_average_are_counted() -> None:
-    parameters = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS).parameters
+    parameters = Sizes(L, D, N, F, V, T, chunk=CHUNK).parameters
     for values, number in (
         ({"type": "schedule_free"}, 2),
         ({"ema": {"decay": 0.9}}, 3),
@@ -71,7 +74,7 @@ def test_each_rule_remembers_its_own(rule: str) -> None:
     """Lion one float32 number for each weight; Muon one for those of the blocks' matrices, two for the others."""
     optimizer = OptimizerConfig.model_validate({"type": rule})
     found = peak_memory(config().model_copy(update={"optimizer": optimizer}), 1)
-    parameters = Sizes(L, D, N, F, V, T, chunk=MIN_CHUNK_TOKENS).parameters
+    parameters = Sizes(L, D, N, F, V, T, chunk=CHUNK).parameters
     matrices = L * (4 * D * D + 3 * D * F)
     once = parameters if rule == "lion" else matrices
     assert found.kinds["moments"] == 4 * (
@@ -94,18 +97,26 @@ def test_fsdp_holds_a_share_and_gathers_layers() -> None:
     )
 
 
+def most(timeline: MemoryTimeline, kind: str) -> int:
+    return max(timeline.nbytes[timeline.kinds.index(kind)])
+
+
 def test_a_stage_keeps_the_micro_batches_that_are_in_flight() -> None:
     """1F1B on four stages of two layers: the first keeps four micro-batches, the last one."""
     pipeline = config({"pipeline": {"size": 4}})
-    first, last = (peak_memory(pipeline, 4, rank).kinds for rank in (0, 3))
-    of_two_layers = peak_memory(config(num_layers=2), 1).kinds["kept activations"]
-    # The last norm, after the last layer only, keeps its input in float32.
-    without_norm = of_two_layers - 4 * T * D
-    assert first["kept activations"] == pytest.approx(4 * without_norm, rel=0.01)
-    # What a stage receives is kept too.
-    with_input = of_two_layers + 2 * T * D
-    assert last["kept activations"] == pytest.approx(with_input, rel=0.01)
-    assert first["pipeline buffers"] == 2 * (2 * T * D)
+    first, last = (trace_step_memory(pipeline, 4, rank) for rank in (0, 3))
+    whole = trace_step_memory(config(num_layers=2), 1)
+    of_two_layers = most(whole, "kept activations")
+    message = 2 * T * D
+    # The last norm, after the last layer only, keeps its input in float32, and its
+    # output is no message.
+    of_a_stage = of_two_layers - 4 * T * D - message
+    assert most(first, "kept activations") == pytest.approx(4 * of_a_stage, rel=0.01)
+    assert most(last, "kept activations") == pytest.approx(of_two_layers, rel=0.01)
+    # What it has sent is the output that backward begins from; and a gradient arrives.
+    assert most(first, "pipeline buffers") == 5 * message
+    # An input, its gradient that is being sent, and the next input.
+    assert most(last, "pipeline buffers") == 3 * message
 
 
 @pytest.mark.slow
@@ -158,6 +169,11 @@ def test_the_command_prints_the_same_as_json() -> None:
     peak = peak_memory(config, 8)
     assert (facts["gpus"], facts["rank"]) == (8, 0)
     assert facts["peak"]["total"] == peak.total == sum(facts["peak"]["kinds"].values())
+    timeline = facts["memory_timeline"]
+    assert len(timeline["kinds"]) == len(timeline["bytes"])
+    totals = [sum(nbytes) for nbytes in zip(*timeline["bytes"], strict=True)]
+    assert len(totals) == len(timeline["positions"])
+    assert totals[timeline["peak"]] == max(totals) == peak.total
     assert facts["model_parameters"] == parameter_count(config.model)
     data = config.data
     tokens = data.seq_len * data.micro_bsz * data.micro_num * 8

@@ -1,0 +1,77 @@
+"""What the host reads of tensors without values, in a trace of a step on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+
+@contextmanager
+def tensors_without_values() -> Iterator[None]:
+    """Let the CPU's tensors have no memory in the ``with`` block; what the host reads of them is what is usual."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from_group = DeviceMesh.from_group
+
+    def with_ranks(*args: Any, **options: Any) -> DeviceMesh:
+        # A mesh looks itself up in a tensor of ranks.
+        with unset_fake_temporarily():
+            return from_group(*args, **options)
+
+    with (
+        patch.object(DeviceMesh, "from_group", with_ranks),
+        FakeTensorMode(),
+        UsualValues(),
+    ):
+        yield
+
+
+class UsualValues(TorchDispatchMode):
+    """Answers for tensors without values: a number is 1, and every element of a condition is true."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        has_values = not any(is_fake(value) for value in args)
+        if has_values:
+            return func(*args, **(kwargs or {}))
+        if func is _aten._local_scalar_dense.default:
+            return 1
+        if func is _aten.nonzero.default:
+            (condition,) = args
+            shape = (condition.numel(), condition.dim())
+            return condition.new_empty(shape, dtype=torch.long)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class KnownBounds:
+    """Stands for sequence bounds on the host, of micro-batches that are all alike."""
+
+    bounds: tuple[int, ...]
+
+    def __getitem__(self, index: int) -> KnownBounds:
+        return self
+
+    def tolist(self) -> list[int]:
+        return list(self.bounds)
