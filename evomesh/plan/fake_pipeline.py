@@ -13,6 +13,10 @@ import torch.distributed as dist
 from evomesh.plan.storage_lives import StorageLives
 from evomesh.plan.trace import TracedDevice
 
+# Methods of torch's stages, and of ours.
+VOTES = ("_warmup_forward_vote", "_warmup_backward_result")
+PLACE_HOLDING = ("_prepare_forward_infra", "_prepare_backward_infra", "_give_up")
+
 
 class AgreedVote:
     """Stands for the answer of all stages that they know their shapes."""
@@ -24,25 +28,35 @@ class AgreedVote:
 @contextmanager
 def pipeline_in_fake_world(device: TracedDevice, lives: StorageLives) -> Iterator[None]:
     """Let torch's schedules run this rank's part of a step in the ``with`` block; what they receive has no values."""
-    from torch.distributed.pipelining import PipelineStage, schedules
+    from torch.distributed.pipelining import schedules
+
+    replaced = list(_replacements(lives))
+    transfers = (schedules, "_batch_p2p", _transfer_each)
+    replaced.append(transfers)
+    if device is not TracedDevice.CPU:
+        # The device has no random numbers to keep.
+        replaced.append((torch.random, "fork_rng", _keep_none))
+    with ExitStack() as stack:
+        for owner, name, method in replaced:
+            replacement = patch.object(owner, name, method)
+            stack.enter_context(replacement)
+        yield
+
+
+def _replacements(lives: StorageLives) -> Iterator[tuple[Any, str, Any]]:
+    """Yield a class, the name of a method and what replaces it."""
+    from torch.distributed.pipelining import PipelineStage
 
     from evomesh.pipeline.torch_stages import BoundedStage
 
-    with ExitStack() as stack:
-        # From torch 2.13 on, the stages vote on whether all know their shapes.
-        for name in ("_warmup_forward_vote", "_warmup_backward_result"):
-            if hasattr(PipelineStage, name):
-                stack.enter_context(patch.object(PipelineStage, name, _agree))
-        stack.enter_context(patch.object(schedules, "_batch_p2p", _transfer_each))
-        # What holds the place of a buffer has no memory on a real device.
-        for name in ("_prepare_forward_infra", "_prepare_backward_infra", "_give_up"):
-            hidden = _hidden_from(lives, getattr(BoundedStage, name))
-            stack.enter_context(patch.object(BoundedStage, name, hidden))
-        if device is not TracedDevice.CPU:
-            # The device has no random numbers to keep.
-            fork = patch.object(torch.random, "fork_rng", _keep_none)
-            stack.enter_context(fork)
-        yield
+    # From torch 2.13 on, the stages vote on whether all know their shapes.
+    for name in VOTES:
+        if hasattr(PipelineStage, name):
+            yield PipelineStage, name, _agree
+    # What holds the place of a buffer has no memory on a real device.
+    for name in PLACE_HOLDING:
+        method = getattr(BoundedStage, name)
+        yield BoundedStage, name, _hidden_from(lives, method)
 
 
 def _hidden_from(lives: StorageLives, method: Any) -> Any:
@@ -66,9 +80,13 @@ def _keep_none(*_: Any, **__: Any) -> Any:
 def _transfer_each(operations: Sequence[Any], desc: str | None = None) -> list[Any]:
     """Launch sends and receives one by one: a device without a backend cannot combine them."""
     works = []
-    for one in operations:
-        peer = "group_dst" if one.op is dist.isend else "group_src"
-        works.append(
-            one.op(one.tensor, group=one.group, tag=one.tag, **{peer: one.group_peer})
-        )
+    for operation in operations:
+        works.append(_transfer(operation))
     return works
+
+
+def _transfer(operation: Any) -> Any:
+    is_send = operation.op is dist.isend
+    peer = "group_dst" if is_send else "group_src"
+    options = {peer: operation.group_peer, "tag": operation.tag}
+    return operation.op(operation.tensor, group=operation.group, **options)

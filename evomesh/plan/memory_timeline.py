@@ -16,9 +16,10 @@ A position is no time: a large product and a small copy are one event each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # Each of so many equal stretches of events keeps its highest and its lowest point.
 STRETCHES = 200
@@ -80,6 +81,17 @@ class MemoryTimeline:
         return facts
 
 
+class StackPoint(NamedTuple):
+    """Bytes of each kind from a position on."""
+
+    position: int
+    nbytes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.nbytes)
+
+
 @dataclass(frozen=True)
 class MemoryChange:
     """A change of the bytes of one kind at a position."""
@@ -91,39 +103,41 @@ class MemoryChange:
 
 def stack_changes(
     changes: Sequence[MemoryChange], kinds: Sequence[str]
-) -> list[tuple[int, tuple[int, ...]]]:
+) -> list[StackPoint]:
     """Return the bytes of each kind after every position at which some changed, compressed; the highest point stays.
 
     Args:
         changes: in the order of their positions.
     """
-    row_of = {kind: row for row, kind in enumerate(kinds)}
-    now = [0] * len(kinds)
-    points: list[tuple[int, tuple[int, ...]]] = []
+    now = dict.fromkeys(kinds, 0)
+    points: dict[int, StackPoint] = {}
     for change in changes:
-        now[row_of[change.kind]] += change.growth
-        point = (change.position, tuple(now))
-        if points and points[-1][0] == change.position:
-            points[-1] = point
-        else:
-            points.append(point)
-    return _compressed(points)
+        now[change.kind] += change.growth
+        nbytes = tuple(now.values())
+        point = StackPoint(change.position, nbytes)
+        points[change.position] = point
+    in_order = list(points.values())
+    return _compressed(in_order)
 
 
-def _compressed(
-    points: list[tuple[int, tuple[int, ...]]],
-) -> list[tuple[int, tuple[int, ...]]]:
+def _compressed(points: list[StackPoint]) -> list[StackPoint]:
     """Keep the highest and the lowest point of each of ``STRETCHES`` stretches, in their order."""
-    length = -(-len(points) // STRETCHES)
-    kept: list[tuple[int, tuple[int, ...]]] = []
-    for start in range(0, len(points), max(length, 1)):
-        stretch = points[start : start + length]
-        highest = max(stretch, key=_total)
-        lowest = min(stretch, key=_total)
-        kept += sorted({highest, lowest})
+    count = len(points)
+    length = math.ceil(count / STRETCHES)
+    kept = []
+    for start in range(0, count, length):
+        stop = start + length
+        stretch = points[start:stop]
+        kept += _extremes(stretch)
     return kept
 
 
-def _total(point: tuple[int, tuple[int, ...]]) -> int:
-    _, nbytes = point
-    return sum(nbytes)
+def _extremes(stretch: list[StackPoint]) -> list[StackPoint]:
+    highest = max(stretch, key=_total)
+    lowest = min(stretch, key=_total)
+    both = {highest, lowest}
+    return sorted(both)
+
+
+def _total(point: StackPoint) -> int:
+    return point.total

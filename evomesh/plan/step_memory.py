@@ -16,7 +16,6 @@ from torch import Tensor
 
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config
-from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
@@ -53,14 +52,16 @@ def trace_step_memory(
     build = built_rank(config, world_size, rank, device=device)
     with build as (grid, stages, optimizer), _without_results():
         lives = StorageLives(device.value)
-        lives.watch_models(stages.models, _models_with_loss(config, grid, stages))
+        with_loss = _models_with_loss(config, grid, stages)
+        lives.watch_models(stages.models, with_loss)
         hold_state(lives, stages, optimizer)
-        micro_num = traced_micro_batches(config, grid)
         step = TracedStep(config, grid, stages, optimizer)
         with lives.watching(), pipeline_in_fake_world(device, lives):
-            step.run(host_batch(config, _fewest_micro_batches(config, grid)), lives)
+            fewest = _fewest_micro_batches(config, grid)
+            step.run(fewest, lives)
             lives.restart()
-            step.run(host_batch(config, micro_num), lives)
+            micro_num = traced_micro_batches(config, grid)
+            step.run(micro_num, lives)
     return _timeline(lives, config, rank, grid, micro_num)
 
 
@@ -79,9 +80,10 @@ class TracedStep:
         self._stages = stages
         self._optimizer = optimizer
 
-    def run(self, batch: Batch, lives: StorageLives) -> None:
-        """Run forward, backward and update."""
+    def run(self, micro_num: int, lives: StorageLives) -> None:
+        """Run forward and backward of M micro-batches, and the update."""
         config = self._config
+        batch = host_batch(config, micro_num)
         with lives.marking_update(self._optimizer):
             train_step(
                 batch,
@@ -106,10 +108,12 @@ def hold_state(
             lives.hold(slot.accumulated_grad, GRADIENTS)
     for name, tensor in optimizer.state_tensors().items():
         is_master = name.startswith("optim.master.")
-        lives.hold(local_shard(tensor), MASTERS if is_master else MOMENTS)
+        kind = MASTERS if is_master else MOMENTS
+        lives.hold(tensor, kind)
     # Last: the master of a float32 parameter is the parameter.
     for parameter in stages.parameters().values():
-        lives.hold(local_shard(parameter), WEIGHTS)
+        shard = local_shard(parameter)
+        lives.hold(shard, WEIGHTS)
 
 
 def traced_micro_batches(config: Config, grid: Grid) -> int:

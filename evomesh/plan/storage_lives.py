@@ -112,6 +112,20 @@ class StorageLife:
         outlived_it = self.end is None or self.end > forward_end
         return self.made_in.kind if outlived_it else self.kind
 
+    def changes(self) -> Iterator[MemoryChange]:
+        """Yield its birth, and its end where it has one."""
+        kind = self.final_kind
+        yield MemoryChange(self.begin, kind, self.nbytes)
+        if self.end is not None:
+            yield MemoryChange(self.end, kind, -self.nbytes)
+
+
+PartBegin = tuple[str, int]  # name, position
+
+
+def _position(change: MemoryChange) -> int:
+    return change.position
+
 
 class StorageLives(StorageWatch):
     """Writes down the lives of all storages on one device.
@@ -130,11 +144,11 @@ class StorageLives(StorageWatch):
         self._ended: list[StorageLife] = []
         self._gathered: set[int] = set()  # addresses of what FSDP2 resizes
         self._forward: ForwardPass | None = None
-        self._in_bucket = 0
-        self._unseen = 0
-        self._part = ""
+        self._in_bucket = False
+        self._unseen = False
         self._backward_task = -1
-        self._parts: list[tuple[str, int]] = []
+        self._part = ""
+        self._parts: list[PartBegin] = []
 
     def watch_models(
         self, models: Sequence[nn.Module], with_loss: Sequence[nn.Module]
@@ -176,7 +190,8 @@ class StorageLives(StorageWatch):
             leave = register_module_forward_hook(self._leave, always_call=True)
             stack.callback(leave.remove)
             for owner, name in _BUCKET_METHODS:
-                marked = self._marking_buckets(getattr(owner, name))
+                method = getattr(owner, name)
+                marked = self._marking_buckets(method)
                 stack.enter_context(patch.object(owner, name, marked))
             stack.enter_context(super().watching())
             yield
@@ -196,45 +211,45 @@ class StorageLives(StorageWatch):
     @contextmanager
     def looking_away(self) -> Iterator[None]:
         """Take no note of what is made in the ``with`` block."""
-        self._unseen += 1
+        self._unseen = True
         try:
             yield
         finally:
-            self._unseen -= 1
+            self._unseen = False
 
     def watch_gradient(self, parameter: Tensor) -> None:
         """Take what backward leaves in ``parameter.grad`` for a gradient, as soon as it does."""
-
-        def relabel(grown: Tensor) -> None:
-            storage = None if grown.grad is None else storage_of(grown.grad)
-            if storage is not None and storage._cdata in self._alive:
-                self._relabel(storage._cdata, GRADIENTS)
-
-        parameter.register_post_accumulate_grad_hook(relabel)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
         # Before that of the optimizer, which may give the gradient up.
         hooks: Any = parameter._post_accumulate_grad_hooks
-        hooks.move_to_end(next(reversed(hooks)), last=False)
+        own = next(reversed(hooks))
+        hooks.move_to_end(own, last=False)
+
+    def _name_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        storage = storage_of(parameter.grad)
+        if storage is not None and storage._cdata in self._alive:
+            self._relabel(storage._cdata, GRADIENTS)
 
     def changes(self) -> list[MemoryChange]:
         """Return all that came and went, in order."""
-        found = []
-        for life in [*self._ended, *self._alive.values()]:
-            kind = life.final_kind
-            if life.nbytes == 0:
-                continue
-            found.append(MemoryChange(life.begin, kind, life.nbytes))
-            if life.end is not None:
-                found.append(MemoryChange(life.end, kind, -life.nbytes))
-        return sorted(found, key=lambda change: change.position)
+        lives = [*self._ended, *self._alive.values()]
+        found: list[MemoryChange] = []
+        for life in lives:
+            found += life.changes()
+        return sorted(found, key=_position)
 
     def parts(self) -> tuple[StepPart, ...]:
         """Return the parts of the step that are not empty."""
-        begins = [begin for _, begin in self._parts]
-        ends = [*begins[1:], self._position]
         found = []
-        for (name, begin), end in zip(self._parts, ends, strict=True):
+        end = self._position
+        for name, begin in reversed(self._parts):
             if end > begin:
-                found.append(StepPart(name, begin, end))
+                part = StepPart(name, begin, end)
+                found.append(part)
+            end = begin
+        found.reverse()
         return tuple(found)
 
     # What a watch hears of.
@@ -333,17 +348,20 @@ class StorageLives(StorageWatch):
             return
         passing.end = self._position
         self._forward = None
-        if passing.kind == KEPT:
-            self.begin_part("loss" if module in self._with_loss else "transfer")
+        if passing.kind == RECOMPUTED:
+            return
+        has_loss = module in self._with_loss
+        self.begin_part("loss" if has_loss else "transfer")
 
     def _marking_buckets(self, method: Any) -> Any:
         """Return a method of a bucket that takes what it makes for buckets."""
 
         def marked(bucket: Any, *args: Any) -> Any:
-            self._in_bucket += 1
+            was_in_bucket = self._in_bucket
+            self._in_bucket = True
             try:
                 return method(bucket, *args)
             finally:
-                self._in_bucket -= 1
+                self._in_bucket = was_in_bucket
 
         return marked
