@@ -26,7 +26,7 @@ STRETCHES = 200
 
 
 @dataclass(frozen=True)
-class StepPart:
+class MemoryPart:
     """A stretch of a step from one position up to another.
 
     Attributes:
@@ -51,7 +51,7 @@ class MemoryTimeline:
     positions: tuple[int, ...]
     nbytes: tuple[tuple[int, ...], ...]
     peak: int
-    parts: tuple[StepPart, ...]
+    parts: tuple[MemoryPart, ...]
     micro_batches: int
     outside: dict[str, int]
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from evomesh.optim.buckets import GradientBucket, ParameterBucket
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.plan.memory_timeline import MemoryChange, StepPart
+from evomesh.plan.memory_timeline import MemoryChange, MemoryPart
 from evomesh.train.storage_watch import StorageWatch, storage_of
 
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BATCH = (
@@ -240,13 +240,13 @@ class StorageLives(StorageWatch):
             found += life.changes()
         return sorted(found, key=_position)
 
-    def parts(self) -> tuple[StepPart, ...]:
+    def parts(self) -> tuple[MemoryPart, ...]:
         """Return the parts of the step that are not empty."""
         found = []
         end = self._position
         for name, begin in reversed(self._parts):
             if end > begin:
-                part = StepPart(name, begin, end)
+                part = MemoryPart(name, begin, end)
                 found.append(part)
             end = begin
         found.reverse()

@@ -18,6 +18,7 @@ Object.assign(WORDS, {
   timeline_note: ["Drag to zoom, Shift and drag to move, Ctrl and wheel to zoom; both charts show the same stretch of time. Numbers are micro-batches. Ranks of other axes do the same at the same time.", "拖动放大，按住 Shift 拖动平移，Ctrl 加滚轮缩放；两图显示同一时间段。数字为微批编号。其他轴上的进程同时做同样的事。"],
   streams_of: ["Show the streams of rank", "显示这些进程的流"], forward: ["forward", "前向"], backward: ["backward", "反向"], collective: ["collective or copy of another stage", "通信"],
   weights: ["weights", "权重"], gradients: ["gradients", "梯度"], masters: ["masters", "主权重"], moments: ["moments", "动量"], "kept activations": ["kept activations", "保留的激活"],
+  "batch and sums of losses": ["batch and sums of losses", "批次与损失之和"], "recomputed activations": ["recomputed activations", "重算的激活"], "gradients of a layer": ["gradients of a layer", "一层的梯度"], "communication buffers": ["communication buffers", "通信缓冲区"], "temporaries": ["temporaries", "临时张量"], transfer: ["transfer", "传输"],
   "gathered layers": ["gathered layers", "聚集的层"], "pipeline buffers": ["pipeline buffers", "流水线缓冲区"], "logits and gradient of the head": ["logits and gradient of the head", "logits 与输出层梯度"],
   "gradients of a layer and buckets": ["gradients of a layer and buckets", "一层的梯度与桶"], buckets: ["buckets", "桶"], reserved: ["reserved for CUDA and NCCL", "为 CUDA 与 NCCL 预留"],
   memory_note: ["At the peak of a step, by kind; the line is the memory of the device.", "一步峰值时各类占用；竖线为设备显存。"], peak: ["peak", "峰值"], phase: ["in", "时刻"], loss: ["loss", "损失"], update: ["update", "更新"],
