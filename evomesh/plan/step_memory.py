@@ -61,7 +61,10 @@ def trace_step_memory(
             step.run(fewest, lives)
             lives.restart()
             micro_num = traced_micro_batches(config, grid)
+            untraced = config.data.micro_num - micro_num
+            others = _rest_of_batch(config, untraced, device)
             step.run(micro_num, lives)
+            del others
     return _timeline(lives, config, rank, grid, micro_num)
 
 
@@ -129,6 +132,12 @@ def traced_micro_batches(config: Config, grid: Grid) -> int:
         # Torch's interleaved schedule takes multiples of pp only.
         enough = 2 * pp
     return min(config.data.micro_num, enough)
+
+
+def _rest_of_batch(config: Config, micro_num: int, device: TracedDevice) -> Tensor:
+    """Make what the batch has of micro-batches that are not traced: tokens, labels, positions, types."""
+    shape = (4, micro_num, config.data.packed_length)
+    return torch.empty(shape, dtype=torch.long, device=device.value)
 
 
 def _fewest_micro_batches(config: Config, grid: Grid) -> int:
