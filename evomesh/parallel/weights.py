@@ -141,13 +141,12 @@ def _apply_fsdp(
         register_fsdp_forward_method,
     )
 
-    assert axis.group is not None
     # FSDP2 warns about in-place changes to views that modules return; there are none
     # here.
     warnings.filterwarnings(
         "ignore", message="FSDP2-wrapped module .* returned a view tensor"
     )
-    mesh = DeviceMesh.from_group(axis.group, device.type)
+    mesh = weight_mesh(axis, device)
     replicated = {
         parameter for parameter in model.parameters() if parameter not in sharded
     }
@@ -180,6 +179,12 @@ def _apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_all_gather(cast("AllGather", gather))
             module.set_custom_reduce_scatter(cast("ReduceScatter", scatter))
+
+
+def weight_mesh(axis: Axis, device: torch.device) -> DeviceMesh:
+    """Return the mesh over which weights are sharded."""
+    assert axis.group is not None
+    return DeviceMesh.from_group(axis.group, device.type)
 
 
 def _time_gathers(

@@ -8,7 +8,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 
 from evomesh.plan.storage_lives import StorageLives
 from evomesh.plan.trace import TracedDevice
@@ -86,7 +85,7 @@ def _transfer_each(operations: Sequence[Any], desc: str | None = None) -> list[A
 
 
 def _transfer(operation: Any) -> Any:
-    is_send = operation.op is dist.isend
+    is_send = operation.op.__name__ == "isend"
     peer = "group_dst" if is_send else "group_src"
     options = {peer: operation.group_peer, "tag": operation.tag}
     return operation.op(operation.tensor, group=operation.group, **options)

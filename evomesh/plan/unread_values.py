@@ -1,4 +1,4 @@
-"""What the host reads of tensors without values, in a trace of a step on the CPU."""
+"""Values that the host reads of tensors without values, in a trace of a step on the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evomesh.parallel import weights
+
 _aten = torch.ops.aten
 
 
@@ -19,17 +21,16 @@ _aten = torch.ops.aten
 def tensors_without_values() -> Iterator[None]:
     """Let the CPU's tensors have no memory in the ``with`` block; what the host reads of them is what is usual."""
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-    from torch.distributed.device_mesh import DeviceMesh
 
-    from_group = DeviceMesh.from_group
+    make_mesh = weights.weight_mesh
 
-    def with_ranks(*args: Any, **options: Any) -> DeviceMesh:
+    def with_ranks(*args: Any) -> Any:
         # A mesh looks itself up in a tensor of ranks.
         with unset_fake_temporarily():
-            return from_group(*args, **options)
+            return make_mesh(*args)
 
     with (
-        patch.object(DeviceMesh, "from_group", with_ranks),
+        patch.object(weights, "weight_mesh", with_ranks),
         FakeTensorMode(),
         UsualValues(),
     ):
