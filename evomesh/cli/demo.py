@@ -21,7 +21,7 @@ import typer
 
 from evomesh.cli.config import shipped_configs
 from evomesh.cli.options import OverrideOption
-from evomesh.errors import UserError
+from evomesh.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from evomesh.demo.questions import Question
@@ -34,6 +34,7 @@ VOCAB_SIZE = 4096
 STEPS_PER_CHAT_STEP = 6  # as in the configs
 PROMPT = 'def read_file(path):\n    """'
 PROMPT_TOKENS = 80
+OTHER_RUN = "  or, for a run of another length or with other settings, another folder: evomesh demo FOLDER"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 FolderArgument = Annotated[
@@ -170,6 +171,8 @@ def _train(name: str, settings: Sequence[str]) -> None:
         words += ["--set", setting]
     print(f"$ {shlex.join(words)}", flush=True)
     code = run_until_its_end([sys.executable, "-m", *words])
+    if code == EXIT_USER_ERROR and Path(CHECKPOINTS).exists():
+        print(OTHER_RUN, file=sys.stderr, flush=True)
     if code:
         sys.exit(code)
 
