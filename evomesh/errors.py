@@ -55,6 +55,8 @@ class UserError(Exception):
         where: file, key or line it was found at ("" when the sentence already contains it).
         expected: what would have been right.
         fix: the command or edit that repairs it.
+        code: of its kind, such as EVO-DATA-012; what it means is in ``evomesh.error_codes``. "" for errors of custom
+            code.
         exit_code: process exit code, 2 for a user's mistake.
 
     Attributes:
@@ -72,12 +74,19 @@ class UserError(Exception):
         where: str = "",
         expected: str = "",
         fix: str = "",
+        code: str = "",
         exit_code: int = EXIT_USER_ERROR,
     ) -> None:
         self.found, self.where = printable(found), printable(where)
         self.expected, self.fix = printable(expected), printable(fix)
+        self.code = code
         self.exit_code = exit_code
         super().__init__(self.render())
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of all that it reports, each once."""
+        return (self.code,) if self.code else ()
 
     def render(self) -> str:
         lines = [f"{self.where}: {self.found}" if self.where else self.found]
@@ -103,3 +112,9 @@ class ConfigError(UserError):
             "\n".join([f"{count} in the config"] + [p.render() for p in problems]),
             where=path,
         )
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of its problems, each once, in their order."""
+        codes = (problem.code for problem in self.problems)
+        return tuple(dict.fromkeys(code for code in codes if code))

@@ -65,6 +65,7 @@ def as_user_error(error: BaseException) -> UserError | None:
             f"{error.object!r} cannot be written in the encoding {error.encoding}",
             expected="a locale that has these characters",
             fix="export LC_ALL=C.UTF-8   (or PYTHONUTF8=1)",
+            code="EVO-SYS-006",
         )
     return None
 
@@ -103,6 +104,7 @@ def _bad_setting(library: str, error: BaseException) -> UserError | None:
         where=f"environment ({', '.join(found)})",
         expected=f"values that {library} knows",
         fix=f"unset {' '.join(found)}   (or only the wrong one of them)",
+        code="EVO-SYS-005",
     )
 
 
@@ -123,12 +125,20 @@ def _system_error(error: OSError) -> UserError:
         reason,
         fix=fix,
         exit_code=EXIT_RESTART if is_outage(error.errno) else EXIT_USER_ERROR,
+        code=code_for(error.errno),
     )
 
 
 def is_outage(number: int | None) -> bool:
     """Return True for errors of a network or a server that may answer again in a while."""
     return number in _NETWORK
+
+
+def code_for(number: int | None) -> str:
+    """Return the code of a system error."""
+    if number in _FULL or number == errno.EFBIG:
+        return "EVO-SYS-002"
+    return "EVO-SYS-003" if is_outage(number) else "EVO-SYS-001"
 
 
 def fix_for(number: int | None) -> str:
@@ -163,6 +173,7 @@ def _out_of_memory(error: BaseException) -> UserError:
         expected="a model, a batch and data that fit",
         fix="see what a run needs: evomesh plan CONFIG; shard over more ranks, or lower data.micro_bsz, "
         "data.seq_len or the model's size",
+        code="EVO-SYS-004",
     )
 
 

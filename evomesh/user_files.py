@@ -36,7 +36,10 @@ def read_text(file: Path, where: str = "", expected: str = "") -> str:
         unfit = _unfit(file)
         if unfit:
             raise UserError(
-                f"{name}{unfit}", where=place, expected=expected or "a small text file"
+                f"{name}{unfit}",
+                where=place,
+                expected=expected or "a small text file",
+                code="EVO-SYS-001",
             )
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -46,6 +49,7 @@ def read_text(file: Path, where: str = "", expected: str = "") -> str:
             where=place,
             expected=expected,
             fix=fix_for(error.errno),
+            code="EVO-SYS-001",
         ) from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -54,6 +58,7 @@ def read_text(file: Path, where: str = "", expected: str = "") -> str:
             where=place,
             expected=expected or "text in UTF-8",
             fix=f"convert it: iconv -f ENCODING -t UTF-8 {file}",
+            code="EVO-SYS-006",
         ) from None
 
 
@@ -84,5 +89,8 @@ def read_json(file: Path, where: str = "", expected: str = "") -> Any:
     except (ValueError, RecursionError) as error:
         name = f"{file}: " if where else ""
         raise UserError(
-            f"{name}not JSON ({error})", where=where or str(file), expected=expected
+            f"{name}not JSON ({error})",
+            where=where or str(file),
+            expected=expected,
+            code="EVO-SYS-007",
         ) from None

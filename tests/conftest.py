@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -70,3 +71,8 @@ def pytest_sessionfinish() -> None:
     """Search for garbage once at the end; pytest's own five searches find the heap exempt."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure() -> None:
+    """Have messages in English, whatever the locale of the machine."""
+    os.environ["EVOMESH_LANG"] = "en"

@@ -71,6 +71,7 @@ GROUPS = (
             "evomesh parity": "把 CONFIG 缩小，在每种并行方式和单个进程中各训练两步，比较每个张量。",
             "evomesh slurm": "写出在 Slurm 集群上训练 CONFIG 的批处理脚本；打印、保存或提交。",
             "evomesh batch": "与 XTuner 比较每步的 token 数。",
+            "evomesh explain": "解释一个错误代码：原因、例子和处理方法。",
         },
     ),
     (

@@ -34,6 +34,7 @@ def _newest_of_xtuner(folder: SaveFolder, note: str) -> StartPoint | None:
             where=folder.root,
             expected="checkpoints of evomesh",
             fix="copy the newest one to a disk, and start from it: --resume PATH",
+            code="EVO-CKPT-009",
         )
     newest = find_checkpoint(f"local:{folder.root}")
     reason = f"resuming XTuner's checkpoint {newest} (auto_resume){note}; {NO_MOMENTS}"
@@ -68,6 +69,7 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             expected="checkpoints of evomesh, or InternEvo's on a disk",
             fix=f"start from it: auto_resume=False, {_load_info_for(newest)} (a folder in a store must be copied to "
             "a disk first); or set another save_ckpt_folder to start from scratch",
+            code="EVO-CKPT-009",
         )
     missing = sorted(
         {"context.pt", "sampler.pt", "schedulder.pt"} - set(folder.storage.list(newest))
@@ -79,6 +81,7 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             expected="a complete checkpoint of InternEvo",
             fix=f"start from its weights: auto_resume=False, {_load_info_for(newest, 'model')}; remove the folder to "
             "resume from the one before it; or set another save_ckpt_folder to start from scratch",
+            code="EVO-CKPT-008",
         )
     reason = f"resuming InternEvo's checkpoint {newest} (auto_resume){note}"
     return StartPoint(

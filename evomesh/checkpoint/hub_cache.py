@@ -23,6 +23,7 @@ def local_folder(url: str) -> Path:
             f"{url!r} is not on a local disk",
             expected="a local folder",
             fix="copy the model folder to a local disk first",
+            code="EVO-HF-001",
         )
     folder = expand_home(path)
     if folder.is_dir():
@@ -35,6 +36,7 @@ def local_folder(url: str) -> Path:
     raise CheckpointError(
         f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
         fix=f"give an existing folder, or download the model into the cache first: hf download {model}",
+        code="EVO-HF-001",
     )
 
 

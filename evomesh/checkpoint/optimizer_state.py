@@ -38,6 +38,7 @@ def refuse_other_optimizer(start: StartPoint, config: OptimizerConfig) -> None:
         fix=f"set optimizer.type to {stored!r}, or start a new optimizer state from its weights, schedule and data "
         f'position, in another save_ckpt_folder: auto_resume=False, load_ckpt_info=dict(path="{folder}", '
         'content=("model", "scheduler", "sampler"))',
+        code="EVO-CKPT-010",
     )
 
 

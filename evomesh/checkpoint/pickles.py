@@ -368,9 +368,7 @@ def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
     """Refuse archives that unpack to far more than their size, and programs."""
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > RATIO * os.path.getsize(path) + (1 << 20):
-        raise CheckpointError(
-            "unpacks to more than twice its size: refused", where=path
-        )
+        raise _refusal("unpacks to more than twice its size: refused", path)
     inner_names = set()
     for name in archive.namelist():
         _, *parts = name.split("/")
@@ -380,6 +378,7 @@ def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
             "is a TorchScript archive, which is a program: refused",
             where=path,
             expected="a file of torch.save",
+            code="EVO-CKPT-017",
         )
 
 
@@ -393,15 +392,18 @@ def _root_folder(path: str, names: list[str]) -> str:
             "is not a file of torch.save",
             where=path,
             expected="one data.pkl in one folder",
+            code="EVO-CKPT-017",
         )
     return roots[0]
 
 
+def _refusal(found: str, path: str) -> CheckpointError:
+    return CheckpointError(found, where=path, code="EVO-CKPT-017")
+
+
 def _check_byte_order(path: str, order: str) -> None:
     if order != sys.byteorder:
-        raise CheckpointError(
-            "was written on a machine of another byte order", where=path
-        )
+        raise _refusal("was written on a machine of another byte order", path)
 
 
 def _read_old(path: str, file: IO[bytes]) -> Any:
@@ -420,7 +422,7 @@ def _read_old(path: str, file: IO[bytes]) -> Any:
 
     # 1. The head.
     if next_pickle() != MAGIC or next_pickle() != PROTOCOL:
-        raise CheckpointError("is not a file of torch.save", where=path)
+        raise _refusal("is not a file of torch.save", path)
     system = next_pickle()
     order = "little" if system["little_endian"] else "big"
     _check_byte_order(path, order)
@@ -459,13 +461,14 @@ def _refusing_damage(path: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError("no such file", where=path) from None
+        raise CheckpointError("no such file", where=path, code="EVO-CKPT-004") from None
     except Exception as error:
         # A damaged file can make the reader raise nearly anything.
         raise CheckpointError(
             f"cannot be read: {error}",
             where=path,
             expected="tensors in plain containers",
+            code="EVO-CKPT-017",
         ) from None
 
 

@@ -95,6 +95,7 @@ def load_model(
             "the checkpoint's config names no tokenizer",
             where=path,
             fix="pass one with --tokenizer PATH",
+            code="EVO-TOKEN-001",
         )
     loaded = load_tokenizer(tokenizer_path)
     check_tokenizer_fits(loaded, config.model.vocab_size)
@@ -134,6 +135,7 @@ def restore_model(
             f"is {KINDS[kind]}, which has no average of the weights",
             where=path,
             fix="leave out --ema",
+            code="EVO-CKPT-016",
         )
     hub = hub_model(path) if kind is None else ""
     if kind == "hf" or hub:
@@ -144,6 +146,7 @@ def restore_model(
             where=path,
             expected="an evomesh checkpoint or a Hugging Face model folder",
             fix=CONVERSIONS.get(kind, "convert it first: evomesh convert --help"),
+            code="EVO-CKPT-009",
         )
     reader = CheckpointReader()
     found = reader.resolve(path, "data" if verify else "record")

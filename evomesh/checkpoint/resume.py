@@ -160,6 +160,7 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
             expected="the values of the run that wrote the checkpoint",
             fix="restore these values; values that change no shape of a weight can be resumed with: "
             "--set ckpt.allow_changed_model=True",
+            code="EVO-CKPT-010",
         )
     # Every rank refuses alike; what is merely logged is logged once.
     if reader.exchange.rank:
@@ -186,6 +187,7 @@ def _refuse_foreign_scale(start: StartPoint, config: Config) -> None:
             where=start.path,
             expected="a checkpoint of a run with model.mup",
             fix="remove model.mup, or train from scratch",
+            code="EVO-CKPT-010",
         )
 
 
@@ -210,6 +212,7 @@ def _refuse_other_dtype(start: StartPoint, config: Config) -> None:
         expected="the dtype that the run began in",
         fix=f"set model.dtype to {stored!r}, or start anew from the weights: auto_resume=False, "
         f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+        code="EVO-CKPT-010",
     )
 
 
@@ -242,6 +245,7 @@ def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
             if unknown
             else "load_ckpt_info.content is empty",
             expected=f"any of {', '.join(CONTENTS)}, or all",
+            code="EVO-CKPT-009",
         )
     return EVERYTHING if "all" in parts else frozenset(parts)
 
@@ -285,6 +289,7 @@ def _from_foreign(info: LoadConfig, kind: str) -> StartPoint:
             f"no loader for ckpt_type={info.ckpt_type!r}",
             expected=f"one of {', '.join(sorted({*DETECTED_TYPES, *checkpoint_loaders.names()}))}",
             fix="register a custom one: evomesh.register_loader",
+            code="EVO-CKPT-009",
         )
     note = ""
     if kind == "xtuner" and content == EVERYTHING:
@@ -296,6 +301,7 @@ def _from_foreign(info: LoadConfig, kind: str) -> StartPoint:
             f"only the {_named(readable)} can be read from {info.path} ({kind}), but content asks for "
             f"{_named(content)}",
             fix='content=("model",)',
+            code="EVO-CKPT-009",
         )
     reason = (
         f"loading {_named(content)} from {info.path} ({kind}, load_ckpt_info){note}"
@@ -314,6 +320,7 @@ def _wrong_type(info: LoadConfig, actual: str) -> CheckpointError:
         fix=f"set load_ckpt_info ckpt_type={right!r}"
         if right
         else detect.CONVERSIONS.get(actual, "convert it first: evomesh convert --help"),
+        code="EVO-CKPT-009",
     )
 
 
@@ -349,6 +356,7 @@ def require_optimizer(checkpoint: Checkpoint, content: frozenset[str]) -> None:
             expected="a checkpoint with optimizer state",
             fix="start anew from its weights: auto_resume=False, "
             f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+            code="EVO-CKPT-008",
         )
 
 

@@ -68,6 +68,7 @@ def check_schedule(start: StartPoint, config: Config, log: bool) -> None:
             fix=f"{_kept_length(before, config)}take the new curve: --accept-schedule-change "
             "(ckpt.accept_schedule_change=True); or decay from here: "
             f"lr_scheduler.decay_from={updates} and lr_scheduler.decay_steps",
+            code="EVO-CKPT-010",
         )
     if log and table and (bends or config.lr_scheduler.decay_from is not None):
         logger.warning("the learning rate changes from step %d on:\n%s", updates, table)
@@ -82,6 +83,7 @@ def _check_branch(start: StartPoint, checkpoint: Checkpoint, config: Config) -> 
             where=f"lr_scheduler.decay_from ({config.lr_scheduler.branch})",
             expected="a path that ends in the step of the checkpoint",
             fix=f"lr_scheduler.decay_from={checkpoint.folder!r}",
+            code="EVO-CKPT-010",
         )
 
 
@@ -98,6 +100,7 @@ def _check_decay_start(
             expected="a decay that has not begun yet",
             fix=f"lr_scheduler.decay_from={updates}, or branch from an earlier checkpoint: "
             'lr_scheduler.decay_from="FOLDER/STEP" and a new ckpt.save_ckpt_folder',
+            code="EVO-CKPT-010",
         )
 
 

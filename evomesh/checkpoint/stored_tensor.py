@@ -51,6 +51,7 @@ class FileStorage:
                 where=self.path,
                 expected="the bytes that were written",
                 fix="copy the file again",
+                code="EVO-CKPT-003",
             )
         return stored.view(self.dtype)
 

@@ -17,6 +17,7 @@ from evomesh.cli import (
     demo,
     doctor,
     eval,
+    explain,
     generate,
     ledger,
     parity,
@@ -33,9 +34,11 @@ from evomesh.cli import (
     watch,
     xtuner,
 )
+from evomesh.cli.usage import ExplainedGroup
 
 app = typer.Typer(
     name="evomesh",
+    cls=ExplainedGroup,
     help="Train decoder language models, from one laptop CPU to a thousand GPUs.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,6 +65,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
+app.command("explain")(explain.explain)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
 app.add_typer(
     tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers."

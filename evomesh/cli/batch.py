@@ -81,12 +81,15 @@ def batch(
 
     if folder is None and (epochs is not None or steps is not None):
         raise UserError(
-            "--epochs and --steps count packs of a dataset", fix="add --data FOLDER"
+            "--epochs and --steps count packs of a dataset",
+            fix="add --data FOLDER",
+            code="EVO-CLI-004",
         )
     if config is None and seq_len is None:
         raise UserError(
             "no sequence length",
             fix="give a CONFIG, or --seq-len (and --micro-bsz, --micro-num)",
+            code="EVO-CLI-004",
         )
     data_sizes = {"micro_num": micro_num, "micro_bsz": micro_bsz, "seq_len": seq_len}
     data, ours = _read_sizes(

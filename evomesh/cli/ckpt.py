@@ -28,7 +28,7 @@ def _candidates(path: str) -> list[Candidate]:
 
     lookup = locate(path)
     if not lookup.candidates:
-        raise UserError(lookup.problem, fix=lookup.fix)
+        raise UserError(lookup.problem, fix=lookup.fix, code="EVO-CKPT-001")
     return lookup.candidates
 
 
@@ -137,11 +137,13 @@ def verify(
         raise UserError(
             f"{len(damaged)} damaged: {', '.join(damaged)}",
             fix="none needed to resume: it uses the newest intact checkpoint",
+            code="EVO-CKPT-003",
         )
     if not num_checkpoints:
         raise UserError(
             f"no checkpoint in {path}, only interrupted saves",
             expected="at least one step folder with a commit.json",
+            code="EVO-CKPT-001",
         )
 
 
@@ -300,4 +302,5 @@ def _numbers(text: str) -> list[float]:
             f"found {text!r}",
             where="--weights",
             expected="numbers, such as 1,1,2",
+            code="EVO-CLI-002",
         ) from None

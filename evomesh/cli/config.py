@@ -190,6 +190,7 @@ def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
             "the length of the run follows from the data, which this command does not open",
             where="data.epochs",
             fix=f"give a length: --set data.epochs=None --set data.total_steps={total_steps}",
+            code="EVO-CONFIG-013",
         )
     rates = {}
     for step in preview_steps(schedule, 0, total_steps):
@@ -243,16 +244,14 @@ def copy(
             fix=f"it is a config of XTuner: evomesh xtuner copy-cfg {name} {dest}"
             if is_theirs
             else "",
+            code="EVO-CLI-008",
         )
     target = Path(dest)
     if target.is_dir():
         target /= source.name
     if target.suffix != ".py" or not target.parent.is_dir():
-        raise UserError(
-            "cannot be written",
-            where=dest,
-            expected="an existing folder, or NAME.py in one",
-        )
+        expected = "an existing folder, or NAME.py in one"
+        raise _unwritable(target, "cannot be written", expected)
     for written in copy_with_base(source, target):
         typer.echo(str(written))
 
@@ -268,6 +267,7 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
             "already exists",
             where=str(target),
             fix="choose another name, or remove it first",
+            code="EVO-CLI-005",
         )
     copies = {}
     for base in _base_files(source):
@@ -277,6 +277,7 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
                 "already exists, with different content",
                 where=str(copied),
                 fix="choose another folder",
+                code="EVO-CLI-005",
             )
         copies[base] = copied
     copies[source] = target
@@ -285,9 +286,7 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copied)
     except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(target)
-        ) from None
+        raise _unwritable(target, f"cannot be written: {error.strerror}") from None
     return list(copies.values())
 
 
@@ -308,20 +307,24 @@ def translate(
     loaded = load_config(config, overrides or [])
     if not is_xtuner_file(config):
         raise UserError(
-            "is not a config of XTuner: evomesh reads it as it is", where=config
+            "is not a config of XTuner: evomesh reads it as it is",
+            where=config,
+            code="EVO-CONFIG-014",
         )
     if out.suffix != ".py" or out.exists():
         found = "exists already" if out.exists() else "does not end in .py"
-        raise UserError(found, where=str(out), expected="a new file, NAME.py")
+        raise _unwritable(out, found, expected="a new file, NAME.py")
     try:
         out.write_text(config_text(loaded), encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(out)
-        ) from None
+        raise _unwritable(out, f"cannot be written: {error.strerror}") from None
     print(f"wrote {out}")
     for command in loaded.preparation:
         print(f"tokenize its raw data first: evomesh {' '.join(command)}")
+
+
+def _unwritable(path: Path, found: str, expected: str = "") -> UserError:
+    return UserError(found, where=str(path), expected=expected, code="EVO-CLI-006")
 
 
 def xtuner_configs() -> list[Path]:
@@ -348,6 +351,7 @@ def xtuner_config(name: str) -> Path:
             fix=f"did you mean {' or '.join(near)}?"
             if near
             else "evomesh xtuner list-cfg",
+            code="EVO-CLI-008",
         )
     return known[name]
 

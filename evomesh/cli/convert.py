@@ -70,7 +70,7 @@ def from_internevo(
     from evomesh.config.record import config_to_dict
 
     if w2 not in ("auto", "down", "up"):
-        raise UserError(f"--w2 {w2!r}", expected="auto, down or up")
+        raise UserError(f"--w2 {w2!r}", expected="auto, down or up", code="EVO-CLI-002")
     role = cast("W2Role", w2)
     folder = str(local_folder(folder))
     resolved = _resolve_config(folder, config)
@@ -127,6 +127,7 @@ def _resolve_config(folder: str, config: str | None) -> Config:
             "no model_config.pt in the folder",
             where=folder,
             fix="give the config of that run: --config FILE",
+            code="EVO-CKPT-018",
         )
     family = section.pop("model_type", None) or family_of(find_model_files(folder))
     text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"

@@ -37,6 +37,7 @@ def shard_bytes(text: str) -> int:
             f"found {text!r}",
             where="--max-shard-size",
             expected="a size such as 5GB or 500MB",
+            code="EVO-CLI-002",
         )
     return max(1, int(size))
 
@@ -49,7 +50,10 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
     """
     if value not in allowed:
         raise UserError(
-            f"found {value!r}", where=where, expected=f"one of {', '.join(allowed)}"
+            f"found {value!r}",
+            where=where,
+            expected=f"one of {', '.join(allowed)}",
+            code="EVO-CLI-002",
         )
 
 
@@ -70,7 +74,10 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     kind = kind_at(ckpt)
     if kind in CONVERSIONS:
         raise UserError(
-            f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind]
+            f"{KINDS[kind]}, not one of evomesh",
+            where=ckpt,
+            fix=CONVERSIONS[kind],
+            code="EVO-CKPT-009",
         )
     checkpoint = resolve(ckpt, report=print)
     export(checkpoint, out, options, report=print)
@@ -227,4 +234,5 @@ def check(
             f"{failed} of the checks above failed",
             where=folder,
             fix="export it again: evomesh convert to-hf",
+            code="EVO-HF-007",
         )

@@ -60,11 +60,18 @@ def _section(
         folder = path or section.train_folder
         if folder is None:
             raise UserError(
-                "the config has no train_folder", where=config, fix="give a PATH"
+                "the config has no train_folder",
+                where=config,
+                fix="give a PATH",
+                code="EVO-CLI-009",
             )
         return section, folder
     if path is None:
-        raise UserError("no data to inspect", expected="a PATH, or --config CONFIG")
+        raise UserError(
+            "no data to inspect",
+            expected="a PATH, or --config CONFIG",
+            code="EVO-CLI-004",
+        )
     section = DataConfig(
         seq_len=seq_len,
         micro_bsz=micro_bsz,
@@ -172,6 +179,7 @@ def show(
             expected=f"--pack below {len(packs)}"
             if len(packs)
             else "more data, or a shorter --seq-len",
+            code="EVO-CLI-003",
         )
     found = packs.read(pack)
     if as_json:

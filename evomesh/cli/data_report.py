@@ -77,6 +77,7 @@ def report(
             f"the last argument is {out!r}",
             expected="a file whose name ends with .html",
             fix="evomesh data report FOLDER data.html",
+            code="EVO-CLI-006",
         )
     target = expand_home(out)
     refuse_folder(target)  # before minutes of reading

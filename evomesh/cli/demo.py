@@ -99,6 +99,7 @@ def _enter(folder: Path) -> None:
             f"cannot be written: {error.strerror}",
             where=str(folder),
             expected="a folder, or the name of a new one",
+            code="EVO-CLI-006",
         ) from None
 
 

@@ -79,12 +79,7 @@ def evaluate(
     config: ConfigFileOption = None,
 ) -> None:
     """Evaluate a checkpoint with lm-evaluation-harness."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'"
-        )
-    if output is not None and not expand_home(output).absolute().parent.is_dir():
-        raise UserError(f"the folder of {output} does not exist", where="--output")
+    _check_before(output)
     from evomesh.checkpoint.huggingface.config import rotary_scaling
     from evomesh.config.loader import load_config
     from evomesh.evaluate.native import HarnessModel
@@ -128,8 +123,24 @@ def evaluate(
 def _task_names(tasks: str) -> list[str]:
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise UserError("no task given", where="--tasks")
+        raise UserError("no task given", where="--tasks", code="EVO-CLI-004")
     return names
+
+
+def _check_before(output: str | None) -> None:
+    """Refuse what would only be found after the model is loaded."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "lm-evaluation-harness is not installed",
+            fix="pip install 'evomesh[eval]'",
+            code="EVO-CLI-007",
+        )
+    if output is not None and not expand_home(output).absolute().parent.is_dir():
+        raise UserError(
+            f"the folder of {output} does not exist",
+            where="--output",
+            code="EVO-CLI-006",
+        )
 
 
 def _load(

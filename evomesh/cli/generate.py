@@ -76,6 +76,7 @@ def generate(
                 "CONFIG together with --ckpt or --prompt",
                 expected="one of the two",
                 fix="leave one out",
+                code="EVO-CLI-004",
             )
         answer_prompt_folder(file, overrides, launcher, port)
         return
@@ -83,10 +84,14 @@ def generate(
         raise UserError(
             "nothing to do",
             expected="evomesh generate CONFIG, or --ckpt DIR --prompt TEXT",
+            code="EVO-CLI-004",
         )
     if not prompt:
         raise UserError(
-            "the prompt is empty", where="--prompt", expected="some text to complete"
+            "the prompt is empty",
+            where="--prompt",
+            expected="some text to complete",
+            code="EVO-GEN-002",
         )
     template = "auto" if chat else "none"
     loaded = _load(ckpt, tokenizer, template, device, config, dynamic_ntk, ema)
@@ -116,6 +121,7 @@ def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) 
             f"the prompt {prompt!r} has no tokens",
             where="--prompt",
             expected="some text to complete",
+            code="EVO-GEN-002",
         )
     _print_answers(loaded, ids, sampling, start=0)
 
@@ -133,6 +139,7 @@ def answer_message(loaded: LoadedModel, text: str, sampling: SamplingParams) -> 
             "the tokenizer has no chat template: this model only completes text",
             where="--chat",
             fix="leave --chat out, or pass a tokenizer folder that has a template with --tokenizer",
+            code="EVO-TOKEN-007",
         )
     ids = loaded.template.encode_prompt([ChatMessage("user", text, train=False)])
     _print_answers(loaded, ids, sampling, start=len(ids))
@@ -188,6 +195,7 @@ def _load(
             f"this model {reason}: dynamic NTK cannot be switched",
             where="--dynamic-ntk",
             fix="leave it out",
+            code="EVO-GEN-003",
         )
     return replace(
         loaded,

@@ -91,7 +91,9 @@ def ledger(
     are counted from 0, and the last one is part of the range.
     """
     if (step is None) == (document is None):
-        raise UserError("exactly one of --step and --document is needed")
+        raise UserError(
+            "exactly one of --step and --document is needed", code="EVO-CLI-004"
+        )
 
     from evomesh.data.tokenizer import load_tokenizer
 
@@ -132,6 +134,7 @@ def _data_of(config: str, gpus: int | None, overrides: list[str]) -> RunData:
             "a run has been made with the values that it has",
             where="--set",
             expected="a config file",
+            code="EVO-CLI-004",
         )
     run = open_run_data(config)
     if gpus is None:
@@ -194,6 +197,7 @@ def _open_ledger(part: RunPart) -> StepLedger:
             "the order of streamed text is only known while it is read",
             where="data.type",
             fix="tokenize the data first: evomesh tokenize",
+            code="EVO-CLI-009",
         )
     corpus = open_training_corpus(settings.data, settings.model.vocab_size)
     return StepLedger(corpus, axis_sizes(settings.parallel, part.gpus).dp)
@@ -205,6 +209,7 @@ def _check_step(step: int, total_steps: int) -> None:
             f"the run has no step {step}",
             where="--step",
             expected=f"0 to {total_steps - 1} (data.total_steps)",
+            code="EVO-CLI-003",
         )
 
 
@@ -214,6 +219,7 @@ def _check_rank(rank: int | None, dp_size: int) -> int | None:
             f"no data-parallel rank {rank}",
             where="--rank",
             expected=f"0 to {dp_size - 1}",
+            code="EVO-CLI-003",
         )
     return rank
 
@@ -225,6 +231,7 @@ def _parse_document(text: str) -> tuple[str, int]:
             f"found {text!r}",
             where="--document",
             expected="FILE:ROW, such as en/data.bin:12",
+            code="EVO-CLI-002",
         )
     return file, int(row)
 

@@ -53,7 +53,9 @@ def parity(
     with reporting_early_errors(launcher, port):
         if more and not layouts:
             raise UserError(
-                f"{more[0]!r} after the config", fix=f"--layouts {' '.join(more)}"
+                f"{more[0]!r} after the config",
+                fix=f"--layouts {' '.join(more)}",
+                code="EVO-CLI-004",
             )
         wanted = read_layouts(config, names or [AS_WRITTEN], overrides or [])
         if planned_world_size(os.environ, launcher) == 1:

@@ -173,15 +173,22 @@ def check_time_options(
             "a prediction of time needs a device",
             where=given[0],
             expected="--device too",
+            code="EVO-CLI-004",
         )
     if write is not None and not search:
         raise UserError(
             "the fastest layout is known after a search",
             where="--write",
             expected="--search too",
+            code="EVO-CLI-004",
         )
     if write is not None and write.exists():
-        raise UserError(f"{write} exists", where="--write", expected="a new file")
+        raise UserError(
+            f"{write} exists",
+            where="--write",
+            expected="a new file",
+            code="EVO-CLI-005",
+        )
 
 
 def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPrediction:
@@ -197,6 +204,7 @@ def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPredictio
             f"rank {rank} of {gpus} processes",
             where="--rank",
             expected=f"0 to {gpus - 1}",
+            code="EVO-CLI-003",
         )
     warnings = check_world(config, gpus)
     step = trace_step(config, gpus, rank) if trace else None

@@ -154,13 +154,14 @@ def write_layout(choice: LayoutChoice, config: str, out: Path) -> None:
             file.write("\n".join(lines) + "\n")
     except FileExistsError as error:
         raise UserError(
-            f"{out} exists", where="--write", expected="a new file"
+            f"{out} exists", where="--write", expected="a new file", code="EVO-CLI-005"
         ) from error
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror}",
             where="--write",
             expected="a file in a folder that you may write to",
+            code="EVO-CLI-006",
         ) from error
 
 

@@ -42,6 +42,7 @@ def report(
             f"the last argument is {paths[-1]!r}",
             expected="run folders, then a file whose name ends with .html",
             fix="evomesh report RUN report.html",
+            code="EVO-CLI-006",
         )
     *names, out = paths
     folders = find_runs(names)

@@ -127,12 +127,14 @@ def refuse_without_checkpoints(config: Config) -> None:
             where="ckpt.enable_save_ckpt, ckpt.save_ckpt_folder",
             expected="a save folder",
             fix='set ckpt=dict(enable_save_ckpt=True, save_ckpt_folder="local:ckpts"), or use: evomesh train',
+            code="EVO-TRAIN-006",
         )
     if not ckpt.auto_resume:
         raise UserError(
             "False: each restart would begin where the first start did",
             where="ckpt.auto_resume",
             fix="set ckpt.auto_resume=True, or use: evomesh train",
+            code="EVO-TRAIN-006",
         )
 
 
@@ -160,6 +162,7 @@ def claim_run(config: Config) -> StorageLock:
             where=f"ckpt.save_ckpt_folder ({folder})",
             expected="one supervisor of a save folder",
             fix="stop that one, or set another ckpt.save_ckpt_folder",
+            code="EVO-CKPT-011",
         ) from None
     except OSError as error:
         raise as_user_error(error) or error from None

@@ -14,7 +14,7 @@ from typing import TextIO, cast
 
 from evomesh.config.redact import RedactingStream, redact_text
 from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserError
-from evomesh.outside_errors import TORCH_LOG_LEVEL, as_user_error, discard
+from evomesh.outside_errors import TORCH_LOG_LEVEL, as_user_error, code_for, discard
 
 SAME_ERROR = "the same error as of another rank"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
@@ -133,7 +133,7 @@ def _report(error: Exception) -> None:
 
 def _fail(message: UserError) -> None:
     """Print the message, unless another rank prints the same one, and end with its exit code."""
-    text = redact_text(f"error: {message}")
+    text = redact_text(_words_of(message))
     if message.printed_elsewhere:
         _write_error_file(SAME_ERROR, seconds_later=60)
     else:
@@ -141,6 +141,14 @@ def _fail(message: UserError) -> None:
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
     _end(message.exit_code)
+
+
+def _words_of(message: UserError) -> str:
+    """Return what is printed, in the language of the user."""
+    from evomesh.error_codes.words import chosen_language, printed
+
+    encoding = getattr(sys.stderr, "encoding", None)
+    return printed(message, chosen_language(encoding=encoding))
 
 
 def _end(exit_code: int) -> None:
@@ -196,7 +204,9 @@ def _flush_output() -> None:
     except OSError as error:
         discard(sys.stdout)
         raise UserError(
-            f"cannot write: {error.strerror}", where="standard output"
+            f"cannot write: {error.strerror}",
+            where="standard output",
+            code=code_for(error.errno),
         ) from None
 
 

@@ -220,7 +220,9 @@ def _explain_missing(error: ModuleNotFoundError) -> Exception:
     if error.name is None or error.name.startswith("evomesh"):
         return error
     return UserError(
-        f"{error.name} is not installed", fix="pip install 'evomesh[serve]'"
+        f"{error.name} is not installed",
+        fix="pip install 'evomesh[serve]'",
+        code="EVO-CLI-007",
     )
 
 

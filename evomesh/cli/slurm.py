@@ -136,6 +136,7 @@ def _node_count(nodes: int | None, gpus: int | None, gpus_per_node: int) -> int:
             f"{gpus} GPUs are not whole nodes of {gpus_per_node}",
             where="--gpus",
             expected=f"a multiple of --gpus-per-node: {' or '.join(near)}",
+            code="EVO-CLUSTER-001",
         )
     needed = gpus // gpus_per_node
     if nodes not in (None, needed):
@@ -143,6 +144,7 @@ def _node_count(nodes: int | None, gpus: int | None, gpus_per_node: int) -> int:
             f"{gpus} GPUs are {needed} nodes of {gpus_per_node}, not {nodes}",
             where="--gpus, --nodes",
             fix="give one of them",
+            code="EVO-CLUSTER-001",
         )
     return needed
 
@@ -152,7 +154,10 @@ def _starter(text: str) -> Starter:
 
     if text not in get_args(Starter):
         raise UserError(
-            f"unknown starter {text!r}", where="--starter", expected="srun | torchrun"
+            f"unknown starter {text!r}",
+            where="--starter",
+            expected="srun | torchrun",
+            code="EVO-CLI-002",
         )
     return cast("Starter", text)
 
@@ -173,6 +178,7 @@ def _check(job: SlurmJob, config: Config) -> None:
             f"the ranks would save {job.signal_before} s before a time limit of {limit_s:.0f} s",
             where="--time, --signal-before",
             expected="a time limit that leaves time to train; --time 24 is 24 minutes, --time 24:00:00 a day",
+            code="EVO-CLUSTER-002",
         )
     tensor = config.parallel.tensor.size
     if job.nodes > 1 and job.gpus_per_node % tensor:
@@ -216,6 +222,7 @@ def _submit(script: str) -> str:
             where="--submit",
             expected="a login node of a Slurm cluster",
             fix="write the script with --output FILE, and submit it there: sbatch FILE",
+            code="EVO-CLUSTER-003",
         )
     try:
         done = subprocess.run(
@@ -232,9 +239,14 @@ def _submit(script: str) -> str:
             where="--submit",
             fix="see whether the controller runs: scontrol ping; then whether the job is there: squeue --me",
             exit_code=EXIT_RESTART,
+            code="EVO-CLUSTER-003",
         ) from None
     if done.returncode != 0:
         reason = done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"sbatch refused the job: {reason}", where="--submit")
+        raise UserError(
+            f"sbatch refused the job: {reason}",
+            where="--submit",
+            code="EVO-CLUSTER-003",
+        )
     # With several clusters it is NUMBER;CLUSTER.
     return done.stdout.strip().partition(";")[0]

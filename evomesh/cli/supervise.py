@@ -61,6 +61,7 @@ def supervise() -> None:
             where="MASTER_ADDR (or ADDR), MASTER_PORT (or PORT), NNODES, NODE_RANK",
             expected="the same address and number of nodes on every node, a free port on the first",
             exit_code=EXIT_RESTART,
+            code="EVO-PARALLEL-006",
         ) from error
 
 
@@ -74,6 +75,7 @@ def end_like(rank: int, failure: ProcessFailure) -> None:
         expected="every rank alive until the run is complete",
         fix="rerun the same command; SIGKILL often means that memory ran out: see dmesg",
         exit_code=EXIT_RESTART,
+        code="EVO-PARALLEL-005",
     )
 
 

@@ -140,11 +140,13 @@ def tokenize(
             f"no format {format!r}",
             where="--format",
             expected="text, alpaca, messages, sharegpt or xtuner",
+            code="EVO-CLI-002",
         )
     if split_ratio:
         raise UserError(
             "--split-ratio only applies to conversations",
             fix="tokenize training and validation text separately",
+            code="EVO-CLI-004",
         )
     text_options = TextOptions(text_field, raw_lines, bos, eos)
     tokenize_text(inputs, output, tokenizer, text_options, append, encoding)

@@ -63,11 +63,17 @@ def train(
     """Train a tokenizer on text: txt, json, jsonl, csv, parquet and arrow, as `evomesh tokenize` reads them."""
     if kind not in KINDS:
         raise UserError(
-            f"no kind {kind!r}", where="--kind", expected=" or ".join(KINDS)
+            f"no kind {kind!r}",
+            where="--kind",
+            expected=" or ".join(KINDS),
+            code="EVO-CLI-002",
         )
     if chat not in CHATS:
         raise UserError(
-            f"no chat template {chat!r}", where="--chat", expected=", ".join(CHATS[1:])
+            f"no chat template {chat!r}",
+            where="--chat",
+            expected=", ".join(CHATS[1:]),
+            code="EVO-CLI-002",
         )
 
     from evomesh.data.prepare.train_tokenizer import TokenizerRecipe, train_tokenizer

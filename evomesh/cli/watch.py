@@ -41,7 +41,9 @@ def watch(
         if error.name is None or error.name.startswith("evomesh"):
             raise
         raise UserError(
-            f"{error.name} is not installed", fix="pip install 'evomesh[serve]'"
+            f"{error.name} is not installed",
+            fix="pip install 'evomesh[serve]'",
+            code="EVO-CLI-007",
         ) from None
     listening = bind(host, port)
     is_local = host in LOOPBACK

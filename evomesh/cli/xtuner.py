@@ -57,6 +57,7 @@ def list_cfg(
             f"no config's name contains {pattern!r}",
             where="--pattern",
             fix="evomesh xtuner list-cfg lists all",
+            code="EVO-CLI-008",
         )
 
 
@@ -96,11 +97,13 @@ def install_command(
             "another command of this name is there",
             where=str(target),
             fix="--into FOLDER",
+            code="EVO-CLI-005",
         )
     if existing is not None and Path(existing).resolve() != target.resolve():
         raise UserError(
             f"the command xtuner exists already: {existing}",
             fix="use evomesh xtuner ..., or uninstall that package first",
+            code="EVO-CLI-005",
         )
     try:
         target.write_text(text)
@@ -110,6 +113,7 @@ def install_command(
             f"cannot be written: {error.strerror}",
             where=str(target),
             fix="--into FOLDER",
+            code="EVO-CLI-006",
         ) from None
     print(f"wrote {target}: xtuner is now evomesh xtuner")
 

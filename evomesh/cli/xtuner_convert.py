@@ -113,6 +113,7 @@ def merge() -> None:
         "LoRA adapters are not part of evomesh, which trains all weights",
         where="convert merge",
         fix="merge the adapter with XTuner or peft; evomesh reads the merged folder",
+        code="EVO-CONFIG-009",
     )
 
 

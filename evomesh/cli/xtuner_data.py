@@ -54,6 +54,7 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
                 f"the raw data has no token files yet: {output}",
                 where=loaded.path,
                 fix=f"make them once, before training: evomesh xtuner tokenize {loaded.path}",
+                code="EVO-DATA-001",
             )
         run_tokenize(command)
 
@@ -96,6 +97,7 @@ def log_dataset(
             f"there is no pack {pack}: the data has {len(packs)} of {data.packed_length:,} tokens",
             where=_folder(loaded),
             fix="take a smaller --pack, or a smaller max_length in the config",
+            code="EVO-CLI-003",
         )
     tokenizer = load_tokenizer(data.tokenizer_path) if data.tokenizer_path else None
     print(f"pack {pack} of {len(packs)}, {data.packed_length:,} tokens")
@@ -127,6 +129,9 @@ def _folder(loaded: LoadedConfig) -> str:
     folder = loaded.config.data.train_folder
     if folder is None:
         raise UserError(
-            "the config names no data", where=loaded.path, fix="set dataset_folder"
+            "the config names no data",
+            where=loaded.path,
+            fix="set dataset_folder",
+            code="EVO-CLI-009",
         )
     return folder

@@ -97,6 +97,7 @@ def tokenize_ftdp_datasets() -> None:
         raise UserError(
             "no processed/*.jsonl below the folder",
             where=f"--processed-dir {options.processed_dir}",
+            code="EVO-DATA-002",
         )
     for file in processed:
         dataset = file.relative_to(options.processed_dir).parts[0]
@@ -147,6 +148,8 @@ def _files_below(folder: Path, suffix: str) -> list[Path]:
     files = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
     if not files:
         raise UserError(
-            f"no file ending in {suffix!r} below the folder", where=str(folder)
+            f"no file ending in {suffix!r} below the folder",
+            where=str(folder),
+            code="EVO-DATA-002",
         )
     return files

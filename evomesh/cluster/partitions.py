@@ -66,18 +66,21 @@ def check_partition(job: SlurmJob, partitions: list[Partition]) -> None:
             f"the nodes of partition {name!r} have {most} GPUs at most, not {job.gpus_per_node}",
             where="--gpus-per-node",
             expected=f"up to {most}, or another partition: {_listed(partitions)}",
+            code="EVO-CLUSTER-004",
         )
     if job.nodes > nodes:
         raise UserError(
             f"partition {name!r} has {nodes} nodes with {job.gpus_per_node} GPUs, not {job.nodes}",
             where="--nodes",
             expected=f"up to {nodes}, or another partition: {_listed(partitions)}",
+            code="EVO-CLUSTER-004",
         )
     if seconds_of(job.time) > _limit_s(kinds[0]):
         raise UserError(
             f"{job.time} is more than partition {name!r} allows, which is {kinds[0].limit}",
             where="--time",
             fix=f"--time {kinds[0].limit}: the job saves before its limit and is queued again",
+            code="EVO-CLUSTER-002",
         )
 
 
@@ -117,6 +120,7 @@ def _no_such_partition(job: SlurmJob, partitions: list[Partition]) -> UserError:
         where="--partition",
         expected=f"one of {_listed(partitions)}",
         fix="see what each has: sinfo",
+        code="EVO-CLUSTER-004",
     )
 
 

@@ -45,12 +45,14 @@ class Sweep:
                 f"{text!r} is not a sweep",
                 where="--sweep",
                 expected="KEY=VALUE,VALUE,..., such as --sweep adam.lr=1e-4,3e-4",
+                code="EVO-CLUSTER-005",
             )
         if len(set(values)) < len(values):
             raise UserError(
                 f"{text!r} has a value twice",
                 where="--sweep",
                 expected="different values: each names the folder of its run",
+                code="EVO-CLUSTER-005",
             )
         return Sweep(key, values, save_folder or "local:sweep")
 
@@ -96,7 +98,9 @@ class SlurmJob:
         for option, value in words.items():
             if re.search(r"\s", value) or not value.isprintable():
                 raise UserError(
-                    f"{value!r} is not one word", where=option.partition(" ")[0]
+                    f"{value!r} is not one word",
+                    where=option.partition(" ")[0],
+                    code="EVO-CLI-002",
                 )
         for option in self.sbatch:
             if not option.startswith("-"):
@@ -104,6 +108,7 @@ class SlurmJob:
                     f"{option!r} is not an option of sbatch",
                     where="--sbatch",
                     expected="such as --sbatch=--exclude=n3",
+                    code="EVO-CLI-002",
                 )
 
     @property

@@ -51,4 +51,5 @@ def _not_a_time(text: str, where: str) -> UserError:
         where=where,
         expected=FORMS,
         fix="for a day: --time 24:00:00 or --time 1-0; for half an hour: --time 30",
+        code="EVO-CLUSTER-002",
     )

@@ -161,6 +161,7 @@ def alert_findings(alert: AlertConfig) -> Iterator[ConfigFinding]:
             "alerts are enabled, and there is no address to send them to",
             expected="the URL of a Feishu webhook, or env:NAME",
             fix="set monitor.alert.feishu_alert_address, or enable_feishu_alert=False",
+            code="EVO-ALERT-001",
         )
     for name in ("feishu_alert_address", "light_monitor_address"):
         address = getattr(alert, name)
@@ -170,6 +171,7 @@ def alert_findings(alert: AlertConfig) -> Iterator[ConfigFinding]:
                 (f"monitor.alert.{name}",),
                 f"the address {problem}",
                 expected="https://HOST/PATH, or env:NAME",
+                code="EVO-ALERT-001",
             )
     for index, channel in enumerate(alert.channels):
         yield from _channel_findings(f"channel {index}", channel)
@@ -183,6 +185,7 @@ def _channel_findings(name: str, channel: Mapping[str, Any]) -> Iterator[ConfigF
             (CHANNELS,),
             f"{name} has no type",
             expected=f"type=..., one of {known}, or module:callable of your code",
+            code="EVO-ALERT-001",
         )
         return
     if _CUSTOM_TYPE.fullmatch(kind):
@@ -194,6 +197,7 @@ def _channel_findings(name: str, channel: Mapping[str, Any]) -> Iterator[ConfigF
             f"{name} has the unknown type {kind!r}",
             expected=f"one of {known}, or module:callable of your code",
             fix=f"did you mean {similar[0]!r}?" if similar else "",
+            code="EVO-ALERT-001",
         )
         return
     yield from _option_findings(f"{name} ({kind})", CHANNEL_TYPES[kind], channel)
@@ -207,7 +211,10 @@ def _option_findings(
     for option in options.required:
         if option not in channel:
             yield ConfigFinding(
-                (CHANNELS,), f"{name} has no {option}", expected=f"options {listed}"
+                (CHANNELS,),
+                f"{name} has no {option}",
+                expected=f"options {listed}",
+                code="EVO-ALERT-001",
             )
     for option, value in channel.items():
         if option == "type":
@@ -217,11 +224,14 @@ def _option_findings(
                 (CHANNELS,),
                 f"{name} has the unknown option {option!r}",
                 expected=f"options {listed}",
+                code="EVO-ALERT-001",
             )
             continue
         problem = _option_problem(option, value)
         if problem is not None:
-            yield ConfigFinding((CHANNELS,), f"{name}: its {option} {problem}")
+            yield ConfigFinding(
+                (CHANNELS,), f"{name}: its {option} {problem}", code="EVO-ALERT-001"
+            )
 
 
 def _option_problem(option: str, value: Any) -> str | None:

@@ -28,6 +28,7 @@ def architecture_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             (f"model.{key}",),
             f"{key} is {value!r}, and {family} models have {key}={wanted!r}",
             fix=f"remove model.{key}, or take model_type {' or '.join(having)}",
+            code="EVO-CONFIG-010",
         )
 
 
@@ -39,6 +40,7 @@ def _contradictions(model: ModelConfig) -> Iterator[ConfigFinding]:
             f"norm_placement={model.norm_placement!r} together with apply_post_layer_norm, norm(x + f(x))",
             expected="one of them",
             fix="remove model.apply_post_layer_norm",
+            code="EVO-CONFIG-007",
         )
     if model.add_unit_offset and model.norm_type != "rmsnorm":
         yield ConfigFinding(
@@ -46,6 +48,7 @@ def _contradictions(model: ModelConfig) -> Iterator[ConfigFinding]:
             f"add_unit_offset with norm_type={model.norm_type!r}",
             expected="norm_type='rmsnorm', whose weights alone can be offset",
             fix="remove model.add_unit_offset",
+            code="EVO-CONFIG-007",
         )
     if model.gate_activation != "silu" and not model.use_swiglu:
         yield ConfigFinding(
@@ -53,10 +56,12 @@ def _contradictions(model: ModelConfig) -> Iterator[ConfigFinding]:
             "gate_activation with use_swiglu=False, whose network has no gate",
             expected="one of them",
             fix="remove model.use_swiglu",
+            code="EVO-CONFIG-007",
         )
     if model.local_rope_base is not None and model.sliding_window is None:
         yield ConfigFinding(
             ("model.local_rope_base", "model.sliding_window"),
             "local_rope_base without sliding_window: no layer has a window",
             fix="set model.sliding_window and model.layer_types, or remove model.local_rope_base",
+            code="EVO-CONFIG-007",
         )

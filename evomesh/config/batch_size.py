@@ -125,4 +125,5 @@ def _check_divides(gpus: int, size: int, name: str) -> None:
         raise UserError(
             f"{gpus} GPUs do not divide by {name}={size}",
             expected=f"{name} of {nearest(size, divisors_of=gpus)}",
+            code="EVO-PARALLEL-001",
         )

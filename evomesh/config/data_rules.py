@@ -27,6 +27,7 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
             ("data.seq_len", "data.micro_bsz"),
             f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
             expected=f"at most 2**31 - 1 = {INT32}",
+            code="EVO-CONFIG-002",
         )
     # InternEvo asserts this without a pipeline, and ignores the key with one.
     is_other = data.gradient_accumulation not in (None, data.micro_num)
@@ -36,12 +37,14 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
             f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
             expected="the same number: both are the micro-batches of one step",
             fix="remove data.gradient_accumulation",
+            code="EVO-CONFIG-007",
         )
     if data.epochs is not None and data.rampup_batch_size is not None:
         yield ConfigFinding(
             ("data.epochs", "data.rampup_batch_size"),
             "with a growing batch the steps of a pass are not all of one size",
             fix="set data.total_steps instead of data.epochs",
+            code="EVO-CONFIG-007",
         )
     if data.order == "xtuner" and not data.use_packed_dataset:
         yield ConfigFinding(
@@ -49,6 +52,7 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
             "rows of one document with XTuner's order, which packs documents",
             expected='use_packed_dataset=True, or order="internevo"',
             fix="remove data.use_packed_dataset",
+            code="EVO-CONFIG-007",
         )
     if data.type == "streaming":
         yield from _streaming_findings(data)
@@ -68,13 +72,17 @@ def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
     for key, (value, expected) in needed.items():
         if value is None:
             yield ConfigFinding(
-                (key,), f'data.type="streaming" needs {key}', expected=expected
+                (key,),
+                f'data.type="streaming" needs {key}',
+                expected=expected,
+                code="EVO-CONFIG-003",
             )
     if data.rampup_batch_size is not None:
         yield ConfigFinding(
             ("data.rampup_batch_size", "data.type"),
             'data.type="streaming" needs a fixed number of packs per step',
             fix="remove rampup_batch_size, or tokenize the text first",
+            code="EVO-CONFIG-007",
         )
 
 
@@ -100,6 +108,7 @@ def _in_run_findings(data: DataConfig) -> Iterator[ConfigFinding]:
                 (every_key, key),
                 f"{every_key}={every}, but {key} is not set",
                 expected=f'{key}=["..."]',
+                code="EVO-CONFIG-007",
             )
             continue
         if not texts or not all(texts):
@@ -107,12 +116,14 @@ def _in_run_findings(data: DataConfig) -> Iterator[ConfigFinding]:
                 (key,),
                 f"found {list(texts)}",
                 expected="at least one text, none of them empty",
+                code="EVO-CONFIG-002",
             )
         if data.tokenizer_path is None:
             yield ConfigFinding(
                 ("data.tokenizer_path", key),
                 f"{key} is text, and no tokenizer is named",
                 expected="the tokenizer that the data was tokenized with",
+                code="EVO-CONFIG-007",
             )
 
 
@@ -133,12 +144,14 @@ def _stages_findings(config: Config) -> Iterator[ConfigFinding]:
                 ("data.stages", key),
                 f"data.stages together with {key}",
                 fix=f"{fix} instead of {key}",
+                code="EVO-CONFIG-012",
             )
     if data.type == "streaming":
         yield ConfigFinding(
             ("data.stages", "data.type"),
             'data.stages with data.type="streaming"',
             fix="tokenize the text first: evomesh tokenize",
+            code="EVO-CONFIG-012",
         )
     yield from _stage_ends(data)
     for number, item in enumerate(data.stages, 1):
@@ -149,6 +162,7 @@ def _stages_findings(config: Config) -> Iterator[ConfigFinding]:
                 f"data stage {number} has seq_len {section.seq_len} and packs of {section.packed_length} tokens",
                 expected=f"at most data.seq_len={data.seq_len} and seq_len * micro_bsz={data.packed_length}: "
                 "the data section has the largest, which memory and positions are planned for",
+                code="EVO-CONFIG-012",
             )
 
 
@@ -163,6 +177,7 @@ def _stage_ends(data: DataConfig) -> Iterator[ConfigFinding]:
                 ("data.stages",),
                 f"data stage {number} {found}",
                 expected="one end for each data stage, after that of the one before",
+                code="EVO-CONFIG-012",
             )
             return
         last_step = item.until or last_step
@@ -174,6 +189,7 @@ def _stage_ends(data: DataConfig) -> Iterator[ConfigFinding]:
                 ("data.stages", "data.total_steps"),
                 problem,
                 expected="stages that follow each other from step 0 to data.total_steps; the last needs no end",
+                code="EVO-CONFIG-012",
             )
 
 
@@ -197,10 +213,12 @@ def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFi
             key,
             f"starts at {ramp.start} micro-batches, above micro_num={micro_num}",
             expected=RAMPUP_FORM,
+            code="EVO-CONFIG-002",
         )
     elif (micro_num - ramp.start) % ramp.increment:
         yield ConfigFinding(
             key,
             f"from {ramp.start} in steps of {ramp.increment} never reaches micro_num={micro_num}",
             expected=f"an increment of {nearest(ramp.increment, micro_num - ramp.start)}",
+            code="EVO-CONFIG-002",
         )

@@ -167,6 +167,7 @@ def check_data_stages(data: DataConfig, dp_size: int) -> None:
             f"{problem} (with {dp_size} data-parallel rank(s))",
             where="data.stages",
             expected="stages that follow each other from step 0 to data.total_steps; the last needs no end",
+            code="EVO-CONFIG-012",
         )
 
 

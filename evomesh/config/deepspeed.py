@@ -85,6 +85,7 @@ def _stage_and_offload(flag: str) -> tuple[int, bool]:
             f"unknown strategy {flag!r}",
             where="--deepspeed",
             expected=f"{' | '.join(NAMES)}, or a .json file",
+            code="EVO-CLI-002",
         )
     expected = '{"zero_optimization": {"stage": 1, 2 or 3}}'
     settings = read_json(Path(flag), f"--deepspeed {flag}", expected)
@@ -96,10 +97,14 @@ def _stage_and_offload(flag: str) -> tuple[int, bool]:
             f"cannot read a ZeRO stage: {type(error).__name__} {error}",
             where=f"--deepspeed {flag}",
             expected=expected,
+            code="EVO-CLI-002",
         ) from None
     if stage not in WARNINGS:
         raise UserError(
-            f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3"
+            f"stage {stage}",
+            where=f"--deepspeed {flag}",
+            expected="1, 2 or 3",
+            code="EVO-CLI-002",
         )
     # A block without a device, and a device "none", offload nothing.
     blocks = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]

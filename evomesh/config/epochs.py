@@ -47,6 +47,7 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
             "streaming data has no known length, so a pass cannot be counted in steps",
             where=key,
             fix="set data.total_steps and ckpt.checkpoint_every instead",
+            code="EVO-CONFIG-013",
         )
     # From here on all is counted in steps, as the schedule and the loop count.
     per_epoch = steps_per_epoch(config, num_packs, dp_size)
@@ -58,6 +59,7 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
                 f"{data.micro_num} micro-batches on {dp_size} data-parallel ranks",
                 where=key,
                 fix="add data, or lower data.micro_num or data.seq_len",
+                code="EVO-CONFIG-013",
             )
         data = data.model_copy(update={"total_steps": total_steps})
     if ckpt.checkpoint_every_epochs is not None:

@@ -41,6 +41,7 @@ def describe(key: str) -> str:
         fix=f"did you mean {similar[0]}?"
         if similar
         else "evomesh config show CONFIG lists the keys",
+        code="EVO-CONFIG-001",
     )
 
 

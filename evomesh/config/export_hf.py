@@ -66,6 +66,7 @@ def export_findings(ckpt: CheckpointConfig) -> Iterator[ConfigFinding]:
             f"exports would be written to {folder!r}, which is not on a local disk",
             expected="a local folder; the checkpoints themselves may be in a store",
             fix='set ckpt.export_hf.folder="hf_ckpts", or ckpt.enable_internevo2hf_ckpt=False',
+            code="EVO-CONFIG-016",
         )
     if place.in_step_folder:
         yield ConfigFinding(
@@ -73,6 +74,7 @@ def export_findings(ckpt: CheckpointConfig) -> Iterator[ConfigFinding]:
             f"{folder!r} is inside the folder of one checkpoint",
             expected="a separate folder for exports",
             fix="remove ckpt.export_hf.folder: exports then go to {save_ckpt_folder}/hf",
+            code="EVO-CONFIG-016",
         )
     yield from _interval_findings(ckpt)
 
@@ -88,4 +90,5 @@ def _interval_findings(ckpt: CheckpointConfig) -> Iterator[ConfigFinding]:
             f"found {every}, and there is a checkpoint every {saved_every:g} steps",
             expected="a multiple of ckpt.checkpoint_every",
             fix="remove ckpt.export_hf.every to export every checkpoint",
+            code="EVO-CONFIG-008",
         )

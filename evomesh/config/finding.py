@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class ConfigFinding:
     found: str
     expected: str = ""
     fix: str = ""
+    code: str = field(kw_only=True)
 
 
 def nearest(

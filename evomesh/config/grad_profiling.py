@@ -96,4 +96,5 @@ def profiling_findings(
                 expected=f"embedding, layers.0 to layers.{model.num_layers - 1}, norm, head, "
                 f"or InternEvo's {', '.join(CLASS_NAMES)}",
                 fix="remove it; without grad_profiling.layers all layers are written",
+                code="EVO-MODEL-006",
             )

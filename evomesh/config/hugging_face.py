@@ -58,7 +58,10 @@ def read_model_folder(folder: Path) -> ModelConfig:
     record = read_json(file, expected="a Hugging Face model folder")
     if not isinstance(record, dict):
         raise UserError(
-            f"a JSON {type(record).__name__}", where=str(file), expected="a JSON object"
+            f"a JSON {type(record).__name__}",
+            where=str(file),
+            expected="a JSON object",
+            code="EVO-HF-011",
         )
     return read_model(record, str(file))
 
@@ -131,6 +134,7 @@ def _facts_of(record: dict[str, Any], where: str) -> HuggingFaceFacts:
             where=where,
             expected=f"one of {', '.join(HUGGING_FACE_FACTS)}",
             fix=_fix_of_unknown(record),
+            code="EVO-HF-009",
         )
     return HUGGING_FACE_FACTS[kind]
 
@@ -180,6 +184,7 @@ class _ConfigReader(ConfigRecord):
                 f"{found}{first['msg']}",
                 where=self.where,
                 expected="the sizes of a model",
+                code="EVO-HF-011",
             ) from None
 
     def dtype(self, override: str | None) -> DType:
@@ -192,6 +197,7 @@ class _ConfigReader(ConfigRecord):
                 f"dtype {found!r}",
                 where=self.where,
                 expected=", ".join(get_args(DType)),
+                code="EVO-HF-011",
             )
         return cast(DType, found)
 
@@ -219,7 +225,9 @@ class _ConfigReader(ConfigRecord):
         elif heads % groups != 0:
             setting = f"{heads} attention heads with {groups} key/value heads"
         if setting:
-            raise UserError(f"{setting} is not supported", where=self.where)
+            raise UserError(
+                f"{setting} is not supported", where=self.where, code="EVO-HF-010"
+            )
         if self.facts.family == "BAICHUAN2":
             self._refuse_alibi(hidden)
 
@@ -233,6 +241,7 @@ class _ConfigReader(ConfigRecord):
             where=self.where,
             expected="rotary positions, as in Baichuan 7B and Baichuan2 7B",
             fix="take Baichuan2-7B, or another family",
+            code="EVO-HF-010",
         )
 
     def local_rope_base(self, settings: Mapping[str, Any]) -> float | None:
@@ -315,7 +324,10 @@ class _ConfigReader(ConfigRecord):
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if not isinstance(kind, str):
             raise UserError(
-                f"rope_type is {kind!r}", where=self.where, expected="a name"
+                f"rope_type is {kind!r}",
+                where=self.where,
+                expected="a name",
+                code="EVO-HF-011",
             )
         other_names = {"origin": "default", "su": "longrope"}
         return other_names.get(kind, kind)
@@ -335,6 +347,7 @@ class _ConfigReader(ConfigRecord):
                 f"rotary scaling {kind!r} is not supported",
                 where=self.where,
                 expected=f"one of {known}",
+                code="EVO-HF-010",
             )
         try:
             scaling = RopeScaling.model_validate(
@@ -345,12 +358,16 @@ class _ConfigReader(ConfigRecord):
             raise UserError(
                 f"rope_scaling: {first['loc'][0]} is {first['input']!r}: {first['msg']}",
                 where=self.where,
+                code="EVO-HF-011",
             ) from None
         problems = scaling_problems(scaling, head_dim)
         if problems:
             key, found, expected = problems[0]
             raise UserError(
-                f"rope_scaling: {key}: {found}", where=self.where, expected=expected
+                f"rope_scaling: {key}: {found}",
+                where=self.where,
+                expected=expected,
+                code="EVO-HF-011",
             )
         return scaling
 
@@ -369,6 +386,7 @@ class _ConfigReader(ConfigRecord):
             raise UserError(
                 f"rotary scaling {kind!r} has settings that are not known: {', '.join(unknown)}",
                 where=self.where,
+                code="EVO-HF-010",
             )
         return {"type": kind, **settings}
 

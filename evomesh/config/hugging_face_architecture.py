@@ -56,6 +56,7 @@ def local_rope_base(
             f"rotary scaling {kind!r} of layers with a window is not supported",
             where=where,
             expected="plain angles there, rope_type 'default'",
+            code="EVO-HF-010",
         )
     older = _number(record, where, "rope_local_base_freq", 10000.0)
     return _number(local, where, "rope_theta", older)
@@ -76,7 +77,7 @@ def _refuse_unsupported(
         # Its code there reads the key and never caps a score.
         setting = "attn_logit_softcapping, which transformers ignores in this family,"
     if setting:
-        raise UserError(f"{setting} is not supported", where=where)
+        raise UserError(f"{setting} is not supported", where=where, code="EVO-HF-010")
 
 
 def _number(
@@ -90,5 +91,7 @@ def _number(
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number:
         found = f"{key} is {value!r}"
-        raise UserError(found, where=where, expected="a number or null")
+        raise UserError(
+            found, where=where, expected="a number or null", code="EVO-HF-011"
+        )
     return float(value)

@@ -28,7 +28,10 @@ class ConfigRecord:
         value = self.record.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a positive integer"
+                f"{key} is {value!r}",
+                where=self.where,
+                expected="a positive integer",
+                code="EVO-HF-011",
             )
         return value
 
@@ -38,7 +41,10 @@ class ConfigRecord:
     def as_number(self, key: str, value: Any) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a number"
+                f"{key} is {value!r}",
+                where=self.where,
+                expected="a number",
+                code="EVO-HF-011",
             )
         return float(value)
 
@@ -49,7 +55,10 @@ class ConfigRecord:
             return {}
         if not isinstance(value, dict):
             raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a JSON object"
+                f"{key} is {value!r}",
+                where=self.where,
+                expected="a JSON object",
+                code="EVO-HF-011",
             )
         return value
 
@@ -88,6 +97,7 @@ class LayerReader(ConfigRecord):
                 f"no_rope_layers is {rotates!r}",
                 where=self.where,
                 expected=f"{layers} numbers: 0 for a layer without rotary positions, 1 for the others",
+                code="EVO-HF-011",
             )
         return tuple(layer for layer in range(layers) if not rotates[layer])
 
@@ -109,6 +119,7 @@ class LayerReader(ConfigRecord):
                 f"layer_types has {len(types)} entries: {joined(types)}",
                 where=self.where,
                 expected=f"{layers} of {' or '.join(known)}",
+                code="EVO-HF-011",
             )
         return tuple(types)
 

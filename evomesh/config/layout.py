@@ -129,7 +129,9 @@ def data_stage_layout_findings(config: Config) -> Iterator[ConfigFinding]:
             if finding.found in known:
                 continue
             found = f"data stage {number}: {finding.found}"
-            yield ConfigFinding(("data.stages",), found, finding.expected)
+            yield ConfigFinding(
+                ("data.stages",), found, finding.expected, code=finding.code
+            )
 
 
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
@@ -158,6 +160,7 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
                 f"{world_size} processes cannot be divided by {name} = {size}",
                 where="parallel",
                 expected=f"{processes} processes, or a product of {sizes}",
+                code="EVO-PARALLEL-001",
             )
     group = _zero_group(parallel, world_size)
     if fits and 1 < zero <= group and group % zero:
@@ -165,6 +168,7 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
             f"zero1.size = {zero} does not divide the {group} data-parallel ranks",
             where="parallel.zero1.size",
             expected=nearest(zero, group),
+            code="EVO-PARALLEL-001",
         )
 
 
@@ -234,6 +238,7 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
                 (key, f"model.{name}"),
                 f"{tp} does not divide {name}={count}",
                 expected=f"size={nearest(tp, count)}",
+                code="EVO-CONFIG-008",
             )
     if model.tie_word_embeddings and model.embed_split_hidden and tp > 1:
         yield ConfigFinding(
@@ -241,6 +246,7 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
             "embed_split_hidden shards the embedding by columns, and the head that is tied to it by rows",
             expected="one of them",
             fix="remove model.embed_split_hidden",
+            code="EVO-CONFIG-007",
         )
     # All modes but mtp shard the sequence; isp alone leaves the feed-forward width whole.
     if mode != "mtp" and data.packed_length % tp:
@@ -248,12 +254,14 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
             (key, "data.seq_len", "data.micro_bsz"),
             f"{tp} does not divide the packed length {data.packed_length}, which {mode} shards",
             expected=f"size={nearest(tp, data.packed_length)}",
+            code="EVO-CONFIG-008",
         )
     if mode != "isp" and model.mlp_width % tp:
         yield ConfigFinding(
             (key, "model.mlp_ratio", "model.multiple_of"),
             f"{tp} does not divide the feed-forward width {model.mlp_width}",
             expected=f"size={nearest(tp, model.mlp_width)}",
+            code="EVO-CONFIG-008",
         )
 
 
@@ -266,12 +274,14 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
             ("parallel.zero1.fsdp", "parallel.tensor.mode"),
             "zero1.fsdp is redundant with tensor mode isp, which shards the weights over parallel.weight.size",
             fix="remove parallel.zero1.fsdp and set parallel.weight=dict(size=...)",
+            code="EVO-CONFIG-007",
         )
     if size > 1 and parallel.tensor.mode != "isp":
         yield ConfigFinding(
             ("parallel.weight.size", "parallel.tensor.mode"),
             f"weight.size={size} needs tensor mode isp, found {parallel.tensor.mode}",
             fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
+            code="EVO-CONFIG-007",
         )
         return
     # Weights are sharded by rows. Those of wo and w2 are hidden_size, as of the norms.
@@ -287,6 +297,7 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
                 ("parallel.weight.size",),
                 f"{size} does not divide the {name}, {length}",
                 expected=f"size={nearest(size, length)}",
+                code="EVO-CONFIG-008",
             )
 
 
@@ -302,6 +313,7 @@ def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
             f"{pp} stages of {chunks} chunks need {needed} layers, num_layers={layers}",
             expected=f"pipeline.size at most {largest}",
+            code="EVO-CONFIG-008",
         )
 
 
@@ -315,6 +327,7 @@ def _schedule_findings(config: Config) -> Iterator[ConfigFinding]:
             key,
             f"schedule {schedule} with num_chunks={chunks}",
             expected=f"{schedule} has {CHUNKS[schedule]}",
+            code="EVO-CONFIG-007",
         )
     elif schedule == "interleaved":
         yield from _interleaved_findings(config.data, config.parallel.pipeline.size)
@@ -332,6 +345,7 @@ def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
             ("data.micro_num", "parallel.pipeline.size", "model.num_chunks"),
             f"micro_num={data.micro_num} is not a multiple of the {pp} stages of an interleaved pipeline",
             expected=f"micro_num={nearest(data.micro_num, multiples_of=pp)}",
+            code="EVO-CONFIG-008",
         )
     # All sizes of the ramp are multiples of the stages if start and increment are.
     rampup = data.rampup_batch_size
@@ -340,6 +354,7 @@ def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
             ("data.rampup_batch_size", "parallel.pipeline.size", "model.num_chunks"),
             f"rampup_batch_size={rampup} is not a multiple of the {pp} stages of an interleaved pipeline",
             expected=f"start and increment multiples of {pp}",
+            code="EVO-CONFIG-008",
         )
 
 
@@ -359,4 +374,5 @@ def _zero_bubble_findings(
             (key[0], other),
             f"schedule zbv cannot be combined with {other.split('.')[-1]}: {reason}",
             fix='set parallel.pipeline.schedule="interleaved"',
+            code="EVO-CONFIG-007",
         )

@@ -215,7 +215,7 @@ def _add_unknown_key(draft: ConfigDraft, key: str) -> None:
         fix = "remove it"
     else:
         fix = "remove it; private names start with _ or are in capitals"
-    draft.problem(key, f"unknown key {name!r}", fix=fix)
+    draft.problem(key, f"unknown key {name!r}", fix=fix, code="EVO-CONFIG-001")
 
 
 def _validate(draft: ConfigDraft) -> tuple[Config | None, set[str]]:
@@ -277,10 +277,17 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
         return
     if kind == "missing":
         section, _, name = key.rpartition(".")
-        draft.problem(key, "is missing", fix=f"add {name}=... to {section}")
+        draft.problem(
+            key, "is missing", fix=f"add {name}=... to {section}", code="EVO-CONFIG-003"
+        )
         return
     if isinstance(setting_error, SettingError):
-        draft.problem(key, setting_error.found, expected=setting_error.expected)
+        draft.problem(
+            key,
+            setting_error.found,
+            expected=setting_error.expected,
+            code="EVO-CONFIG-002",
+        )
         return
     # A wrong value; one that may be a secret is not repeated.
     expected = _accepted_values(details) or first["msg"]
@@ -292,6 +299,7 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
         f"found {value}",
         expected=expected,
         fix=_suggested_fix(key, first),
+        code="EVO-CONFIG-002",
     )
 
 
@@ -378,4 +386,10 @@ def _add_finding(draft: ConfigDraft, finding: ConfigFinding) -> None:
     written = [draft.sources.get(key, written_key(key)) for key in finding.keys]
     located = [key for key in written if draft.location_of(key)]
     key = (located or written)[0]
-    draft.problem(key, finding.found, expected=finding.expected, fix=finding.fix)
+    draft.problem(
+        key,
+        finding.found,
+        expected=finding.expected,
+        fix=finding.fix,
+        code=finding.code,
+    )

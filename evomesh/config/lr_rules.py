@@ -64,6 +64,7 @@ def _warmup_findings(config: Config) -> Iterator[ConfigFinding]:
             f"{min(scheduled, steps)} steps",
             expected="a warm-up shorter than data.total_steps",
             fix=f"lower {key}, or set lr_scheduler.total_steps={steps} too",
+            code="EVO-CONFIG-015",
         )
 
 
@@ -83,6 +84,7 @@ def _decay_findings(config: Config) -> Iterator[ConfigFinding]:
             f"{lr.type} falls over the whole run already",
             expected="a type that does not: wsd, constant, inverse_sqrt or power",
             fix=f'set lr_scheduler.type="wsd", remove {key}, or set lr_scheduler.decay_from to a step',
+            code="EVO-CONFIG-015",
         )
     elif decay.start < 0:
         yield ConfigFinding(
@@ -90,6 +92,7 @@ def _decay_findings(config: Config) -> Iterator[ConfigFinding]:
             f"a decay of {decay.steps} steps is longer than the schedule, {length} steps",
             expected=f"at most {length - warmup} steps",
             fix=f"lower {key}, or raise data.total_steps",
+            code="EVO-CONFIG-015",
         )
     elif decay.start < warmup <= length:
         yield ConfigFinding(
@@ -97,6 +100,7 @@ def _decay_findings(config: Config) -> Iterator[ConfigFinding]:
             f"{warmup} steps of warm-up and {decay.steps} of decay are longer than the schedule, {length} steps",
             expected="warm-up + decay <= total_steps",
             fix=f"lower {key} or the warm-up, or raise data.total_steps",
+            code="EVO-CONFIG-015",
         )
 
 
@@ -109,6 +113,7 @@ def _decay_from_findings(config: Config) -> Iterator[ConfigFinding]:
             (key,),
             f"{lr.decay_from!r} names no step",
             expected='a step, or the checkpoint of a step: "local:llm_ckpts/5000"',
+            code="EVO-CONFIG-015",
         )
         return
     if lr.decay_steps is None:
@@ -116,6 +121,7 @@ def _decay_from_findings(config: Config) -> Iterator[ConfigFinding]:
             (key,),
             "the length of the decay is not set",
             fix="set lr_scheduler.decay_steps",
+            code="EVO-CONFIG-015",
         )
     warmup = lr.init_steps + lr.warmup_updates(config.data.total_steps)
     if start < warmup:
@@ -123,12 +129,14 @@ def _decay_from_findings(config: Config) -> Iterator[ConfigFinding]:
             (key,),
             f"step {start} is in the warm-up, which ends after {warmup} steps",
             expected=f"a step from {warmup} on",
+            code="EVO-CONFIG-015",
         )
     if config.data.epochs is not None:
         yield ConfigFinding(
             ("data.epochs", key),
             f"{key} sets the end of the run, and data.epochs does so too",
             fix="set data.total_steps instead of data.epochs",
+            code="EVO-CONFIG-015",
         )
     yield from _branch_findings(config)
 
@@ -148,12 +156,14 @@ def _branch_findings(config: Config) -> Iterator[ConfigFinding]:
                 expected="another folder, so that the run that it branches from stays as it is",
                 fix=f"set ckpt.{key} to a new folder; to continue the run itself: "
                 f"lr_scheduler.decay_from={config.lr_scheduler.decay_start}",
+                code="EVO-CONFIG-015",
             )
     if not config.ckpt.auto_resume:
         yield ConfigFinding(
             ("ckpt.auto_resume", "lr_scheduler.decay_from"),
             "a branch that is stopped resumes from its own folder, which auto_resume=False forbids",
             fix="remove ckpt.auto_resume=False",
+            code="EVO-CONFIG-015",
         )
     info = config.ckpt.load_ckpt_info
     if info is not None:
@@ -162,6 +172,7 @@ def _branch_findings(config: Config) -> Iterator[ConfigFinding]:
             f"the run would start from {info.path!r} and from {branch!r}",
             expected="one of them",
             fix="remove ckpt.load_ckpt_info",
+            code="EVO-CONFIG-015",
         )
 
 

@@ -34,6 +34,7 @@ def mup_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
                 ("model.mup.base_head_dim",),
                 "base_head_dim without base_hidden_size: muP is off",
                 fix="set model.mup.base_hidden_size too, or remove it",
+                code="EVO-CONFIG-007",
             )
         return
     base = "model.mup.base_hidden_size"
@@ -43,14 +44,18 @@ def mup_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             f"{model.model_type} is a custom model, whose widths evomesh does not know",
             expected="one of the built-in families",
             fix=f"{OFF}, and set learning rates by adam.groups",
+            code="EVO-CONFIG-007",
         )
     for key, value, words in EXCLUDED:
         if getattr(model, key) == value:
-            yield ConfigFinding((base, f"model.{key}"), f"{key} {words}", fix=OFF)
+            yield ConfigFinding(
+                (base, f"model.{key}"), f"{key} {words}", fix=OFF, code="EVO-CONFIG-007"
+            )
     if model.query_pre_attn_scalar is not None:
         yield ConfigFinding(
             (base, "model.query_pre_attn_scalar"),
             "query_pre_attn_scalar and muP both set the scale of attention scores",
             expected="one of them",
             fix="remove model.query_pre_attn_scalar",
+            code="EVO-CONFIG-007",
         )

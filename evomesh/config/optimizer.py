@@ -77,10 +77,12 @@ def optimizer_findings(
             "0 leaves no average in Schedule-Free AdamW",
             expected="a number > 0",
             fix="adam.adam_beta1=0.9",
+            code="EVO-CONFIG-007",
         )
     if config.ema.decay is not None:
         yield ConfigFinding(
             ("optimizer.ema.decay", "optimizer.type"),
             "Schedule-Free AdamW averages the weights already",
             fix="leave out optimizer.ema, or choose another optimizer.type",
+            code="EVO-CONFIG-007",
         )

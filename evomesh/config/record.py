@@ -51,6 +51,7 @@ def config_from_dict(record: dict[str, Any]) -> Config:
             where=".".join(str(part) for part in first["loc"]),
             expected="a config that this version knows",
             fix="use the version of evomesh that wrote it",
+            code="EVO-CONFIG-011",
         ) from None
 
 

@@ -82,6 +82,7 @@ def check(
             (key,),
             f"{feature}: not available yet",
             fix=f"remove {key} or give it its default",
+            code="EVO-CONFIG-009",
         )
         for key, asks, feature in PENDING
         if asks(config)
@@ -97,7 +98,10 @@ def _twice_given(given: Callable[[str], bool]) -> Iterator[ConfigFinding]:
     ):
         if given(steps) and given(epochs):
             yield ConfigFinding(
-                (epochs,), f"{steps} is set too", fix=f"remove {steps} or {epochs}"
+                (epochs,),
+                f"{steps} is set too",
+                fix=f"remove {steps} or {epochs}",
+                code="EVO-CONFIG-007",
             )
 
 
@@ -119,12 +123,14 @@ def _number_findings(config: Config) -> Iterator[ConfigFinding]:
                 keys,
                 f"found {value}",
                 expected="a finite number",
+                code="EVO-CONFIG-002",
             )
         elif is_int and abs(value) > INT64:
             yield ConfigFinding(
                 keys,
                 f"{value} is too large",
                 expected=f"at most 2**63 - 1 = {INT64}",
+                code="EVO-CONFIG-002",
             )
 
 
@@ -142,12 +148,14 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
             (d, h),
             f"hidden_size={hidden} cannot be divided by num_attention_heads={heads}",
             expected=f"hidden_size={nearest(hidden, multiples_of=heads)}, num_attention_heads={nearest(heads, hidden)}",
+            code="EVO-CONFIG-008",
         )
     elif model.head_dim % 2:
         yield ConfigFinding(
             (d, h),
             f"heads of odd width {model.head_dim}",
             expected="an even hidden_size / num_attention_heads, or head_dim (rotary)",
+            code="EVO-CONFIG-008",
         )
     elif model.use_dynamic_ntk_rope and model.head_dim == 2:
         yield ConfigFinding(
@@ -155,12 +163,14 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
             "heads of width 2 have one rotary angle, which dynamic NTK leaves as it is",
             expected="hidden_size / num_attention_heads of at least 4",
             fix="set model.use_dynamic_ntk_rope=False or fewer heads",
+            code="EVO-CONFIG-007",
         )
     if heads % kv:
         yield ConfigFinding(
             ("model.num_kv_attention_heads", h),
             f"num_attention_heads={heads} cannot be divided by num_kv_attention_heads={kv}",
             expected=f"num_kv_attention_heads={nearest(kv, heads)}",
+            code="EVO-CONFIG-008",
         )
     yield from _family_findings(model)
     facts = FAMILY_FACTS.get(model.model_type)
@@ -169,6 +179,7 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
             ("model.num_kv_attention_heads",),
             f"{model.model_type} has one key/value head for each of its {heads} heads, found {kv}",
             fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
+            code="EVO-CONFIG-010",
         )
 
 
@@ -183,6 +194,7 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             ("model.no_bias", "model.qkv_bias", "model.o_bias"),
             "INTERNLM always has attention biases",
             fix=f"remove model.no_bias, {other}",
+            code="EVO-CONFIG-010",
         )
         return
     switches = (
@@ -201,6 +213,7 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
                 keys,
                 f"{key} is {value}, and {family} models have {key}={wanted}",
                 fix=f"remove it, {other}",
+                code="EVO-CONFIG-010",
             )
 
 
@@ -213,6 +226,7 @@ def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
             (f"model.rope_scaling.{key}", "model.rope_scaling"),
             found,
             expected=expected,
+            code="EVO-CONFIG-002",
         )
     if model.use_dynamic_ntk_rope:
         yield ConfigFinding(
@@ -220,6 +234,7 @@ def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
             f"dynamic NTK together with rope_scaling of type {model.rope_scaling.type!r}",
             expected="one of them",
             fix="remove model.use_dynamic_ntk_rope",
+            code="EVO-CONFIG-007",
         )
 
 
@@ -238,12 +253,14 @@ def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
             keys,
             f"min_scale={low:g} is above max_scale={high:g}",
             expected="min_scale <= max_scale",
+            code="EVO-CONFIG-007",
         )
     elif (low is not None and start < low) or (high is not None and start > high):
         yield ConfigFinding(
             keys[2:] + keys[:2],
             f"initial_scale={start:g} is outside min_scale={low} .. max_scale={high}",
             expected="min_scale <= initial_scale <= max_scale",
+            code="EVO-CONFIG-007",
         )
 
 
@@ -254,6 +271,7 @@ def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
             ("run.job_name",),
             f"found {name!r}, which cannot name a folder",
             expected="no / \\ : and no dot in front",
+            code="EVO-CONFIG-002",
         )
 
 
@@ -265,6 +283,7 @@ def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
             ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
             "saving is enabled, but no folder to save to is set",
             fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
+            code="EVO-CONFIG-016",
         )
     # NaN is found by _number_findings.
     is_whole = math.isnan(every) or math.isinf(every) or every == int(every)
@@ -274,6 +293,7 @@ def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
             f"found {every:g}",
             expected='a whole number of steps from 1 on, or float("inf") for one checkpoint at the end',
             fix="set ckpt.enable_save_ckpt=False to save none",
+            code="EVO-CONFIG-002",
         )
     yield from _folder_role_findings(ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder)
     yield from export_findings(ckpt)
@@ -291,6 +311,7 @@ def _folder_role_findings(
             f"{snapshots!r} is {reason}, {save!r}: of snapshots only the newest two stay",
             expected="a separate folder for snapshots",
             fix="remove ckpt.snapshot_ckpt_folder: snapshots then go to {save_ckpt_folder}/snapshot",
+            code="EVO-CONFIG-016",
         )
 
 
@@ -301,6 +322,7 @@ def _load_content_findings(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
             ("ckpt.load_ckpt_info.content",),
             f"found {wrong or content!r}",
             expected=f"some of {', '.join(CONTENT)}",
+            code="EVO-CONFIG-002",
         )
 
 

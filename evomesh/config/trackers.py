@@ -79,6 +79,7 @@ def tracker_findings(trackers: Sequence[Mapping[str, Any]]) -> Iterator[ConfigFi
                 (TRACKERS,),
                 f"tracker {number} has type {kind!r}",
                 expected=f"{names}, MODULE:CLASS, or a type that evomesh.register_tracker has added before",
+                code="EVO-ALERT-002",
             )
             continue
         for option in tracker:
@@ -87,4 +88,5 @@ def tracker_findings(trackers: Sequence[Mapping[str, Any]]) -> Iterator[ConfigFi
                     (TRACKERS,),
                     f"{kind} has no option {option!r}",
                     expected=f"any of {', '.join(known.options)}; keys and tokens are read from the environment",
+                    code="EVO-ALERT-002",
                 )

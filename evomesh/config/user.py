@@ -31,4 +31,5 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
             where=os.fspath(path),
             expected="the variable HOME, or a path without '~'",
             fix="export HOME=FOLDER, or write the path out",
+            code="EVO-SYS-008",
         ) from None

@@ -21,12 +21,14 @@ def window_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             ("model.layer_types", "model.num_layers"),
             f"{len(types)} layer types for {model.num_layers} layers",
             expected="one for each layer",
+            code="EVO-CONFIG-007",
         )
     if model.sliding_window is None:
         yield ConfigFinding(
             ("model.layer_types", "model.sliding_window"),
             "layer_types without sliding_window: no layer has a window",
             fix="set model.sliding_window, or remove model.layer_types",
+            code="EVO-CONFIG-007",
         )
 
 
@@ -39,6 +41,7 @@ def _nope_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             ("model.nope_layers", "model.num_layers"),
             f"nope_layers has {', '.join(map(str, beyond))}, and there are {model.num_layers} layers",
             expected=f"indices from 0 to {model.num_layers - 1}",
+            code="EVO-CONFIG-007",
         )
 
 
@@ -60,4 +63,5 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             (f"model.{key}",),
             f"{model.model_type} models do not have {described}",
             fix=f"remove model.{key}, or take model_type {' or '.join(families)}",
+            code="EVO-CONFIG-010",
         )

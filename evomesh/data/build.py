@@ -211,4 +211,5 @@ def _too_short(
         where="data.valid_folder",
         expected="at least one document that is long enough in every set",
         fix=f"lower data.valid_min_length to {longest} or less, or move the set out of the folder",
+        code="EVO-DATA-018",
     )

@@ -30,6 +30,7 @@ def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             f"no chat template {name!r}",
             where="--chat-template",
             expected=f"one of {choices}",
+            code="EVO-TOKEN-007",
         )
     style = STYLES[name]
     is_internlm = style is INTERNLM

@@ -38,6 +38,7 @@ class JinjaTemplate:
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 fix="add one to the folder, or, with a command that has the option, use a built-in one: "
                 f"--chat-template {'|'.join(STYLES)}",
+                code="EVO-TOKEN-007",
             )
         # A model without files beside it has no template.
         assert isinstance(tokenizer, HfTokenizer)
@@ -149,6 +150,7 @@ class JinjaTemplate:
                 "so it is unknown which of them is an answer that is not trained",
                 where=str(self.tokenizer.path.parent),
                 fix=f"train all answers, or use a built-in template: --chat-template {'|'.join(STYLES)}",
+                code="EVO-TOKEN-009",
             )
         spans = zip(answers, whole.generated, strict=True)
         return [span for number, span in spans if messages[number].train]
@@ -193,6 +195,7 @@ class JinjaTemplate:
                 where=str(self.tokenizer.path.parent),
                 fix='give it "loss": false, end the conversation with it, or use a built-in template: '
                 f"--chat-template {'|'.join(STYLES)}",
+                code="EVO-TOKEN-009",
             )
         return len(before), len(until)
 

@@ -59,6 +59,7 @@ class StyleTemplate:
                     f"the tokenizer has no token {token_names}, which the chat template {name!r} needs",
                     where=str(tokenizer.path),
                     fix=f"use another template: --chat-template {others}|tokenizer",
+                    code="EVO-TOKEN-005",
                 )
             self.special_ids[token] = token_id
 
@@ -103,6 +104,7 @@ class StyleTemplate:
             raise UserError(
                 f"the built-in chat template has no place for {', '.join(lacking)}",
                 fix="use the template of a tokenizer that has one: --chat-template tokenizer",
+                code="EVO-TOKEN-009",
             )
 
     def _render(self, messages: Sequence[ChatMessage]) -> Iterator[ChatPart]:

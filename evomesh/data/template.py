@@ -212,6 +212,7 @@ class TemplateRenderer:
                 f"the chat template has {len(source)} characters",
                 where=where,
                 expected=f"at most {MAX_SOURCE}",
+                code="EVO-TOKEN-008",
             )
         self._environment = _TemplateEnvironment()
         try:
@@ -225,7 +226,9 @@ class TemplateRenderer:
             ValueError,
         ) as error:
             raise UserError(
-                f"not a chat template: {_describe(error)}", where=where
+                f"not a chat template: {_describe(error)}",
+                where=where,
+                code="EVO-TOKEN-008",
             ) from None
 
     def render(
@@ -267,6 +270,7 @@ class TemplateRenderer:
             raise UserError(
                 f"the chat template rejects the conversation: {_describe(error)}",
                 where=self.where,
+                code="EVO-TOKEN-009",
             ) from None
         text = "".join(rendering.blocks)
         if continue_final_message:
@@ -280,6 +284,7 @@ class TemplateRenderer:
             raise UserError(
                 "the chat template leaves out the message that is to be continued",
                 where=self.where,
+                code="EVO-TOKEN-009",
             )
         is_kept = text[place:].startswith(OPEN_END)
         return text[:place] if is_kept else text[:place].rstrip()

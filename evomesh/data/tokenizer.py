@@ -186,7 +186,9 @@ class SentencePieceTokenizer:
             self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"not a sentencepiece model ({error})", where=str(path)
+                f"not a sentencepiece model ({error})",
+                where=str(path),
+                code="EVO-TOKEN-002",
             ) from None
         self.path = path
         self.hash = _sha256(path)
@@ -277,6 +279,7 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
             f"no tokenizer at {file}",
             where=where,
             expected="a tokenizer.json, a sentencepiece .model, or a folder with one of them",
+            code="EVO-TOKEN-001",
         )
     is_bare = file.suffix != ".json" and not read_tokenizer_folder(file.parent).exists
     return SentencePieceTokenizer(file) if is_bare else HfTokenizer(file)
@@ -297,6 +300,7 @@ def _find_tokenizer(folder: Path, where: str) -> Path:
         f"no tokenizer in {folder} (it contains: {listing})",
         where=where,
         expected="tokenizer.json or tokenizer.model",
+        code="EVO-TOKEN-001",
     )
 
 
@@ -311,6 +315,7 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows",
             where=str(tokenizer.path),
             expected="the tokenizer the model was trained with",
+            code="EVO-TOKEN-004",
         )
 
 
@@ -329,6 +334,7 @@ def check_embedded(token: int, vocab_size: int, name: str) -> None:
             where=name,
             expected=f"ids from 0 to {vocab_size - 1}",
             fix="name a token of the vocabulary, or train with a larger model.vocab_size",
+            code="EVO-TOKEN-004",
         )
 
 

@@ -178,7 +178,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     record = user_files.read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise UserError(
-            "not a tokenizer.json (it has no object 'model')", where=str(path)
+            "not a tokenizer.json (it has no object 'model')",
+            where=str(path),
+            code="EVO-TOKEN-002",
         )
     return record
 
@@ -189,7 +191,9 @@ def _load_json(path: Path) -> Any:
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"not a tokenizer.json ({error})", where=str(path)) from None
+        raise UserError(
+            f"not a tokenizer.json ({error})", where=str(path), code="EVO-TOKEN-003"
+        ) from None
 
 
 def _pieces_of(record: dict[str, Any], post_processor: Any) -> Pieces:
@@ -223,7 +227,9 @@ def _read_sentencepiece(path: Path, folder: TokenizerFolder) -> Any:
         model = read_model(path)
     except Exception as error:  # protobuf's own
         raise UserError(
-            f"not a sentencepiece model ({error})", where=str(path)
+            f"not a sentencepiece model ({error})",
+            where=str(path),
+            code="EVO-TOKEN-002",
         ) from None
     known = {piece.piece for piece in model.pieces}
     for number, token in folder.added.items():
@@ -315,6 +321,7 @@ def _build(pieces: Pieces, rules: ClassRules, folder: TokenizerFolder) -> Any:
                 f"the vocabulary lacks the token {name!r}, which stands for what it does not know",
                 where=str(folder.path),
                 expected="a vocabulary with it, or another tokenizer_class",
+                code="EVO-TOKEN-003",
             )
         options["unk_token"] = name
     backend = Backend(models.BPE(pieces.vocabulary, pieces.merges, **options))
@@ -432,6 +439,7 @@ def _add_tokens(
                 f"the files give the token {token.content!r} the id {number}, but it has {found}",
                 where=str(folder.path),
                 expected="added_tokens_decoder and added_tokens.json with the ids of the vocabulary",
+                code="EVO-TOKEN-003",
             )
 
 

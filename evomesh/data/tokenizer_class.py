@@ -204,12 +204,14 @@ def choose_class(
             where=where,
             expected=f"no tokenizer_class, or one of {', '.join(CLASSES)}",
             fix="write PreTrainedTokenizerFast there, if the tokenizer.json is to be taken as it is",
+            code="EVO-TOKEN-003",
         )
     if record is None and CLASSES[chosen].treatment not in OF_PIECES:
         raise UserError(
             f"the folder's tokenizer is a {chosen}, which reads bytes, but its file is a sentencepiece model",
             where=where,
             expected="a tokenizer.json, or another tokenizer_class",
+            code="EVO-TOKEN-003",
         )
     return chosen
 

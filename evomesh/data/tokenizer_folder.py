@@ -216,6 +216,7 @@ def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
             f"{key} is a {type(value).__name__}",
             where=str(path / "tokenizer_config.json"),
             expected="an object of ids and tokens",
+            code="EVO-TOKEN-003",
         )
     return value
 

@@ -83,6 +83,7 @@ def layout_overrides(name: str) -> list[str]:
                 where="--layouts",
                 expected=f"KEY=VALUE with one of {', '.join(KEYS)}, separated by commas; or {AS_WRITTEN}",
                 fix="for example: --layouts tensor=2,mode=msp pipeline=2",
+                code="EVO-CLI-002",
             )
         values[key] = value
     return [f"{KEYS[key]}={value}" for key, value in values.items()]

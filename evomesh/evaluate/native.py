@@ -134,6 +134,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             raise UserError(
                 "the tokenizer has no end-of-text token",
                 where=str(self.text_tokenizer.path),
+                code="EVO-TOKEN-005",
             )
         return self.eos_ids[0]
 
@@ -234,6 +235,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             raise UserError(
                 f"a text of {len(continuation)} tokens is to be scored, but the model reads {self.context_length}",
                 fix="pass --max-length N if the model can read more (dynamic NTK)",
+                code="EVO-EVAL-003",
             )
         ids = (context + continuation)[-(self.context_length + 1) :]
         return ScoringRequest(number, ids[:-1], continuation)
@@ -359,11 +361,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             raise UserError(
                 f"generation_kwargs has {unknown[0]!r}",
                 expected=", ".join(SAMPLING_KEYS),
+                code="EVO-EVAL-002",
             )
         if max_new_tokens >= self.context_length:
             raise UserError(
                 f"the task asks for {max_new_tokens} new tokens, but prompt and answer have {self.context_length}",
                 fix="set max_gen_toks in the task's generation_kwargs, or pass --max-length N",
+                code="EVO-EVAL-003",
             )
         return SamplingParams(
             **given, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids

@@ -115,7 +115,7 @@ def check_columns(task: Task) -> None:
     where = f"task {task.config.task}"
     doc = next(iter(task.eval_docs), None)
     if doc is None:
-        raise UserError("the data has no example", where=where)
+        raise UserError("the data has no example", where=where, code="EVO-EVAL-002")
     expected = f"a column of its data: {', '.join(doc)}"
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
     fields = ["doc_to_text", "doc_to_target"] + ["doc_to_choice"] * is_choice
@@ -124,12 +124,17 @@ def check_columns(task: Task) -> None:
         # The harness would take such a word for the text itself.
         is_word = isinstance(given, str) and given.isidentifier()
         if is_choice and is_word and given not in doc:
-            raise UserError(f"{name} is {given!r}", where=where, expected=expected)
+            raise UserError(
+                f"{name} is {given!r}",
+                where=where,
+                expected=expected,
+                code="EVO-EVAL-002",
+            )
         try:
             getattr(task, name)(doc)
         except (UndefinedError, KeyError) as error:
             raise UserError(
-                f"{name}: {error}", where=where, expected=expected
+                f"{name}: {error}", where=where, expected=expected, code="EVO-EVAL-002"
             ) from None
 
 
@@ -143,6 +148,7 @@ def _refuses_wrong_data(task: str, where: str) -> Iterator[None]:
             f"the data of {task} cannot be loaded ({str(error).splitlines()[0]})",
             where=where,
             fix="name local files in the task's dataset_kwargs: data_files (relative to the current folder)",
+            code="EVO-EVAL-002",
         ) from None
     except (UndefinedError, LookupError, ValueError, TypeError) as error:
         columns = ", ".join(_example_in(error))
@@ -150,6 +156,7 @@ def _refuses_wrong_data(task: str, where: str) -> Iterator[None]:
             f"the task does not fit its data: {error}",
             where=f"{where} ({task})",
             expected=f"a column of its data: {columns}" if columns else "",
+            code="EVO-EVAL-002",
         ) from None
 
 
@@ -306,7 +313,7 @@ def refuse_unknown(
     """
     if _is_file(task):
         if not expand_home(task).is_file():
-            raise UserError(f"no task file {task}", where=where)
+            raise UserError(f"no task file {task}", where=where, code="EVO-EVAL-001")
         return
     if not task_manager.match_tasks([task]):
         similar = difflib.get_close_matches(task, task_manager.all_tasks, n=1)
@@ -315,6 +322,7 @@ def refuse_unknown(
             where=where,
             expected="a task file (.yaml), or a task of lm-evaluation-harness",
             fix=f"did you mean {similar[0]!r}?" if similar else "",
+            code="EVO-EVAL-001",
         )
 
 

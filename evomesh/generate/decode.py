@@ -134,6 +134,7 @@ def _context_length(prompts: Sequence[Sequence[int]], sampling: SamplingParams) 
         raise UserError(
             "neither max_new_tokens nor max_length is given",
             fix="set the maximum length of an answer",
+            code="EVO-GEN-001",
         )
     longest_prompt = max(map(len, prompts), default=1)
     return max(sampling.max_total_length(longest_prompt, UNLIMITED), 2)

@@ -109,6 +109,7 @@ class GenerationEngine:
             raise UserError(
                 f"slots={slots}, context_length={context_length}",
                 expected="at least 1 slot of 2 tokens",
+                code="EVO-GEN-001",
             )
         self.model = model
         self.slots = slots
@@ -152,6 +153,7 @@ class GenerationEngine:
             raise UserError(
                 f"num_beams={sampling.num_beams}, num_return_sequences={sampling.num_return_sequences}",
                 expected="1 and 1: this engine generates one answer per request",
+                code="EVO-GEN-001",
             )
         number = self._next_number
         self._next_number += 1
@@ -369,6 +371,7 @@ def check_eos_ids(sampling: SamplingParams, vocab_size: int | None) -> None:
                 f"the end-of-answer id {token} is outside the vocabulary: no answer would end with it",
                 expected=f"ids from 0 to {(vocab_size or 0) - 1}",
                 fix="correct --eos-id, generation.eos_id or generation.additional_eos_token_list",
+                code="EVO-TOKEN-004",
             )
 
 
@@ -384,15 +387,19 @@ def check_prompt(
         UserError: the prompt is empty, leaves no room for an answer, or contains ids that the model does not know.
     """
     if not prompt:
-        raise UserError(f"{name} is empty", expected="at least one token")
+        raise UserError(
+            f"{name} is empty", expected="at least one token", code="EVO-GEN-002"
+        )
     if len(prompt) >= context_length:
         raise UserError(
             f"{name} has {len(prompt)} tokens",
             expected=f"at most {context_length - 1}, which leaves room for one more",
+            code="EVO-GEN-002",
         )
     for token in prompt:
         if token < 0 or (vocab_size is not None and token >= vocab_size):
             raise UserError(
                 f"{name} contains id {token}",
                 expected=f"ids from 0 to {(vocab_size or 0) - 1}",
+                code="EVO-GEN-002",
             )

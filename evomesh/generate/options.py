@@ -89,11 +89,15 @@ class SamplingParams:
                     f"{field.name} is {value}",
                     where=field.name,
                     expected="a finite number",
+                    code="EVO-GEN-001",
                 )
         for name, holds, expected in self._rules():
             if not holds:
                 raise UserError(
-                    f"{name} is {getattr(self, name)}", where=name, expected=expected
+                    f"{name} is {getattr(self, name)}",
+                    where=name,
+                    expected=expected,
+                    code="EVO-GEN-001",
                 )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:

@@ -48,6 +48,7 @@ def find_prompt_folder(config: Config) -> tuple[str, str]:
         "no prompts: neither generation.data_folder nor data.valid_folder is set",
         where="generation.data_folder",
         expected="a folder of token files, as evomesh tokenize writes them",
+        code="EVO-GEN-004",
     )
 
 
@@ -62,6 +63,7 @@ def create_output_folder(section: GenerationConfig, prompt_folder: str) -> Path:
             "generation.output_folder is not set",
             where="generation.output_folder",
             expected="a folder for the results",
+            code="EVO-GEN-004",
         )
     output = expand_home(section.output_folder.removeprefix("local:"))
     if output.resolve().is_relative_to(expand_home(prompt_folder).resolve()):
@@ -69,6 +71,7 @@ def create_output_folder(section: GenerationConfig, prompt_folder: str) -> Path:
             f"{output} is inside the folder of the prompts: the next run would read results as prompts",
             where="generation.output_folder",
             fix="choose another folder",
+            code="EVO-GEN-004",
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -76,6 +79,7 @@ def create_output_folder(section: GenerationConfig, prompt_folder: str) -> Path:
         raise UserError(
             f"cannot create {output}: {error.strerror or error}",
             where="generation.output_folder",
+            code="EVO-GEN-004",
         ) from None
     return output
 

@@ -55,6 +55,7 @@ class ModelInitializer:
                 f"model type {name!r} is already registered",
                 where="model_type",
                 fix="choose another name for your model",
+                code="EVO-MODEL-002",
             )
         self._builders[name] = builder
 
@@ -79,7 +80,9 @@ class ModelInitializer:
             fix = "register it with evomesh.register_model"
             if near:
                 fix = f"did you mean {near[0]!r}?"
-        return UserError(found, where="model_type", expected=expected, fix=fix)
+        return UserError(
+            found, where="model_type", expected=expected, fix=fix, code="EVO-MODEL-001"
+        )
 
 
 def _origin(builder: Any) -> tuple[str, str]:
@@ -161,6 +164,7 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
                     f"found {config.extra[key]!r}",
                     where=f"model.{key}",
                     expected=f"{inspect.formatannotation(hints[key])}, as {config.model_type!r} declares it",
+                    code="EVO-MODEL-003",
                 )
             )
         if parameter.default is parameter.empty and key not in config.extra:
@@ -169,6 +173,7 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
                     f"model type {config.model_type!r} needs {key!r}",
                     where=f"model.{key}",
                     fix=f"add {key}=... to model = dict(...)",
+                    code="EVO-MODEL-003",
                 )
             )
     if problems:
@@ -204,6 +209,7 @@ def _unknown_keys(config: ModelConfig, known: list[str]) -> list[UserError]:
                 if known
                 else "none: this model has no custom parameters",
                 fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
+                code="EVO-MODEL-003",
             )
         )
     return problems
@@ -284,6 +290,7 @@ def _check_methods(name: str, model: object) -> None:
             f"the builder of model type {name!r} made a {type(model).__name__}{without}",
             where="model_type",
             expected="an nn.Module with forward, loss and logits as in evomesh.models.language_model.LanguageModel",
+            code="EVO-MODEL-002",
         )
 
 
@@ -305,6 +312,7 @@ def _check_layout(
                 where=key,
                 expected=f"a builder with the parameters {', '.join(sorted(wanted))}, like evomesh.models.decoder",
                 fix=f"set {key}=1",
+                code="EVO-MODEL-002",
             )
 
 

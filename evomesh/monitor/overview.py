@@ -132,6 +132,7 @@ def find_run(path: Path) -> Path:
         f"{path} {found}",
         expected="a run folder such as RUN/JOB_NAME/01-31-12.00.00, the folder of a job, or RUN",
         fix="the log of a run names its folder: grep 'run folder:'",
+        code="EVO-RUN-001",
     )
 
 

@@ -65,4 +65,5 @@ def check_folder(folder: Path, key: str) -> None:
         f"{nearest} {reason}",
         where=f"{key} ({folder})",
         expected="a folder that exists or can be created",
+        code="EVO-TRAIN-007",
     )

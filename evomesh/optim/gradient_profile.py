@@ -211,6 +211,7 @@ def _chosen_parameters(
                 f"the model has no layer {written!r}",
                 where="grad_profiling.layers",
                 expected=f"any of {', '.join(existing)}",
+                code="EVO-MODEL-006",
             )
         chosen.add(layer)
     return [name for name in names if layer_of(name) in chosen]
@@ -227,6 +228,7 @@ def _rows_of_head(head: str, shapes: dict[str, tuple[int, ...]]) -> int:
             f"the model has no parameter {head}",
             where="grad_profiling.vocab_grad_norm_profiling",
             fix="remove it; it measures an output head of that name",
+            code="EVO-MODEL-006",
         )
     return shapes[head][0]
 

@@ -66,6 +66,7 @@ def check_groups(groups: Sequence[ParameterGroupConfig], names: Iterable[str]) -
                 where=where,
                 expected=f"a pattern of global names, of which the nearest are {nearest}",
                 fix="correct the pattern, or leave the item out",
+                code="EVO-MODEL-005",
             )
         earlier = group_number(matched[0], groups)
         raise UserError(
@@ -74,6 +75,7 @@ def check_groups(groups: Sequence[ParameterGroupConfig], names: Iterable[str]) -
             where=where,
             expected="a parameter that no earlier pattern matches: the first one that does holds",
             fix="put the narrower pattern first, or leave the item out",
+            code="EVO-MODEL-005",
         )
 
 

@@ -94,6 +94,7 @@ def _no_matrix(slots: Sequence[ParameterSlot]) -> UserError:
         where="optimizer.type",
         expected="weights with two dims in numbered blocks, such as layers.0.feed_forward.w1.weight",
         fix="optimizer.type='adamw', or unfreeze the blocks",
+        code="EVO-MODEL-007",
     )
 
 

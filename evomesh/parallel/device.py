@@ -35,5 +35,6 @@ def device_by_name(name: str) -> str:
             f"{chosen!r} cannot be used: {reason}",
             where="--device",
             expected="cpu or cuda",
+            code="EVO-PARALLEL-007",
         ) from None
     return chosen

@@ -68,6 +68,7 @@ class PeerLostError(UserError):
             f"the connection to another rank broke: {str(error).partition(chr(10))[0]}",
             fix="rerun the same command; it resumes from the last committed checkpoint",
             exit_code=EXIT_RESTART,
+            code="EVO-PARALLEL-005",
         )
 
 

@@ -84,7 +84,12 @@ class PeerFailedError(UserError):
             if restart
             else ""
         )
-        super().__init__(verdict.sentence, fix=fix, exit_code=verdict.exit_code)
+        super().__init__(
+            verdict.sentence,
+            fix=fix,
+            exit_code=verdict.exit_code,
+            code="EVO-PARALLEL-005",
+        )
 
 
 def failed(rank: int, host: str, message: str, exit_code: int) -> Verdict:

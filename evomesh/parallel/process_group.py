@@ -123,6 +123,7 @@ def _refuse_group(error: Exception, watch: PeerWatch) -> UserError:
         fix=f"check the variables that are set here: {', '.join(set_here)}"
         if set_here
         else "check the network",
+        code="EVO-PARALLEL-006",
     )
 
 

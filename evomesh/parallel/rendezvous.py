@@ -106,12 +106,14 @@ def _refusal(address: JobAddress, reason: str, serve: bool) -> UserError:
             expected="a free port on the host of rank 0",
             fix="export MASTER_PORT=ANOTHER (--port for slurm); an earlier job may still hold it: "
             f"ss -ltnp 'sport = :{address.port}'",
+            code="EVO-PARALLEL-002",
         )
     if "EACCES" in reason or "permission denied" in reason.lower():
         return UserError(
             f"port {address.port} may not be opened by this user",
             where="MASTER_PORT",
             expected="a port from 1024 to 65535",
+            code="EVO-PARALLEL-002",
         )
     # The store's server (libuv) says the last of these when it gets no descriptor.
     if re.search("EMFILE|too many open files|init uv loop", reason, re.IGNORECASE):
@@ -119,11 +121,13 @@ def _refusal(address: JobAddress, reason: str, serve: bool) -> UserError:
             f"too many open files to open a connection at {address}",
             where="environment",
             fix=fix_for(errno.EMFILE),
+            code="EVO-SYS-001",
         )
     doing = "listen at" if serve else "connect to"
     return UserError(
         f"cannot {doing} {address}: {reason.partition(chr(10))[0]}",
         where="MASTER_ADDR, MASTER_PORT",
+        code="EVO-PARALLEL-003",
     )
 
 
@@ -151,6 +155,7 @@ def wait_for_name(host: str, limit_s: float = NAME_LIMIT_S) -> None:
         where="MASTER_ADDR",
         expected="a name or address of the node that rank 0 runs on",
         fix="check the name with: getent hosts NAME, or give an address: export MASTER_ADDR=ADDRESS",
+        code="EVO-PARALLEL-003",
     )
 
 
@@ -174,6 +179,7 @@ def _wait_for_listener(address: JobAddress, limit_s: float) -> None:
         expected="the host of rank 0 and a port that other nodes may connect to",
         fix="see whether rank 0 has started and which error it printed; check the address and the firewall",
         exit_code=EXIT_RESTART,
+        code="EVO-PARALLEL-004",
     )
 
 
@@ -220,6 +226,7 @@ def call_roll(
                 f"rank 0, which keeps the job's store at {address}, ended before all ranks were there",
                 fix="see what rank 0 printed; then rerun the same command",
                 exit_code=EXIT_RESTART,
+                code="EVO-PARALLEL-004",
             ) from None
         if verdict is not None:
             acknowledge(store)
@@ -243,6 +250,7 @@ def call_roll(
             where=str(address),
             fix="see what those ranks printed, and whether all nodes were given the same address",
             exit_code=EXIT_RESTART,
+            code="EVO-PARALLEL-004",
         )
     hosts = store.multi_get([f"host/{rank}" for rank in ranks])
     return {

@@ -238,6 +238,7 @@ def _refuse_indivisible(
                 f"{name} has {parameter.shape[0]} rows, which weight.size={axis.size} does not divide",
                 where="parallel.weight.size",
                 expected=f"a divisor of {parameter.shape[0]}",
+                code="EVO-PARALLEL-008",
             )
 
 

@@ -414,6 +414,7 @@ def refuse_zbv(version: str) -> None:
             where="parallel.pipeline.schedule",
             expected=f"torch {ZBV_SINCE} or later for zbv",
             fix='install it, or use schedule="interleaved"',
+            code="EVO-PARALLEL-009",
         )
 
 

@@ -139,6 +139,7 @@ def load_device(name: str) -> Device:
             f"no device {name}",
             where="--device",
             expected=f"one of {', '.join(known)}, or a .toml file",
+            code="EVO-PLAN-001",
         )
     text = read_text(Path(name), "--device")
     return _parse(text, name)
@@ -150,7 +151,10 @@ def _parse(text: str, name: str) -> Device:
         return Device.model_validate(table)
     except tomllib.TOMLDecodeError as error:
         raise UserError(
-            f"{name} is not TOML: {error}", where="--device", expected="a device file"
+            f"{name} is not TOML: {error}",
+            where="--device",
+            expected="a device file",
+            code="EVO-PLAN-001",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -159,4 +163,5 @@ def _parse(text: str, name: str) -> Device:
             f"{name}: {key}: {first['msg']}",
             where="--device",
             expected="a device file like those of evomesh/plan/devices",
+            code="EVO-PLAN-001",
         ) from error

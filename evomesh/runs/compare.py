@@ -132,6 +132,7 @@ def compare_runs(first: RunFiles, second: RunFiles) -> RunComparison:
             f"the runs have no step in common: {_range(first)} and {_range(second)}",
             where=f"{first.folder} and {second.folder}",
             expected="two runs that did some of the same steps",
+            code="EVO-RUN-005",
         )
     comparison = RunComparison(common=len(common))
     comparison.steps = [[min(run.rows), max(run.rows)] for run in (first, second)]

@@ -58,6 +58,7 @@ def open_run_data(path: str) -> RunData:
             "how the run was started is not recorded",
             where=str(folder / HISTORY_FILE),
             expected="a run of this version, or its config file",
+            code="EVO-RUN-003",
         )
     spikes = untrained_steps(read_spikes(folder))
     started_in = Path(str(run.facts.get("folder", "")))

@@ -83,6 +83,7 @@ def write_page(path: Path, page: str) -> None:
             f"cannot write {path} ({error.strerror or error})",
             where="OUT.html",
             expected="a file in a folder that can be written into",
+            code="EVO-CLI-006",
         ) from None
 
 
@@ -98,4 +99,5 @@ def refuse_folder(path: Path) -> None:
             where="OUT.html",
             expected="a file to write, such as report.html",
             fix=f"name a file in it: {path / 'report.html'}",
+            code="EVO-CLI-006",
         )

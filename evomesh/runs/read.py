@@ -152,7 +152,9 @@ def read_plan(path: Path) -> Row:
         value = orjson.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"cannot read it: {error.strerror or error}", where=str(path)
+            f"cannot read it: {error.strerror or error}",
+            where=str(path),
+            code="EVO-SYS-001",
         ) from None
     except ValueError:
         value = None
@@ -162,6 +164,7 @@ def read_plan(path: Path) -> Row:
             where=str(path),
             expected="a JSON object with gpus, tokens_per_step and peak",
             fix=f"evomesh plan CONFIG --gpus N --json > {path}",
+            code="EVO-RUN-001",
         )
     return value
 
@@ -217,7 +220,9 @@ def _objects(run: RunFiles, name: str) -> list[Row]:
         return []
     except OSError as error:
         raise UserError(
-            f"cannot read it: {error.strerror or error}", where=str(path)
+            f"cannot read it: {error.strerror or error}",
+            where=str(path),
+            code="EVO-SYS-001",
         ) from None
     objects, unreadable = parse_lines(content.splitlines())
     if unreadable:

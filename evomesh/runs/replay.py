@@ -143,6 +143,7 @@ def _start_of(run: RunFiles, step: int) -> StartRecord:
             f"the run has not logged step {step}",
             where="--step",
             expected=f"a logged step: {logged}",
+            code="EVO-RUN-002",
         )
     for start in reversed(run.starts):
         if start.first_step <= step and start.facts.get("config"):
@@ -151,6 +152,7 @@ def _start_of(run: RunFiles, step: int) -> StartRecord:
         "how the run was started is not recorded",
         where=str(run.folder / HISTORY_FILE),
         expected="a run of this version, which writes its config there",
+        code="EVO-RUN-003",
     )
 
 
@@ -159,6 +161,7 @@ def _enter(folder: str) -> None:
         raise UserError(
             f"the folder that the run was started in is gone: {folder}",
             expected="its config's paths begin there",
+            code="EVO-RUN-003",
         )
     os.chdir(folder)
 
@@ -190,6 +193,7 @@ def _ranks_with(config: Config, dp: int) -> int:
         f"the layout has no number of ranks with {dp} data-parallel ones, as the run had",
         where="--layout",
         fix="choose smaller sizes",
+        code="EVO-PARALLEL-001",
     )
 
 
@@ -209,6 +213,7 @@ def _checkpoint_before(config: Config, step: int) -> tuple[int, str]:
         f"there is no checkpoint of step {step} or before, and the run did not start from scratch",
         where=f"ckpt.save_ckpt_folder ({url})",
         fix="choose a later step",
+        code="EVO-RUN-004",
     )
 
 

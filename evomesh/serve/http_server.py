@@ -226,6 +226,7 @@ def bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port} ({error})",
             where="--port",
             fix="choose another port, or 0 for any free one",
+            code="EVO-SERVE-001",
         ) from None
     # Connections inherit it. Without it, each answer on a kept connection waits for the
     # client's delayed acknowledgment, some 40 ms; asyncio sets it for sockets of an

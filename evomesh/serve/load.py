@@ -70,6 +70,7 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
             where="--rotary-type",
             expected=config.model.rotary_type,
             fix="leave it out",
+            code="EVO-GEN-003",
         )
     # Dynamic angles are made for texts beyond the trained length, so that there is more
     # room without being asked for.
@@ -127,12 +128,18 @@ def read_key(host: str, key_file: str | None) -> str | None:
         path = expand_home(key_file)
         if not path.is_file():
             raise UserError(
-                f"no file {path}", where="--key-file", expected="a file with the key"
+                f"no file {path}",
+                where="--key-file",
+                expected="a file with the key",
+                code="EVO-SERVE-002",
             )
         key = read_text(path, "--key-file", "a file with the key").strip()
         if not key:
             raise UserError(
-                f"{path} is empty", where="--key-file", expected="a file with the key"
+                f"{path} is empty",
+                where="--key-file",
+                expected="a file with the key",
+                code="EVO-SERVE-002",
             )
         return key
     key = os.environ.get("EVOMESH_API_KEY", "").strip()
@@ -142,5 +149,6 @@ def read_key(host: str, key_file: str | None) -> str | None:
             where="--host",
             expected="--key-file PATH, or the key in EVOMESH_API_KEY",
             fix="to serve without a key, leave out --host: only this machine can then reach the server",
+            code="EVO-SERVE-002",
         )
     return key or None

@@ -215,6 +215,7 @@ class EngineLoop:
                 where="rotary_type",
                 expected=" or ".join(self.builders),
                 fix="leave it out",
+                code="EVO-GEN-003",
             )
         return self.builders[rotary_type]
 

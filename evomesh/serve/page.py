@@ -23,7 +23,7 @@ from evomesh.generate.options import SamplingParams
 from evomesh.serve.answer_progress import AnswerProgress
 from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
-from evomesh.serve.page_security import GradioGuard, message_text
+from evomesh.serve.page_security import GradioGuard, message_text, page_error
 from evomesh.serve.requests import run_in
 from evomesh.serve.service import GenerationService, QueueFullError
 
@@ -86,7 +86,7 @@ class PageSettings:
             else:
                 valid = isinstance(value, bool)
             if not valid:
-                raise UserError(f"{field.name.replace('_', ' ')} has no valid value")
+                raise page_error(f"{field.name.replace('_', ' ')} has no valid value")
 
 
 def read_settings(controls: Sequence[Any]) -> PageSettings:
@@ -163,7 +163,7 @@ class ChatPage:
         """Yield (completion of a text so far, status line)."""
         try:
             if not isinstance(text, str):
-                raise UserError("the prompt is not text")
+                raise page_error("the prompt is not text")
             prompt = await run_in(self.service.tokenizers, self.service.text_ids, text)
             settings = read_settings(controls)
             session = str(request.session_hash)
@@ -198,9 +198,9 @@ class ChatPage:
                         last_update = now
                         yield text, progress.status()
         except QueueFullError:
-            raise UserError("the queue is full", fix="try again in a moment") from None
+            raise page_error("the queue is full", "try again in a moment") from None
         except EngineError as error:
-            raise UserError(f"{error}; see the server's log") from None
+            raise page_error(f"{error}; see the server's log") from None
         yield text, progress.status()
 
     def _sampling_params(
@@ -254,7 +254,7 @@ def text_only(history: Any) -> Conversation:
         UserError: a message has an unknown format or contains more than text.
     """
     if not isinstance(history, list):
-        raise UserError("the conversation is not a list of messages")
+        raise page_error("the conversation is not a list of messages")
     return [
         {"content": message_text(message), "role": message["role"]}
         for message in history

@@ -232,6 +232,11 @@ def _checked_call(path: str, received: bytes) -> bytes:
     return orjson.dumps(CALL_PARSERS[path](received))
 
 
+def page_error(found: str, fix: str = "") -> UserError:
+    """Return what the page shows for a request that cannot be answered."""
+    return UserError(found, fix=fix, code="EVO-SERVE-003")
+
+
 def message_text(message: Any) -> str:
     """Return the text of a message, whose content is a string or a list of text parts.
 
@@ -239,7 +244,7 @@ def message_text(message: Any) -> str:
         UserError: it is not a message, or it contains more than text.
     """
     if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise UserError("a message of the conversation has an unknown format")
+        raise page_error("a message of the conversation has an unknown format")
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -253,7 +258,7 @@ def _part_text(part: Any) -> str:
     """Return the text of {"type": "text", "text": "..."}; any further key could make gradio take it for a file."""
     text = part.get("text") if isinstance(part, dict) else None
     if not isinstance(text, str) or part != {"type": "text", "text": text}:
-        raise UserError("a message of the conversation contains more than text")
+        raise page_error("a message of the conversation contains more than text")
     return text
 
 

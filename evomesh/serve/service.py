@@ -144,6 +144,7 @@ class GenerationService:
                 f"the text has {characters} characters",
                 expected=f"at most {self.limits.text_characters}, since prompt and answer have at most "
                 f"{self.limits.context_length} tokens together",
+                code="EVO-GEN-002",
             )
         # Tokenize the beginning of a long text; mostly that is too long already.
         length = self.limits.context_length
@@ -156,6 +157,7 @@ class GenerationService:
                 raise PromptTooLongError(
                     f"the prompt has more than {len(ids) - PREFIX_MARGIN} tokens",
                     expected=f"at most {length} together with its answer",
+                    code="EVO-GEN-002",
                 )
 
     def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -169,6 +171,7 @@ class GenerationService:
             raise UserError(
                 f"{self.model.name} has no chat template: it only completes text",
                 fix="use completions, or start the server with --chat-template",
+                code="EVO-TOKEN-007",
             )
         self.check_text(*(message.text for message in messages))
         return self.model.template.encode_prompt(messages)
@@ -183,6 +186,7 @@ class GenerationService:
             raise UserError(
                 f"{prompts} prompts with {copies} answers each",
                 expected=f"at most {self.limits.max_sequences} answers per request",
+                code="EVO-SERVE-003",
             )
 
     def check(
@@ -205,6 +209,7 @@ class GenerationService:
                 raise PromptTooLongError(
                     f"the prompt has {len(prompt)} tokens and the answer may have {answer_tokens}",
                     expected=f"at most {context_length} together",
+                    code="EVO-GEN-002",
                 )
             check_prompt(prompt, context_length, self.model.vocab_size)
         self.check_count(len(prompts), copies)

@@ -29,6 +29,7 @@ class LockTakenError(StorageError):
             where=path,
             expected="one writer at a time",
             fix="stop that job, or give this one another save_ckpt_folder",
+            code="EVO-CKPT-011",
         )
 
 

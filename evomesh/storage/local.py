@@ -216,6 +216,7 @@ class LocalStorage:
                     f"{folder} is a file",
                     expected="a folder, or a name that is still free",
                     fix="choose another folder (ckpt.save_ckpt_folder), or move the file away",
+                    code="EVO-SYS-001",
                 ) from None
         else:
             self.sync(parent or ".")

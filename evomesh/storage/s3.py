@@ -111,6 +111,7 @@ class S3Storage:
             where=place,
             fix=OUTAGE_FIX,
             exit_code=EXIT_RESTART,
+            code="EVO-STORE-003",
         )
 
     def make_folder(self, folder: str) -> None:
@@ -322,7 +323,9 @@ class S3Writer:
         actual = self._storage.size(self._key)
         if actual != self._size:
             raise StorageError(
-                f"the store has {actual} bytes, {self._size} were sent", where=self._key
+                f"the store has {actual} bytes, {self._size} were sent",
+                where=self._key,
+                code="EVO-STORE-003",
             )
 
     def abort(self) -> None:

@@ -73,10 +73,12 @@ def _raise_refusal(
     is_read = operation in ("get_object", "head_object")
     if is_read and code in UNREADABLE:
         raise PermissionError(errno.EACCES, refusal, place) from None
-    is_unknown_condition = code == "NotImplemented" or status == 501
-    kind = ConditionUnknownError if is_unknown_condition else StorageError
+    if code == "NotImplemented" or status == 501:
+        raise ConditionUnknownError(
+            refusal, where=place, code="EVO-STORE-004"
+        ) from None
     advice = ADVICE.get(code, "")
-    raise kind(refusal, where=place, fix=advice) from None
+    raise StorageError(refusal, where=place, fix=advice, code="EVO-STORE-003") from None
 
 
 def repeatable_failure(error: Exception, operation: str, place: str) -> str:
@@ -87,5 +89,6 @@ def repeatable_failure(error: Exception, operation: str, place: str) -> str:
             where=place,
             fix="set S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID",
             exit_code=EXIT_USER_ERROR,
+            code="EVO-STORE-002",
         ) from None
     return f"{operation}: {error}"

@@ -48,6 +48,7 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Addr
             raise UserError(
                 f"s3:{rest}: no bucket",
                 expected="s3://BUCKET/KEY",
+                code="EVO-STORE-001",
             )
         endpoint_url = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
         return S3Address(host, key, endpoint_url)
@@ -56,6 +57,7 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Addr
         raise UserError(
             f"boto3:{rest}: no bucket or no endpoint",
             expected="boto3:s3://BUCKET.ENDPOINT/KEY",
+            code="EVO-STORE-001",
         )
     return S3Address(bucket, key, _endpoint_url(endpoint))
 
@@ -66,7 +68,11 @@ def _with_endpoint(rest: str) -> S3Address:
     host, _, path = path.partition("/")
     bucket, _, key = path.partition("/")
     if not host or not bucket:
-        raise UserError(f"s3:{rest}: no bucket", expected="s3:https://HOST/BUCKET/KEY")
+        raise UserError(
+            f"s3:{rest}: no bucket",
+            expected="s3:https://HOST/BUCKET/KEY",
+            code="EVO-STORE-001",
+        )
     return S3Address(bucket, key.strip("/"), f"{protocol}://{host}")
 
 
@@ -98,7 +104,9 @@ def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> An
         from botocore.exceptions import BotoCoreError
     except ImportError:
         raise UserError(
-            "an s3 path needs boto3", fix="pip install 'evomesh[s3]'"
+            "an s3 path needs boto3",
+            fix="pip install 'evomesh[s3]'",
+            code="EVO-CLI-007",
         ) from None
     config = Config(
         # There is one layer of retries, that of S3Storage: it knows which calls may be
@@ -143,6 +151,7 @@ def _refuse_settings(error: Exception, env: Mapping[str, str]) -> UserError:
         where="environment",
         expected="a profile that exists, both keys or neither, a URL of the store",
         fix=f"correct or unset the variable, or the line in ~/.aws/config; set here: {set_here}",
+        code="EVO-STORE-002",
     )
 
 
@@ -161,6 +170,7 @@ def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
             where="environment",
             expected="a number of seconds above 0",
             fix=f"unset {name} for {default:g} s",
+            code="EVO-STORE-002",
         )
     return seconds
 

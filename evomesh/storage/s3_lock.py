@@ -110,6 +110,7 @@ class LockLostError(StorageError):
             where=path,
             expected="one writer at a time",
             fix="let that job train and end this one, or give this one another save_ckpt_folder",
+            code="EVO-CKPT-011",
         )
 
 

@@ -70,6 +70,7 @@ class StagedStorage:
                 f"{error.strerror}",
                 where=self._folder,
                 fix="set async_upload_tmp_folder",
+                code="EVO-CKPT-012",
             ) from None
 
     def create(self, path: str) -> StorageWriter:

@@ -42,16 +42,23 @@ def open_storage(url: str) -> tuple[Storage, str]:
     scheme, path = split_url(url)
     if scheme == "local":
         if not path:
-            raise UserError(f"the checkpoint path {url!r} is empty", expected=FORMS)
+            raise UserError(
+                f"the checkpoint path {url!r} is empty",
+                expected=FORMS,
+                code="EVO-STORE-001",
+            )
         return LocalStorage(), path if path == "/" else path.rstrip("/")
     if scheme in ("boto3", "s3"):
         return open_s3(scheme, path)
     if scheme in ("volc", "oss2"):
         raise UserError(
-            f"{url!r}: the {scheme}: store is not supported", expected=FORMS
+            f"{url!r}: the {scheme}: store is not supported",
+            expected=FORMS,
+            code="EVO-STORE-001",
         )
     raise UserError(
         f"unknown prefix {scheme + ':'!r} in {url!r}",
         expected=FORMS,
         fix=f"local:{url} for a file name",
+        code="EVO-STORE-001",
     )

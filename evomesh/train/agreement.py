@@ -100,6 +100,7 @@ def require_agreement(exchange: Exchange, facts: Facts) -> None:
         expected="the same config, code and data on every rank",
         fix="copy one config file, one version of evomesh and the same data to every node; look for environment "
         "variables that the config file reads",
+        code="EVO-PARALLEL-011",
     )
 
 

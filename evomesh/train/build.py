@@ -444,6 +444,7 @@ def _leave_run_folder(state: TrainState, config: RunConfig) -> None:
             where=f"run_dir ({given})",
             expected="another folder, or none: RUN/{JOB_NAME}/{time}",
             fix="set run_dir to a new folder",
+            code="EVO-TRAIN-007",
         )
     state.run_folder = ""
 

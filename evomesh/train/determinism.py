@@ -28,6 +28,7 @@ def enable_determinism() -> None:
             where="deterministic",
             expected=" or ".join(_REPEATABLE_WORKSPACES),
             fix=f"unset {_WORKSPACE}, or set deterministic=False",
+            code="EVO-TRAIN-009",
         )
     # Compiled blocks: choose the shape of a reduction by rule, not by which was fastest
     # in this run.

@@ -40,6 +40,7 @@ class EarlyStop:
                 expected=f"one of {', '.join(figures)}"
                 if figures
                 else "a validation set: data.valid_folder and data.valid_every",
+                code="EVO-TRAIN-008",
             )
 
     @property

@@ -87,6 +87,7 @@ def run_generation_section(
             "the config has no generation section",
             where="generation",
             fix="add generation = dict(...)",
+            code="EVO-CLI-009",
         )
     vocab_size = loaded.config.model.vocab_size
     end_ids = end_of_answer_ids(None, section, vocab_size)
@@ -212,6 +213,7 @@ def load_weights(
             "no weights: neither generation.ckpt_folder nor ckpt.save_ckpt_folder is set",
             where="generation.ckpt_folder",
             expected="a checkpoint folder",
+            code="EVO-GEN-004",
         )
     with contextlib.closing(default_exchange()) as exchange:
         reader = CheckpointReader(context.grid, exchange)

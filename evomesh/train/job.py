@@ -84,6 +84,7 @@ def _name_lost_rank(error: BaseException, watch: PeerWatch) -> UserError:
         f"a connection to another rank broke, and all ranks still answer: {first_line}",
         fix="rerun the same command; check the network if it happens again",
         exit_code=EXIT_RESTART,
+        code="EVO-PARALLEL-005",
     )
 
 

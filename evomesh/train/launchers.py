@@ -65,6 +65,7 @@ def detect(
             f"unknown launcher {launcher!r}",
             where="--launcher",
             expected=" | ".join(LAUNCHERS),
+            code="EVO-CLI-002",
         )
     # RANK without the other variables is a broken launch, not a single process.
     env = _non_empty(env)
@@ -166,6 +167,7 @@ def _require(
             where="environment",
             expected=f"all of {', '.join(names)}, as {launcher} sets them",
             fix=f"start with: {command}   (or without --launcher for one process)",
+            code="EVO-PARALLEL-010",
         )
 
 
@@ -179,6 +181,7 @@ def _whole_number(env: Mapping[str, str], name: str) -> int:
             where="environment",
             expected=f"a whole number from 0 to {LARGEST_NUMBER:,}",
             fix=f"unset {name}, or let the launcher set it",
+            code="EVO-PARALLEL-010",
         )
     return number
 
@@ -200,6 +203,7 @@ def _host(text: str, name: str) -> str:
         f"{name}={text!r} is not a host",
         where="environment",
         expected="a name or address alone, such as n1, 10.0.0.1 or fe80::1%eth0; the port is in MASTER_PORT",
+        code="EVO-PARALLEL-010",
     )
 
 
@@ -209,6 +213,7 @@ def _check_port(number: int, name: str) -> None:
             f"{name}={number} is not a port",
             where="environment" if name.isupper() else "arguments",
             expected="a number from 1 to 65535; up to 1023 only for root",
+            code="EVO-PARALLEL-010",
         )
 
 
@@ -219,6 +224,7 @@ def _check_range(index: int, count: int, index_name: str, count_name: str) -> No
             where="environment",
             expected=f"{index_name} from 0 to {count_name} - 1",
             fix=f"unset both, or let the launcher set them: an earlier one may have left {index_name}",
+            code="EVO-PARALLEL-010",
         )
 
 
@@ -230,6 +236,7 @@ def first_node(nodes: str) -> str:
             f"cannot read the node list {nodes!r}",
             where="SLURM_JOB_NODELIST",
             expected="such as n[1-4]",
+            code="EVO-PARALLEL-010",
         )
     return "".join(part or "" for part in match.groups())
 
@@ -252,6 +259,7 @@ def node_address(node: str) -> str:
             f"the name of the first node, {node!r}, does not resolve on this host",
             where="SLURM_JOB_NODELIST",
             fix="export MASTER_ADDR=ADDRESS",
+            code="EVO-PARALLEL-003",
         ) from None
     return node
 
@@ -346,6 +354,7 @@ def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]
             f"{nodes} nodes, but no address where they connect",
             where="environment",
             expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
+            code="EVO-PARALLEL-010",
         )
     address = _host(env[address_name], address_name)
     port = _whole_number(env, port_name)

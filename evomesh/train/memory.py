@@ -108,6 +108,7 @@ def refuse_too_large(
         expected="a model that fits into memory",
         fix="train a smaller one here (evomesh config copy demo .), or shard it over GPUs or more machines: "
         "evomesh plan CONFIG shows what each needs",
+        code="EVO-MODEL-004",
     )
 
 

@@ -80,6 +80,7 @@ def _benchmark_runner(
             "lm-evaluation-harness is not installed",
             where="data.eval_every",
             fix="pip install 'evomesh[eval]'",
+            code="EVO-CLI-007",
         )
     # Imports the harness, which takes seconds.
     from evomesh.train.benchmarks import BenchmarkRunner

@@ -16,6 +16,7 @@ def no_target(step: int, tokens: int) -> UserError:
         expected="at least one token with a positive id",
         fix=f'leave this step out with data.skip_batches="{step}", raise data.micro_num, or see what it holds: '
         f"evomesh ledger CONFIG --step {step}",
+        code="EVO-TRAIN-001",
     )
 
 
@@ -26,6 +27,7 @@ def endless_skipping(step: int, limit: int) -> UserError:
         expected="a finite gradient",
         fix='try dtype "torch.bfloat16", a lower adam.lr or a longer warmup, or raise max_consecutive_skips',
         exit_code=EXIT_TRAINING_STOPPED,
+        code="EVO-TRAIN-002",
     )
 
 
@@ -35,4 +37,5 @@ def endless_spikes(step: int, limit: int) -> UserError:
         expected="a spike from time to time (spike.policy)",
         fix="raise spike.zscore, if the loss has come to another level, or max_consecutive_skips",
         exit_code=EXIT_TRAINING_STOPPED,
+        code="EVO-TRAIN-003",
     )

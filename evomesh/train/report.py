@@ -142,7 +142,11 @@ class RunReporter:
             )
             earlier = run.resume_tb_folder
             if earlier and not expand_home(earlier).is_dir():
-                raise UserError("no such folder", where=f"resume_tb_folder ({earlier})")
+                raise UserError(
+                    "no such folder",
+                    where=f"resume_tb_folder ({earlier})",
+                    code="EVO-TRAIN-007",
+                )
 
     def __enter__(self) -> RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)

@@ -167,6 +167,7 @@ def _prompt_ids(tokenizer: Tokenizer, text: str, context_length: int) -> list[in
             f"the prompt {text[:60]!r} has {len(ids)} tokens",
             where="data.samples.prompts",
             expected=f"from 1 to {context_length - 1}: data.seq_len={context_length} has prompt and answer",
+            code="EVO-GEN-002",
         )
     return ids
 

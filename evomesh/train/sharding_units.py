@@ -114,6 +114,7 @@ def _layers_in_order(model: nn.Module, axis: Axis) -> list[nn.Module]:
             if axis.name == "wp"
             else "parallel.zero1.fsdp",
             expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
+            code="EVO-PARALLEL-008",
         )
     blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
     if axis.name == "wp" or not isinstance(model, Decoder):

@@ -52,6 +52,7 @@ def refuse_spoiled(checkpoint: Checkpoint, rollback: SpikeRollback | None) -> No
             raise CheckpointError(
                 "this run has not written it (ckpt.auto_resume=False)",
                 where=checkpoint.folder,
+                code="EVO-TRAIN-004",
             )
     passed_by = (state.get("spikes") or {}).get("left_out", ())
     trained_on = left_out - set(passed_by)
@@ -61,6 +62,7 @@ def refuse_spoiled(checkpoint: Checkpoint, rollback: SpikeRollback | None) -> No
             f"it was trained on step {min(spoiled)}, which the run has left out since because of a spike",
             where=checkpoint.folder,
             fix="save more often, or lower spike.skip_before",
+            code="EVO-TRAIN-004",
         )
 
 

@@ -102,6 +102,7 @@ def _refuse_missing_z_loss(name: str, model: LanguageModel) -> None:
             expected="loss(hidden, labels, grad_scale, label_smoothing, z_loss_coeff), "
             "as in evomesh.models.language_model.LanguageModel",
             fix="add the parameter and pass it to linear_cross_entropy, or remove loss.z_loss_coeff",
+            code="EVO-MODEL-002",
         )
 
 

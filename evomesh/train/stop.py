@@ -32,13 +32,16 @@ class StopFile:
                 self._path.write_text("0\n")
         except OSError as error:
             raise UserError(
-                f"cannot create the stop file: {error.strerror}", where=path
+                f"cannot create the stop file: {error.strerror}",
+                where=path,
+                code="EVO-TRAIN-010",
             ) from None
         if not self._path.is_file():
             raise UserError(
                 f"{path} is not a regular file",
                 where="ckpt.stop_file_path",
                 expected="a file with a step number, or a new name",
+                code="EVO-TRAIN-010",
             )
 
     def read(self) -> int:

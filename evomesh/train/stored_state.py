@@ -43,6 +43,7 @@ def check_stored_state(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             fix="start anew from its weights: auto_resume=False, "
             f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+            code="EVO-CKPT-008",
         )
     try:
         _check_parts(state)
@@ -54,6 +55,7 @@ def check_stored_state(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"parts of the stored state cannot be used: {reason}",
             where=checkpoint.folder,
+            code="EVO-CKPT-008",
         ) from None
     # An imported checkpoint is step 0, whatever its counters.
     step = state["train"]["step"]
@@ -61,6 +63,7 @@ def check_stored_state(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"a checkpoint of step {checkpoint.step} with the counters of step {step}",
             where=checkpoint.folder,
+            code="EVO-CKPT-008",
         )
 
 

@@ -256,6 +256,7 @@ class Supervisor:
             expected="a run that gets further with each start",
             fix="see its log for the cause; the same command, or a higher --max-restarts, starts it again",
             exit_code=EXIT_BUG,
+            code="EVO-TRAIN-005",
         )
 
     def _pause(self, ended: RunExit, restarts: int) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
+from evomesh.error_codes.words import printed
 from evomesh.errors import UserError
 from tests.support.pages import DOCS, Page
 from tests.support.runs import CONFIG, write_run
@@ -46,7 +47,7 @@ def test_message(
     command, message = typed.split("\n", 1)
     error = CliRunner().invoke(app, shlex.split(command)[2:]).exception
     assert isinstance(error, UserError)
-    assert f"error: {error}\n".replace(str(folder), FOLDER) == message
+    assert f"{printed(error, 'en')}\n".replace(str(folder), FOLDER) == message
     assert error.exit_code == 2
 
 

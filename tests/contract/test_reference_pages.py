@@ -1,4 +1,4 @@
-"""Pages that tools write are what those tools write: the benchmarks in both languages."""
+"""Pages that tools write are what those tools write: the benchmarks and the errors in both languages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.pages import DOCS, STAMP, Page
+from tools import errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +47,9 @@ def test_a_benchmark_that_ran_writes_both_pages(
     ) in chinese.text
     assert chinese.blocks == page.blocks
     assert chinese.stamp == page.digest
+
+
+def test_errors_are_those_of_the_catalog() -> None:
+    page = Page(DOCS / "errors.md")
+    assert page.text == errors.page("en")
+    assert STAMP.sub("", page.translation.text) == errors.page("zh")

@@ -90,7 +90,11 @@ def lose_a_connection() -> None:
     [
         (print_then_fail, EXIT_READER_LEFT, ""),
         (lose_the_reader_while_training, 0, ""),
-        (lose_a_connection, 2, "error: a socket"),
+        (
+            lose_a_connection,
+            2,
+            "error: a socket\n  explain: evomesh explain EVO-SYS-001",
+        ),
     ],
 )
 def test_the_reader_of_the_output_decides(

@@ -173,9 +173,9 @@ def write_to_a_full_disk() -> None:
 def test_a_full_standard_output_is_a_message(interpreter: Interpreter) -> None:
     finished = interpreter.run(write_to_a_full_disk)
     assert finished.returncode == 2
-    assert (
-        finished.stderr
-        == "error: standard output: cannot write: No space left on device\n"
+    assert finished.stderr == (
+        "error: standard output: cannot write: No space left on device\n"
+        "  explain: evomesh explain EVO-SYS-002\n"
     )
 
 

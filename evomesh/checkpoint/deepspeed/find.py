@@ -29,6 +29,7 @@ def find_checkpoint(url: str) -> Path:
             "a checkpoint of XTuner is read from a local disk only",
             where=url,
             fix="copy it to a local disk first",
+            code="EVO-CKPT-020",
         )
     place = expand_home(path)
 
@@ -36,7 +37,7 @@ def find_checkpoint(url: str) -> Path:
     if place.is_file() or (place.is_dir() and _has_states(place)):
         return place
     if not place.exists():
-        raise CheckpointError("no such file or folder", where=url)
+        raise CheckpointError("no such file or folder", where=url, code="EVO-CKPT-001")
 
     # 2. A work folder: what its pointer names, else the highest number.
     for pointer in POINTERS:
@@ -52,6 +53,7 @@ def find_checkpoint(url: str) -> Path:
             "no checkpoint of XTuner or DeepSpeed",
             where=url,
             expected="iter_N.pth, or *_model_states.pt",
+            code="EVO-CKPT-020",
         )
     _, newest = max(numbered)
     return place / newest
@@ -74,5 +76,6 @@ def _follow(folder: Path, pointer: str) -> Path:
             where=str(folder / pointer),
             expected="the name of a checkpoint beside it",
             fix="give the path of the checkpoint itself",
+            code="EVO-CKPT-020",
         )
     return target

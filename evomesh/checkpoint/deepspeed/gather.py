@@ -134,6 +134,7 @@ def _unreadable(folder: ZeroFolder, key: str, expected: str) -> CheckpointError:
         f"{key} in *_states.pt is not what DeepSpeed writes",
         where=str(folder.path),
         expected=expected,
+        code="EVO-CKPT-020",
     )
 
 
@@ -174,6 +175,7 @@ def _trained(folder: ZeroFolder) -> dict[str, Weight]:
             f"{len(shapes)} optimizer groups in the model's file, {counts} in *_optim_states.pt",
             where=str(folder.path),
             expected="the files of one checkpoint",
+            code="EVO-CKPT-020",
         )
     weights: dict[str, Weight] = {}
     for number, group in enumerate(shapes):
@@ -233,6 +235,7 @@ def _from_whole(
             where=str(folder.path),
             expected=f"as many, and less than {2 * ranks} of padding",
             fix="copy the files of one checkpoint",
+            code="EVO-CKPT-020",
         )
     start = 0
     for (name, shape), gap in zip(group.items(), gaps, strict=True):
@@ -261,6 +264,7 @@ def _from_equal_parts(
                 where=str(folder.path),
                 expected="as many in each",
                 fix="copy the files of one checkpoint",
+                code="EVO-CKPT-020",
             )
     start = 0
     for name, shape in merged.items():
@@ -294,6 +298,7 @@ def _frozen(folder: ZeroFolder) -> Iterator[tuple[str, Weight]]:
                 f"frozen parameter {name} of {numel:,} numbers has parts of {sizes}",
                 where=str(folder.path),
                 expected=f"{ranks} parts of {part_size:,}",
+                code="EVO-CKPT-020",
             )
         sources = tuple(FlatParts((part,)) for part in held)
         yield name, GatheredWeight(shape, sources, 0, part_size)

@@ -89,6 +89,7 @@ def _steps(record: Mapping[str, Any], where: str) -> tuple[int, int]:
             expected="a number of micro-iterations, and how many of them are a step",
             fix='start from its weights: load_ckpt_info content=("model",), in an XTuner config load_from=PATH with '
             "resume=False",
+            code="EVO-CKPT-020",
         )
     return iterations // counts.pop(), 0
 

@@ -119,6 +119,7 @@ def _of_two_runs(path: Path, found: str) -> CheckpointError:
         where=str(path),
         expected="the files of one checkpoint",
         fix="remove those of the other run",
+        code="EVO-CKPT-020",
     )
 
 
@@ -130,6 +131,7 @@ def _parse(name: str, path: Path) -> re.Match[str] | None:
             f"{name} is of a model that DeepSpeed split otherwise ({kind})",
             where=str(path),
             expected="files of mp_rank_00 only, as XTuner writes them",
+            code="EVO-CKPT-020",
         )
     return match
 
@@ -137,13 +139,16 @@ def _parse(name: str, path: Path) -> re.Match[str] | None:
 def _without_model(path: Path, stage: int, of_stage_3: bool) -> CheckpointError:
     expected = "mp_rank_00_model_states.pt"
     if not of_stage_3:
-        return CheckpointError(f"no {expected}", where=str(path), fix=COPY)
+        return CheckpointError(
+            f"no {expected}", where=str(path), fix=COPY, code="EVO-CKPT-020"
+        )
     found = f"the optimizer's files are of stage {stage}" if stage else "none"
     return CheckpointError(
         f"the model's files are of ZeRO 3, which keeps its weights in *_optim_states.pt; of those: {found}",
         where=str(path),
         expected="zero_pp_rank_N_mp_rank_00_optim_states.pt of stage 3",
         fix=COPY,
+        code="EVO-CKPT-020",
     )
 
 
@@ -151,7 +156,10 @@ def _open(file: Path) -> Mapping[str, Any]:
     content = open_pickle(str(file), INERT)
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"holds a {type(content).__name__}", where=str(file), expected="a dict"
+            f"holds a {type(content).__name__}",
+            where=str(file),
+            expected="a dict",
+            code="EVO-CKPT-020",
         )
     return content
 
@@ -170,6 +178,7 @@ def _open_optimizers(
                 "holds no state of ZeRO",
                 where=str(path / name),
                 expected="optimizer_state_dict with zero_stage",
+                code="EVO-CKPT-020",
             )
         states[rank] = state
     # Each file says of how many ranks it is one: a folder that two runs have written to
@@ -208,6 +217,7 @@ def _refuse_gaps(
         where=str(path),
         expected=f"{world_size} files *_{kind}",
         fix=COPY,
+        code="EVO-CKPT-020",
     )
 
 
@@ -228,5 +238,6 @@ def _common_stage(
             where=str(path),
             expected="one stage: 1, 2 or 3",
             fix=COPY,
+            code="EVO-CKPT-020",
         )
     return int(stages[0])

@@ -82,6 +82,7 @@ def _open_file(file: Path) -> tuple[Mapping[str, Any], dict[str, Weight]]:
             "holds no named tensors",
             where=str(file),
             expected="a checkpoint of XTuner: a dict with state_dict",
+            code="EVO-CKPT-020",
         )
     return record, weights
 
@@ -112,6 +113,7 @@ def _without_prefixes(weights: Mapping[str, Weight], where: str) -> dict[str, We
             where=where,
             expected=f"names that start with {MODEL}",
             fix="image and reward models are not part of evomesh: convert it with XTuner",
+            code="EVO-CKPT-020",
         )
     return named
 
@@ -123,4 +125,5 @@ def _refuse_adapters(names: Iterable[str], where: str) -> None:
                 f"holds an adapter ({name}), and LoRA adapters are not part of evomesh",
                 where=where,
                 fix="merge it with XTuner or peft; evomesh reads the merged folder",
+                code="EVO-CONFIG-009",
             )

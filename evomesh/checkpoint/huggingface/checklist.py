@@ -92,11 +92,13 @@ def _config(folder: HfFolder) -> str:
     absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
     if absent:
         raise UserError(
-            f"{', '.join(absent)} missing from config.json; some readers need it"
+            f"{', '.join(absent)} missing from config.json; some readers need it",
+            code="EVO-HF-007",
         )
     if record["dtype"] != record["torch_dtype"]:
         raise UserError(
-            f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ"
+            f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ",
+            code="EVO-HF-007",
         )
     return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
 
@@ -121,7 +123,10 @@ def _check_total_size(folder: HfFolder) -> None:
     for name in folder.files:
         stored += folder.read(name).nbytes
     if indexed != stored:
-        raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
+        raise UserError(
+            f"the index gives {indexed} bytes, the shards hold {stored}",
+            code="EVO-HF-007",
+        )
 
 
 def _finite(folder: HfFolder) -> str:
@@ -131,7 +136,10 @@ def _finite(folder: HfFolder) -> str:
         if not bool(finite.all()):
             bad.append(name)
     if bad:
-        raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
+        raise UserError(
+            f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)",
+            code="EVO-HF-007",
+        )
     return "no NaN or infinity"
 
 
@@ -143,7 +151,7 @@ def check_tokenizer(folder: HfFolder) -> str:
     check_tokenizer_fits(tokenizer, vocab_size)
     settings = path / "tokenizer_config.json"
     if not settings.is_file():
-        raise UserError("no tokenizer_config.json")
+        raise UserError("no tokenizer_config.json", code="EVO-HF-007")
     if has_transformers():
         compare_tokenizers(tokenizer, path)
     return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
@@ -173,12 +181,14 @@ def _eos(folder: HfFolder) -> str:
     for token in eos:
         if not _is_embedded(token, vocab_size):
             raise UserError(
-                f"generation_config.json: eos_token_id {token!r}: generation would never stop"
+                f"generation_config.json: eos_token_id {token!r}: generation would never stop",
+                code="EVO-HF-007",
             )
     bos = record.get("bos_token_id")
     if bos is not None and not _is_embedded(bos, vocab_size):
         raise UserError(
-            f"generation_config.json: bos_token_id {bos!r}, but the embedding has {vocab_size} rows"
+            f"generation_config.json: bos_token_id {bos!r}, but the embedding has {vocab_size} rows",
+            code="EVO-HF-007",
         )
     try:
         tokenizer = load_tokenizer(folder.path, folder.path)
@@ -188,7 +198,8 @@ def _eos(folder: HfFolder) -> str:
         if token not in eos:
             raise UserError(
                 f"generation_config.json: eos_token_id {eos} lacks {token} ({tokenizer.token_name(token)}), with which "
-                "the tokenizer or its chat template ends a text: answers would not stop there"
+                "the tokenizer or its chat template ends a text: answers would not stop there",
+                code="EVO-HF-007",
             )
     return f"eos {eos}"
 

@@ -91,7 +91,9 @@ def largest_logit_difference(
     """
     for side, logits in zip(sides, (found, reference), strict=True):
         if not bool(torch.isfinite(logits).all()):
-            raise CheckpointError(f"the logits of {side} are not finite", where=where)
+            raise CheckpointError(
+                f"the logits of {side} are not finite", where=where, code="EVO-HF-006"
+            )
     size = float(reference.abs().max())
     limit = size * tolerance
     distance = (found - reference).abs()
@@ -102,5 +104,6 @@ def largest_logit_difference(
             where=where,
             expected=f"at most {limit:.2g}",
             fix="nothing was kept; please report this model's config",
+            code="EVO-HF-006",
         )
     return difference

@@ -110,6 +110,7 @@ def rotary_scaling(
             f"the model has rope_scaling of type {scaling.type!r}, which no other rotary scaling can replace",
             where="--rotary-type, --scaling-factor",
             fix="leave them out: the folder gets the model's scaling",
+            code="EVO-HF-004",
         )
     chosen = type or model.rotary_type
     trained = model.max_position_embeddings
@@ -151,6 +152,7 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
             f"{setting} cannot be represented in the {arch} architecture",
             where="the checkpoint's model section",
             expected=f"{families} with rmsnorm, use_swiglu and norms before the blocks, and the attention of {arch}",
+            code="EVO-HF-004",
         )
 
 
@@ -225,6 +227,7 @@ def refuse_other_positions(
             expected=" or ".join(("plain rotary positions", *(possible or ())))
             + f" with rope_base={BAICHUAN_ROPE_BASE:g}" * (arch == "baichuan"),
             fix="export it as another one: --arch llama",
+            code="EVO-HF-004",
         )
 
 
@@ -454,5 +457,9 @@ def read_config(
         return read_model(record, where, dtype)
     except UserError as error:
         raise CheckpointError(
-            error.found, where=error.where, expected=error.expected, fix=error.fix
+            error.found,
+            where=error.where,
+            expected=error.expected,
+            fix=error.fix,
+            code=error.code,
         ) from None

@@ -67,7 +67,9 @@ class DataFiles:
         """
         boxes = self._boxes.get(self._averages + name) or self._boxes.get(name)
         if not boxes:
-            raise CheckpointError(f"no data file holds {name}", where=self._where)
+            raise CheckpointError(
+                f"no data file holds {name}", where=self._where, code="EVO-CKPT-002"
+            )
         parts = [box.read() for box in boxes]
         shape = _shape_of_whole(boxes)
         whole = Box.whole(shape)
@@ -85,6 +87,7 @@ class DataFiles:
             raise CheckpointError(
                 f"the parts of {name} in the data files overlap or leave a hole",
                 where=self._where,
+                code="EVO-CKPT-002",
             )
         return tensor
 

@@ -136,6 +136,7 @@ def refuse_unexportable_run(config: Config) -> None:
             where="ckpt.enable_internevo2hf_ckpt",
             expected=error.expected,
             fix="set ckpt.enable_internevo2hf_ckpt=False, and remove ckpt.export_hf",
+            code="EVO-HF-004",
         ) from None
 
 
@@ -193,7 +194,10 @@ def _export_dtype(model: ModelConfig, given: str | None) -> str:
     dtype = given or {"tf32": "float32"}.get(model.dtype, model.dtype)
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}"
+            f"dtype {dtype!r}",
+            where="--dtype",
+            expected=f"one of {', '.join(DTYPES)}",
+            code="EVO-CLI-002",
         )
     return dtype
 
@@ -274,6 +278,7 @@ class _WeightExport:
                 f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
                 f"wrong shape {wrong}",
                 where=self.found.folder,
+                code="EVO-CKPT-005",
             )
 
     def _has_elements(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -365,6 +370,7 @@ class _WeightExport:
                 f"{link.native}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
                 where=self.found.folder,
                 fix="export another --dtype, such as bfloat16" if is_cause else "",
+                code="EVO-CKPT-007",
             )
         return native_to_foreign(link, narrow, self.model, self.naming)
 

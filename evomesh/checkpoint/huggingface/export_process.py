@@ -41,6 +41,7 @@ def run_export(job: ExportJob) -> ExportResult:
         raise CheckpointError(
             f"it is of attempt {found.attempt}, not {job.attempt}: it was replaced",
             where=job.checkpoint,
+            code="EVO-CKPT-011",
         )
     one_checkpoint = sum(file.size for file in found.files)
     _leave_room(job, one_checkpoint)
@@ -69,6 +70,7 @@ def _leave_room(job: ExportJob, one_checkpoint: int) -> None:
         raise CheckpointError(
             f"{readable(free)} are free, and the next checkpoint needs {readable(one_checkpoint)} of them",
             where=job.out,
+            code="EVO-CKPT-012",
         )
 
 

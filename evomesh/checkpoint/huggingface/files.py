@@ -67,7 +67,9 @@ class SafetensorsFile:
             self._read_header()
         except MALFORMED as error:
             raise CheckpointError(
-                f"not a complete safetensors file ({error})", where=path
+                f"not a complete safetensors file ({error})",
+                where=path,
+                code="EVO-HF-002",
             ) from None
 
     def _read_header(self) -> None:
@@ -131,7 +133,7 @@ class SafetensorsFile:
                 filled += size
         except EOFError as error:
             raise CheckpointError(
-                f"{name} is truncated ({error})", where=self._path
+                f"{name} is truncated ({error})", where=self._path, code="EVO-HF-002"
             ) from None
         finally:
             reader.close()
@@ -217,7 +219,9 @@ def load_pickle(
         first_line = str(error).partition("\n")[0]
         reason = first_line or type(error).__name__
         raise CheckpointError(
-            f"cannot be read as tensors alone ({reason})", where=where
+            f"cannot be read as tensors alone ({reason})",
+            where=where,
+            code="EVO-CKPT-017",
         ) from None
     values = state.values() if isinstance(state, dict) else [None]
     if not all(isinstance(value, Tensor) for value in values):
@@ -225,6 +229,7 @@ def load_pickle(
             "holds more than named tensors",
             where=where,
             expected="a state dict",
+            code="EVO-CKPT-017",
         )
     checked: dict[str, Tensor] = state
     return checked

@@ -61,7 +61,10 @@ def open_folder(url: str) -> HfFolder:
     storage, path = open_storage(url)
     if not storage.list(path):
         raise CheckpointError(
-            "no such folder", where=url, expected="a Hugging Face model folder"
+            "no such folder",
+            where=url,
+            expected="a Hugging Face model folder",
+            code="EVO-HF-001",
         )
     return HfFolder(storage, path)
 
@@ -79,12 +82,18 @@ def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
         raise CheckpointError(
             f"no {name} (the folder holds: {_listed_files(storage.list(folder))})",
             where=folder,
+            code="EVO-HF-001",
         ) from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"not JSON ({error})", where=path) from None
+        raise CheckpointError(
+            f"not JSON ({error})", where=path, code="EVO-HF-002"
+        ) from None
     if not isinstance(record, dict):
         raise CheckpointError(
-            f"a JSON {type(record).__name__}", where=path, expected="a JSON object"
+            f"a JSON {type(record).__name__}",
+            where=path,
+            expected="a JSON object",
+            code="EVO-HF-011",
         )
     return record
 
@@ -126,6 +135,7 @@ class HfFolder:
             f"no weights (the folder holds: {_listed_files(names)})",
             where=self.path,
             expected="model.safetensors, pytorch_model.bin, or shards with an index",
+            code="EVO-HF-002",
         )
 
     def _read_index(self, index: str, names: list[str]) -> dict[str, str]:
@@ -154,6 +164,7 @@ class HfFolder:
                 where=where,
                 expected="every file that the index names, in this folder",
                 fix="copy or download the folder again",
+                code="EVO-HF-002",
             )
         # A shard may hold more than the index lists, never less.
         for file, listed in sorted(names_by_file.items()):
@@ -163,6 +174,7 @@ class HfFolder:
                 raise CheckpointError(
                     f"lists {absent[0]!r} in {file}, which does not hold it",
                     where=where,
+                    code="EVO-HF-002",
                 )
         self._refuse_duplicates(sorted(names_by_file), where)
         without_buffers = {}
@@ -179,6 +191,7 @@ class HfFolder:
                 "has no weight_map",
                 where=join(self.path, index),
                 expected="a file name for each tensor name",
+                code="EVO-HF-002",
             )
         checked: dict[str, str] = weight_map
         return checked
@@ -194,6 +207,7 @@ class HfFolder:
                         where=where,
                         expected="each tensor in one shard",
                         fix="save the folder again",
+                        code="EVO-HF-002",
                     )
                 holder[name] = file
 
@@ -234,7 +248,9 @@ class MetaFolder:
         # 1. One file per tensor-parallel rank, numbered without gaps.
         files = sorted(path.glob("consolidated.*.pth"))
         if not files:
-            raise CheckpointError("no consolidated.*.pth", where=self.path)
+            raise CheckpointError(
+                "no consolidated.*.pth", where=self.path, code="EVO-HF-002"
+            )
         numbers = [int(file.name.split(".")[1]) for file in files]
         expected_numbers = list(range(len(files)))
         if numbers != expected_numbers:
@@ -242,6 +258,7 @@ class MetaFolder:
                 f"files {numbers}: one is missing",
                 where=self.path,
                 expected="00, 01, ...",
+                code="EVO-HF-002",
             )
 
         # 2. All have tensors of the same names: each its shard, or a whole copy.
@@ -253,6 +270,7 @@ class MetaFolder:
                 raise CheckpointError(
                     "holds other tensors than consolidated.00.pth",
                     where=str(file),
+                    code="EVO-HF-002",
                 )
         norm = first.get("norm.weight")
         self._hidden_size = 0 if norm is None else norm.numel()

@@ -179,6 +179,7 @@ def load_huggingface(
             "the folder has a head beside the embedding, and the run has model.tie_word_embeddings=True",
             where=folder.path,
             fix="remove model.tie_word_embeddings",
+            code="EVO-HF-012",
         )
     if described.tied and not config.tie_word_embeddings:
         logger.warning("%s: %s", folder.path, UNTIED)
@@ -231,7 +232,7 @@ def _refuse_other_heads(folder: Path, config: ModelConfig) -> None:
         differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
     if differing:
         where = str(folder / "params.json")
-        raise CheckpointError("; ".join(differing), where=where)
+        raise CheckpointError("; ".join(differing), where=where, code="EVO-HF-012")
 
 
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
@@ -257,6 +258,7 @@ def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
             f"the folder contains a different model: {'; '.join(differing)}",
             where=where,
             fix='change the model section, or take the folder\'s: model=dict(from_hf="FOLDER")',
+            code="EVO-HF-012",
         )
 
 

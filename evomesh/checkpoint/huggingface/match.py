@@ -74,6 +74,7 @@ def describe_folder(folder: HfFolder, dtype: str | None = None) -> FolderModel:
             where=folder.path,
             expected="the sizes of the tensors",
             fix="restore the config.json that was saved with these weights",
+            code="EVO-HF-003",
         )
     assert naming is not None  # read_config refuses unknown families
     if tied:
@@ -188,6 +189,7 @@ def refuse_another_head(folder: WeightFolder, naming: NameMap) -> None:
             where=join(folder.path, "config.json"),
             expected="equal tensors, or no head",
             fix=f"set tie_word_embeddings to false to keep {head}, or remove that tensor",
+            code="EVO-HF-003",
         )
 
 
@@ -207,6 +209,7 @@ def match_tensors(
             "the tensors are not those of this model:\n  " + "\n  ".join(problems),
             where=folder.path,
             fix="compare the model section with the folder's config.json",
+            code="EVO-HF-003",
         )
     return _links(folder, name_map, config, tied)
 

@@ -54,7 +54,9 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
             _upload(storage, work, path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be written: {error.strerror or error}", where=target
+            f"cannot be written: {error.strerror or error}",
+            where=target,
+            code="EVO-HF-005",
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -93,6 +95,7 @@ def _refuse_in_use(
             "exists and is not empty",
             where=target,
             fix="give a new folder, or delete this one",
+            code="EVO-HF-005",
         )
 
 
@@ -104,6 +107,7 @@ def _refuse_full(folder: Path, needed: int, target: str) -> None:
             f"the export needs {readable(needed)}, {near} has {readable(free)} free",
             where=target,
             fix="free space, or export a smaller --dtype",
+            code="EVO-HF-005",
         )
 
 

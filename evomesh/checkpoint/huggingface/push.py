@@ -87,19 +87,23 @@ def _client() -> Any:
             importlib.import_module(f"huggingface_hub.{module}")
     except ImportError:
         raise UserError(
-            "huggingface_hub is not installed", fix="pip install 'evomesh[hub]'"
+            "huggingface_hub is not installed",
+            fix="pip install 'evomesh[hub]'",
+            code="EVO-CLI-007",
         ) from None
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             "the hub is switched off, so nothing can be uploaded",
             where="HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE)",
             fix="unset it for this command",
+            code="EVO-HF-008",
         )
     if hub.get_token() is None:
         raise UserError(
             "there is no token for the hub",
             where="HF_TOKEN",
             fix="hf auth login, or export HF_TOKEN=... (a token that may write)",
+            code="EVO-HF-008",
         )
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
@@ -114,6 +118,7 @@ def _refuse_bad_name(hub: Any, repo: str) -> None:
             f"{repo!r} cannot name a repository",
             where="REPO",
             expected="OWNER/NAME, of letters, digits, '-', '_' and '.'",
+            code="EVO-HF-008",
         ) from None
 
 
@@ -154,6 +159,7 @@ def _make_repository(api: HfApi, repo: str, options: PushOptions) -> str:
             where=name,
             expected="a private one, as --private asks",
             fix="make it private on the hub, give another name, or leave --private out",
+            code="EVO-HF-008",
         )
     if options.revision is not None:
         api.create_branch(name, branch=options.revision, exist_ok=True)
@@ -197,12 +203,14 @@ def _explain(
             where=endpoint,
             fix="check the network and HF_ENDPOINT, and run the command again",
             exit_code=EXIT_RESTART,
+            code="EVO-HF-008",
         )
     if isinstance(error, ValueError):  # an answer that the client does not understand
         return UserError(
             f"the server's answer is not that of a hub: {error}",
             where=endpoint,
             fix="check HF_ENDPOINT; a server without Xet storage needs HF_HUB_DISABLE_XET=1",
+            code="EVO-HF-008",
         )
     return None
 
@@ -234,12 +242,17 @@ def _refusal(error: Any, repo: str, endpoint: str) -> UserError:
     where = f"{repo} on {endpoint}"
     if status in REFUSALS:
         found, fix = REFUSALS[status]
-        return UserError(f"{found}: {status}{words}", where=where, fix=fix)
+        return UserError(
+            f"{found}: {status}{words}", where=where, fix=fix, code="EVO-HF-008"
+        )
     if status == 429 or status >= 500:
         return UserError(
             f"the hub answers {status}{words}",
             where=where,
             fix="run the command again in a while",
             exit_code=EXIT_RESTART,
+            code="EVO-HF-008",
         )
-    return UserError(f"the hub refuses the upload: {status}{words}", where=where)
+    return UserError(
+        f"the hub refuses the upload: {status}{words}", where=where, code="EVO-HF-008"
+    )

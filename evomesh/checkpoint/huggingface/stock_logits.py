@@ -105,13 +105,16 @@ def _loaded(folder: Path, dtype: str, transformers: Any) -> Any:
         raise CheckpointError(
             f"transformers cannot load it: {type(error).__name__}: {reason}",
             where=str(folder),
+            code="EVO-HF-006",
         ) from None
     wrong = {}
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info.get(key) or ()))
         wrong[key] = [name for name in names if not name.endswith(BUFFERS)]
     if any(wrong.values()):
-        raise CheckpointError(f"transformers reports {wrong}", where=str(folder))
+        raise CheckpointError(
+            f"transformers reports {wrong}", where=str(folder), code="EVO-HF-006"
+        )
     return model
 
 

@@ -178,6 +178,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
                 f"transformers tokenizes {text!r} to {found[:12]}, the training tokenizer to {wanted[:12]}",
                 where=str(ours.path),
                 fix="export without a tokenizer (--tokenizer none) and add one that agrees",
+                code="EVO-HF-006",
             )
 
     # The largest id of all must be one that the model was trained with.
@@ -189,6 +190,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
             where=str(folder),
             expected=f"ids below {ours.vocab_size}, as in training",
             fix="name it in added_tokens_decoder of tokenizer_config.json with the id that it has",
+            code="EVO-HF-006",
         )
     _compare_chats(load_tokenizer(folder), theirs, folder)
 
@@ -219,6 +221,7 @@ def _compare_chats(ours: Tokenizer, theirs: Any, folder: Path) -> None:
                 f"transformers encodes the conversation {turns} as {found}, evomesh as {wanted}",
                 where=str(folder),
                 fix="give another template with --chat-template, or export without a tokenizer (--tokenizer none)",
+                code="EVO-HF-006",
             )
 
 

@@ -65,6 +65,7 @@ def write_model(
             "the folder is not empty",
             where=target,
             fix="give a new folder",
+            code="EVO-CLI-005",
         )
     os.makedirs(target, exist_ok=True)
     stages = layer_ranges(model.num_layers, pipeline)
@@ -168,6 +169,7 @@ def _refuse_sizes(
             raise CheckpointError(
                 f"{described}, {size}, is not divisible by --tensor {tensor}",
                 where=where,
+                code="EVO-CKPT-019",
             )
     if weight:
         for rows in _block_rows(model):
@@ -175,11 +177,13 @@ def _refuse_sizes(
                 raise CheckpointError(
                     f"matrices of {rows} rows are not divisible by --weight {weight}",
                     where=where,
+                    code="EVO-CKPT-019",
                 )
     if pipeline > model.num_layers:
         raise CheckpointError(
             f"{model.num_layers} layers are too few for --pipeline {pipeline}",
             where=where,
+            code="EVO-CKPT-019",
         )
 
 
@@ -191,13 +195,16 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
     """
     if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
         raise CheckpointError(
-            f"InternEvo has no model type {model.model_type!r}", where=where
+            f"InternEvo has no model type {model.model_type!r}",
+            where=where,
+            code="EVO-CKPT-019",
         )
     unusual = differing_key(model)
     if unusual is not None:
         raise CheckpointError(
             f"InternEvo's families do not have {unusual}={getattr(model, unusual)!r}",
             where=where,
+            code="EVO-CKPT-019",
         )
     # One switch has the biases of all projections, and the width of a head is not
     # stored.
@@ -211,17 +218,20 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
             "InternEvo's families have no qk_norm, no window, no mlp_bias, no head_dim but hidden_size / "
             "num_attention_heads, and biases in all attention projections or in none",
             where=where,
+            code="EVO-CKPT-019",
         )
     if model.tie_word_embeddings:
         raise CheckpointError(
             "InternEvo's families have an output head beside the embedding, and this model has one weight for both",
             where=where,
             fix="export it for transformers: evomesh convert to-hf",
+            code="EVO-CKPT-019",
         )
     if model.rope_scaling is not None:
         raise CheckpointError(
             f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}",
             where=where,
+            code="EVO-CKPT-019",
         )
 
 

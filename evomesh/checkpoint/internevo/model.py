@@ -121,6 +121,7 @@ def find_model_files(path: str) -> InternEvoFolder:
             "there is no model_tp*_pp*.pt in the folder",
             where=path,
             expected="an InternEvo checkpoint of one step",
+            code="EVO-CKPT-018",
         )
     # The largest rank on each axis gives the size of the grid.
     pp_size, wp_size, tp_size = (1 + max(ranks) for ranks in zip(*files, strict=True))
@@ -142,6 +143,7 @@ def _refuse_incomplete(folder: InternEvoFolder) -> None:
         raise CheckpointError(
             f"{', '.join(missing[:4])} of {len(grid)} files are missing",
             where=folder.path,
+            code="EVO-CKPT-018",
         )
 
 
@@ -155,18 +157,22 @@ def _list_folder(path: str) -> list[str]:
         return os.listdir(path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot list the folder: {error.strerror}", where=path
+            f"cannot list the folder: {error.strerror}", where=path, code="EVO-CKPT-014"
         ) from None
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
     content = read_pickle(path)
     if not isinstance(content, dict):
-        raise CheckpointError("is not a state dict of tensors", where=path)
+        raise CheckpointError(
+            "is not a state dict of tensors", where=path, code="EVO-CKPT-018"
+        )
     state = {}
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError("is not a state dict of tensors", where=path)
+            raise CheckpointError(
+                "is not a state dict of tensors", where=path, code="EVO-CKPT-018"
+            )
         local_name = str(name).removeprefix("model.")
         state[local_name] = tensor
     return state
@@ -182,7 +188,7 @@ def read_model_section(path: str) -> dict[str, Any] | None:
         return None
     section = read_pickle(file)
     if not isinstance(section, dict):
-        raise CheckpointError("is not a model section", where=file)
+        raise CheckpointError("is not a model section", where=file, code="EVO-CKPT-018")
     plain: dict[str, Any] = {}
     for name, value in section.items():
         key = str(name)
@@ -207,6 +213,7 @@ def family_of(folder: InternEvoFolder) -> InternEvoFamily:
         "the parameter names are of no known model family",
         where=folder.path,
         expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2",
+        code="EVO-CKPT-018",
     )
 
 
@@ -330,6 +337,7 @@ def _down_projection(
             where=where,
             expected="down for checkpoints of InternEvo, up for those of early 2023",
             fix="choose one: --w2 down or --w2 up",
+            code="EVO-CKPT-018",
         )
     return "w3" if columns["2"] == columns["1"] else "w2"
 
@@ -399,7 +407,9 @@ def _rename(
         module, kind = leaf.rsplit(".", 1)
         if layer is None:
             if module not in TOP_MODULES:
-                raise CheckpointError(f"unknown parameter {name!r}", where=where)
+                raise CheckpointError(
+                    f"unknown parameter {name!r}", where=where, code="EVO-CKPT-018"
+                )
             yield f"{TOP_MODULES[module]}.{kind}", tensor
             continue
         number = first_layer + int(layer[1])
@@ -415,7 +425,9 @@ def _rename(
         elif module not in ("attention.wk", "attention.wv"):
             ours = _block_module(module, down)
             if ours not in BLOCK_MODULES.values():
-                raise CheckpointError(f"unknown parameter {name!r}", where=where)
+                raise CheckpointError(
+                    f"unknown parameter {name!r}", where=where, code="EVO-CKPT-018"
+                )
             yield f"layers.{number}.{ours}.{kind}", tensor
 
 

@@ -57,6 +57,7 @@ def read_optimizer(
             "how the optimizer files of isp are sharded is not known",
             where=path,
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     # 1. Split the flat tensors of every rank of the tp x pp grid into local tensors.
     local, steps, scaler = _read_local(folder)
@@ -65,6 +66,7 @@ def read_optimizer(
             f"the optimizer files are of steps {sorted(steps)}",
             where=path,
             fix=FIX,
+            code="EVO-CKPT-018",
         )
 
     # 2. Merge them over the grid like the weights. Our checkpoints have masters of
@@ -151,6 +153,7 @@ def read_counters(path: str) -> dict[str, Any]:
             f"the schedule is at {schedule['last_epoch']} updates, the counters at {updates}",
             where=os.path.join(path, "schedulder.pt"),
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     train: dict[str, Any] = {
         "num_consumed_tokens": of_context("num_consumed_tokens"),
@@ -176,7 +179,11 @@ def _read_dict(path: str, name: str) -> dict[str, Any]:
     content = read_pickle(file)
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"holds a {type(content).__name__}", where=file, expected="a dict", fix=FIX
+            f"holds a {type(content).__name__}",
+            where=file,
+            expected="a dict",
+            fix=FIX,
+            code="EVO-CKPT-018",
         )
     return content
 
@@ -189,6 +196,7 @@ def _integer(record: dict[str, Any], name: str, path: str, file: str) -> int:
             where=os.path.join(path, file),
             expected="an integer",
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     return value
 
@@ -211,6 +219,7 @@ def _zero_files(path: str, tp: int, pp: int) -> list[str]:
             where=path,
             expected="zo0, zo1, ...",
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     return [files[rank] for rank in ranks]
 
@@ -224,6 +233,7 @@ def _read_content(file: str) -> dict[str, Any]:
                 where=file,
                 expected="InternEvo's optimizer state",
                 fix=FIX,
+                code="EVO-CKPT-018",
             )
     checked: dict[str, Any] = content
     return checked
@@ -252,6 +262,7 @@ def _unflatten(
             f"holds parameter groups {numbers}, but the weights form {len(groups)}",
             where=files[0],
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     tensors: dict[str, StateDict] = {kind: {} for kind in KINDS}
     steps: set[int] = set()
@@ -349,7 +360,10 @@ def _flat_tensors(
         return flats, int(moments["step"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise CheckpointError(
-            f"lacks AdamW's state of parameter group {group}", where=file, fix=FIX
+            f"lacks AdamW's state of parameter group {group}",
+            where=file,
+            fix=FIX,
+            code="EVO-CKPT-018",
         ) from None
 
 
@@ -370,6 +384,7 @@ def _split_flat(
             f"{described} has {elements} elements, its parameters have {sum(sizes)}",
             where=file,
             fix=FIX,
+            code="EVO-CKPT-018",
         )
     parts = torch.split(flat.flatten(), sizes)
     tensors: StateDict = {}
@@ -395,6 +410,7 @@ def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:
                 f"the master of {name} is not its weight: the parameters were not joined in the known order",
                 where=file,
                 fix=FIX,
+                code="EVO-CKPT-018",
             )
 
 

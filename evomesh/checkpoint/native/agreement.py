@@ -29,6 +29,7 @@ class ErrorMessage:
     fix: str = ""
     of_store: bool = False
     exit_code: int = EXIT_USER_ERROR
+    code: str = ""
 
     @staticmethod
     def of(error: UserError) -> ErrorMessage:
@@ -40,6 +41,7 @@ class ErrorMessage:
             error.fix,
             of_store,
             error.exit_code,
+            error.code,
         )
 
     def to_error(self) -> UserError:
@@ -49,6 +51,7 @@ class ErrorMessage:
             where=self.where,
             expected=self.expected,
             fix=self.fix,
+            code=self.code,
             exit_code=self.exit_code,
         )
 

@@ -61,7 +61,9 @@ def average(
     """
     if len(checkpoints) < 2:
         raise CheckpointError(
-            f"{len(checkpoints)} checkpoint to average", expected="two or more"
+            f"{len(checkpoints)} checkpoint to average",
+            expected="two or more",
+            code="EVO-CKPT-015",
         )
     factors = _checked(weights, len(checkpoints))
     sources = []
@@ -108,6 +110,7 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
             f"{len(weights)} weights for {count} checkpoints",
             where="--weights",
             expected="one for each checkpoint",
+            code="EVO-CKPT-015",
         )
     for weight in weights:
         if not math.isfinite(weight) or weight <= 0:
@@ -116,6 +119,7 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
                 where="--weights",
                 expected="positive numbers",
                 fix="leave out a checkpoint that is not to count",
+                code="EVO-CKPT-015",
             )
     return list(weights)
 
@@ -147,6 +151,7 @@ def _refuse_other_model(first: AveragedCheckpoint, other: AveragedCheckpoint) ->
     raise CheckpointError(
         f"{first.checkpoint.folder} and {other.checkpoint.folder} are of different models:{shown}",
         expected="checkpoints of one model, in one dtype",
+        code="EVO-CKPT-015",
     )
 
 

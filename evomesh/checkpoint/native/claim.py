@@ -73,6 +73,7 @@ class FolderClaim:
                 where=self._root,
                 expected="one folder shared by all nodes",
                 fix="use a shared file system or an object store as save_ckpt_folder",
+                code="EVO-CKPT-013",
             )
         self._lock = self._lock or LockHeldElsewhere()
 

@@ -147,6 +147,7 @@ def refuse_committed(storage: Storage, root: str, step: int) -> str:
             f"step {step} is already committed there",
             where=folder,
             fix="choose another folder",
+            code="EVO-CLI-005",
         )
     return folder
 
@@ -222,6 +223,7 @@ def _refuse_full_disk(storage: Storage, folder: str, needed: int) -> None:
             f"the checkpoint needs {readable(needed)}, but only {readable(free)} are free",
             where=folder,
             fix="free space, or choose another folder",
+            code="EVO-CKPT-012",
         )
 
 
@@ -476,6 +478,7 @@ def publish(storage: Storage, folder: str, record: CommitRecord) -> None:
             where=folder,
             expected="one job per save folder",
             fix="stop one of the two jobs, or give each its own save_ckpt_folder",
+            code="EVO-CKPT-011",
         ) from None
 
 

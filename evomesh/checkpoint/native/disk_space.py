@@ -57,6 +57,7 @@ def check_space(
             where=root,
             expected=f"{readable(needed)} free",
             fix="free space, or choose another save_ckpt_folder",
+            code="EVO-CKPT-012",
         )
     if most and free < one * most:
         line += "; NOT ENOUGH for all of them: set ckpt.keep_last or free space"

@@ -39,6 +39,7 @@ def with_ema_weights(checkpoint: Checkpoint) -> Checkpoint:
             where=checkpoint.folder,
             expected="a checkpoint of a run with optimizer.ema",
             fix="leave out --ema, or average checkpoints: evomesh ckpt average",
+            code="EVO-CKPT-016",
         )
     lines = weights | averages
     record = replace(checkpoint.record, tensors=len(lines))

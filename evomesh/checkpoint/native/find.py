@@ -107,6 +107,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index.file} does not match the hash in {fmt.COMMIT}",
                     where=self.folder,
+                    code="EVO-CKPT-002",
                 )
             return data
 
@@ -147,6 +148,7 @@ def open_record(storage: Storage, folder: str) -> Checkpoint:
             f"the folder is named after step {int(named_step[1])}, but {fmt.COMMIT} is of step {record.step}",
             where=folder,
             fix=f"rename the folder to {fmt.folder_name(record.step)}",
+            code="EVO-CKPT-002",
         )
     return Checkpoint(storage, folder, record)
 
@@ -180,19 +182,24 @@ def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
             size = storage.size(path)
             if size > fmt.MAX_COMMIT_BYTES:
                 raise CheckpointError(
-                    f"{fmt.COMMIT} has {size} bytes, far more than any save writes"
+                    f"{fmt.COMMIT} has {size} bytes, far more than any save writes",
+                    code="EVO-CKPT-002",
                 )
             return CommitRecord.from_bytes(storage.read(path, 0, size))
 
     try:
         if not storage.exists(path):
-            raise CheckpointError(_why_uncommitted(storage.list(folder)))
+            raise CheckpointError(
+                _why_uncommitted(storage.list(folder)), code="EVO-CKPT-002"
+            )
         return read_until_intact(path, read)
     except CheckpointError as error:
-        raise CheckpointError(error.found, where=folder) from None
+        raise CheckpointError(error.found, where=folder, code="EVO-CKPT-002") from None
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=folder
+            f"cannot be read: {error.strerror or error}",
+            where=folder,
+            code="EVO-CKPT-014",
         ) from None
 
 
@@ -204,6 +211,7 @@ def _check_size(checkpoint: Checkpoint, name: str, size: int) -> None:
         raise CheckpointError(
             f"{name} has {actual} bytes, but the commit record lists {size}",
             where=folder,
+            code="EVO-CKPT-004",
         )
 
 
@@ -332,6 +340,7 @@ def _refuse_shared_folder(save: str, snapshots: str) -> None:
             f"the snapshot folder {snapshots!r} is {reason}, {save!r}",
             expected="a separate folder for snapshots, of which only the newest two are kept",
             fix="remove ckpt.snapshot_ckpt_folder: snapshots then go to {save_ckpt_folder}/snapshot",
+            code="EVO-CONFIG-016",
         )
 
 

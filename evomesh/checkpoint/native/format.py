@@ -70,6 +70,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file or tensor and the reason."""
 
 
+def _damaged(found: str) -> CheckpointError:
+    return CheckpointError(found, code="EVO-CKPT-002")
+
+
 def canonical(value: Any) -> bytes:
     """Return JSON with sorted keys and no spaces, so that equal values give equal bytes.
 
@@ -217,9 +221,7 @@ class CommitRecord:
             return CommitRecord._from_fields(body)
         except (KeyError, TypeError, ValueError) as error:
             kind = type(error).__name__
-            raise CheckpointError(
-                f"{COMMIT} has a bad field ({kind}: {error})"
-            ) from None
+            raise _damaged(f"{COMMIT} has a bad field ({kind}: {error})") from None
 
     @staticmethod
     def _from_fields(body: dict[str, Any]) -> CommitRecord:
@@ -265,7 +267,7 @@ class CommitRecord:
         """Return the content of ``commit.json``: the body and the hash of its canonical form."""
         data = seal(self.to_json())
         if len(data) > MAX_COMMIT_BYTES:
-            raise CheckpointError(
+            raise _damaged(
                 f"{COMMIT} would have {len(data)} bytes, at most {MAX_COMMIT_BYTES} are read"
             )
         return data
@@ -282,9 +284,7 @@ class CommitRecord:
 
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not FILE_NAME.match(name):
-        raise CheckpointError(
-            f"{COMMIT} names the file {name!r}, which is not a plain file name"
-        )
+        raise _damaged(f"{COMMIT} names the file {name!r}: not a plain file name")
     return name
 
 
@@ -301,13 +301,13 @@ def _unseal(data: bytes) -> dict[str, Any]:
         # a record that an editor has indented anew is still intact.
         intact = sha256(canonical(body)) == content["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
+        raise _damaged(
             f"{COMMIT} is not a commit record ({type(error).__name__}: {error})"
         ) from None
     if not intact:
-        raise CheckpointError(f"{COMMIT} does not match its own hash")
+        raise _damaged(f"{COMMIT} does not match its own hash")
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
+        raise _damaged(f"{COMMIT} is not of format {FORMAT}")
     version = body.get("version")
     if type(version) is not int or version != VERSION:
         software = body.get("software")
@@ -316,7 +316,8 @@ def _unseal(data: bytes) -> dict[str, Any]:
             writer = software.get("evomesh")
         raise CheckpointError(
             f"{COMMIT} has format version {str(version)[:20]}, but this evomesh reads version {VERSION}; "
-            f"it was written by evomesh {str(writer)[:40]}"
+            f"it was written by evomesh {str(writer)[:40]}",
+            code="EVO-CKPT-006",
         )
     return body
 
@@ -424,15 +425,15 @@ class TensorRecord:
             record = TensorRecord.from_json(json.loads(line))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(
+            raise _damaged(
                 f"an index line is not a tensor record: {line[:80]!r} ({reason})"
             ) from None
         if len(record.shape) > MAX_DIMS:
-            raise CheckpointError(
+            raise _damaged(
                 f"{record.name}: {len(record.shape)} dims, at most {MAX_DIMS} are possible"
             )
         if record.dtype not in DTYPES:
-            raise CheckpointError(f"{record.name}: unknown dtype {record.dtype!r}")
+            raise _damaged(f"{record.name}: unknown dtype {record.dtype!r}")
         # The hash proves that this index was written, not that it makes sense. A piece
         # out of bounds would read bytes of another tensor, and a hole would leave what
         # the allocator had there in a weight: both are refused before any data is read.
@@ -440,7 +441,7 @@ class TensorRecord:
             _check_piece(record, piece, files)
         boxes = [piece.box for piece in record.pieces]
         if not covers_once(record.shape, boxes):
-            raise CheckpointError(
+            raise _damaged(
                 f"{record.name}: its {len(boxes)} pieces do not cover {record.described} exactly once"
             )
         return record
@@ -456,26 +457,24 @@ def _check_piece(
 ) -> None:
     box = piece.box
     if not len(box.offsets) == len(box.shape) == len(record.shape):
-        raise CheckpointError(
-            f"{record.name}: a piece has impossible coordinates: {piece}"
-        )
+        raise _damaged(f"{record.name}: a piece has impossible coordinates: {piece}")
     if any(end > length for end, length in zip(box.ends, record.shape, strict=True)):
-        raise CheckpointError(
+        raise _damaged(
             f"{record.name}: the piece at {list(box.offsets)} reaches outside {record.described}"
         )
     if piece.file >= len(files):
-        raise CheckpointError(
+        raise _damaged(
             f"{record.name}: file number {piece.file}, but the commit record names {len(files)} files"
         )
     size = box.numel * record.item_size
     if size > PIECE_BYTES:
-        raise CheckpointError(
+        raise _damaged(
             f"{record.name}: a piece of {size} bytes, at most {PIECE_BYTES} are possible"
         )
     file = files[piece.file]
     end = piece.start + size
     if end > file.size:
-        raise CheckpointError(
+        raise _damaged(
             f"{record.name}: a piece at bytes {piece.start}..{end} of {file.name}, which has {file.size} bytes"
         )
 

@@ -108,4 +108,4 @@ class TensorIndex:
             raise self._error(error.found) from None
 
     def _error(self, found: str) -> CheckpointError:
-        return CheckpointError(found, where=self._folder)
+        return CheckpointError(found, where=self._folder, code="EVO-CKPT-002")

@@ -37,15 +37,17 @@ def reading(what: str, folder: str, note: str = "") -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{what} is missing{note}", where=folder) from None
+        raise CheckpointError(
+            f"{what} is missing{note}", where=folder, code="EVO-CKPT-004"
+        ) from None
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{what} cannot be read: {reason}", where=folder
+            f"{what} cannot be read: {reason}", where=folder, code="EVO-CKPT-014"
         ) from None
     except MemoryError:
         raise CheckpointError(
-            f"{what} needs more memory than there is", where=folder
+            f"{what} needs more memory than there is", where=folder, code="EVO-SYS-004"
         ) from None
     except Exception as error:
         # Whoever can write a record with a right hash can also write one that breaks
@@ -53,7 +55,7 @@ def reading(what: str, folder: str, note: str = "") -> Iterator[None]:
         # before it.
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{what} cannot be used: {reason[:200]}", where=folder
+            f"{what} cannot be used: {reason[:200]}", where=folder, code="EVO-CKPT-002"
         ) from None
 
 

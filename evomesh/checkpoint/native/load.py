@@ -119,7 +119,7 @@ class CheckpointReader:
         storage, _ = open_storage(url)
         lookup = self._agree_on((storage,), lambda: locate(url, storage))
         if not lookup.candidates:
-            raise CheckpointError(lookup.problem, fix=lookup.fix)
+            raise CheckpointError(lookup.problem, fix=lookup.fix, code="EVO-CKPT-001")
         checkpoint = self._first_intact(lookup.candidates, verify)
         if checkpoint is None:
             lines = [f"{url!r} has only interrupted saves, none with a {fmt.COMMIT}:"]
@@ -129,6 +129,7 @@ class CheckpointReader:
             raise CheckpointError(
                 "\n  ".join(lines),
                 fix="give an older checkpoint, or start from scratch without a load path",
+                code="EVO-CKPT-001",
             )
         return checkpoint
 
@@ -243,6 +244,7 @@ class CheckpointReader:
             raise CheckpointError(
                 "\n  ".join(["no checkpoint verifies:", *lines]),
                 fix="repair one of them, or train into another save_ckpt_folder to start from scratch",
+                code="EVO-CKPT-003",
             )
         for row in skipped:
             self._report(row.level, f"ignored {row.reason}")

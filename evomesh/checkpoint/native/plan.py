@@ -230,7 +230,7 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     #    lists together are 16 MB.
     answer = exchange.scatter(answers)
     if "error" in answer:
-        raise CheckpointError(answer["error"])
+        raise CheckpointError(answer["error"], code="EVO-PARALLEL-011")
     own_parts = []
     for fields in answer["owned"]:
         part = OwnedPart(*fields)
@@ -316,7 +316,8 @@ def _agreed_types(held: HeldBoxes) -> dict[str, TensorType]:
             if known != row.type:
                 raise CheckpointError(
                     f"{row.name}: rank {rank} has {row.type.dtype}{list(row.type.shape)}, "
-                    f"rank {first} has {known.dtype}{list(known.shape)}"
+                    f"rank {first} has {known.dtype}{list(known.shape)}",
+                    code="EVO-PARALLEL-011",
                 )
     return types
 
@@ -332,5 +333,6 @@ def check_cover(name: str, shape: Coordinates, boxes: Sequence[Box]) -> None:
             f"{list(box.offsets)}+{list(box.shape)}" for box in boxes[:SHOWN_BOXES]
         )
         raise CheckpointError(
-            f"{name}{list(shape)}: local boxes overlap or leave a hole: {shown}"
+            f"{name}{list(shape)}: local boxes overlap or leave a hole: {shown}",
+            code="EVO-PARALLEL-011",
         )

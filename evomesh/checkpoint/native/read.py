@@ -93,6 +93,7 @@ def refuse_missing(
             where=where,
             expected="the tensors of this model",
             fix="use the model section of the run that wrote it, or leave that content out",
+            code="EVO-CKPT-005",
         )
 
 
@@ -118,6 +119,7 @@ def refuse_differing(differing: Sequence[str], where: str) -> None:
         where=where,
         expected="the same model shape and dtype as in the run that wrote it",
         fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+        code="EVO-CKPT-005",
     )
 
 
@@ -144,6 +146,7 @@ def refuse_not_finite(name: str, stored: Tensor, values: Tensor, where: str) -> 
         where=where,
         expected="finite weights",
         fix=fix,
+        code="EVO-CKPT-007",
     )
 
 
@@ -163,6 +166,7 @@ def refuse_unwanted(names: Iterable[str], wanted: Collection[str], where: str) -
             where=where,
             expected="a model and optimizer of the same layers",
             fix="load a part only (content), or use the model section of the run that wrote it",
+            code="EVO-CKPT-005",
         )
 
 
@@ -308,6 +312,7 @@ def _read_piece(
             raise CheckpointError(
                 f"{_described(checkpoint, item)} does not match its hash: {digest}, recorded {piece.digest}",
                 where=checkpoint.folder,
+                code="EVO-CKPT-003",
             )
 
     read_until_intact(path, read_again)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -298,9 +298,7 @@ class CheckpointWriter:
         error = decision.error
         if error is not None:
             _, root = self._target(snapshot)
-            raise CheckpointError(
-                error.found, where=root, fix=error.fix, exit_code=error.exit_code
-            )
+            raise replace(error, where=root, expected="", of_store=False).to_error()
         return decision
 
     def _new_attempt(self, step: int, snapshot: bool, replan: bool) -> _SaveDecision:
@@ -439,6 +437,7 @@ class CheckpointWriter:
                 fix=error.fix
                 or "repair the store, then run the same command again to resume",
                 exit_code=error.exit_code,
+                code="EVO-CKPT-021",
             )
         if final:
             raise error

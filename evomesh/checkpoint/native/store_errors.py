@@ -30,6 +30,7 @@ def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
             expected=error.expected,
             fix=error.fix,
             exit_code=error.exit_code,
+            code=error.code,
         )
     if isinstance(error, OSError):
         return CheckpointError(
@@ -37,8 +38,9 @@ def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
             where=path,
             fix=FIXES.get(error.errno or 0) or fix_for(error.errno),
             exit_code=EXIT_RESTART if is_outage(error.errno) else EXIT_USER_ERROR,
+            code="EVO-CKPT-014",
         )
-    return CheckpointError(str(error), where=path)
+    return CheckpointError(str(error), where=path, code="EVO-CKPT-014")
 
 
 def _describe(error: OSError, path: str) -> str:

@@ -102,7 +102,9 @@ def _header_bytes(items: list[ReadItem]) -> dict[int, int]:
 def _verify_header(checkpoint: Checkpoint, file: FileRecord, size: int) -> None:
     if size > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{file.name}: a header of {size} bytes", where=checkpoint.folder
+            f"{file.name}: a header of {size} bytes",
+            where=checkpoint.folder,
+            code="EVO-CKPT-003",
         )
     path = join(checkpoint.folder, file.name)
 
@@ -114,6 +116,7 @@ def _verify_header(checkpoint: Checkpoint, file: FileRecord, size: int) -> None:
                 f"{file.name}: its header (bytes 0..{size}) does not match its hash; "
                 "the tensors after it may be intact",
                 where=checkpoint.folder,
+                code="EVO-CKPT-003",
             )
 
     read_until_intact(path, read)

@@ -71,7 +71,8 @@ def live_pieces(item: WriteItem) -> Pieces:
         if bad:
             raise CheckpointError(
                 f"{item.name}{list(piece.offsets)}: {bad} of {piece.numel} values are NaN or infinite: "
-                "such a state is not saved"
+                "such a state is not saved",
+                code="EVO-CKPT-007",
             )
         if memory is not None:
             yield piece, memory[position : position + size]

@@ -131,7 +131,10 @@ def _resolve_load_optimizer(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
         return
     if wanted is not False:
         draft.problem(
-            "ckpt.load_optimizer", f"found {shown(wanted)}", expected="True or False"
+            "ckpt.load_optimizer",
+            f"found {shown(wanted)}",
+            expected="True or False",
+            code="EVO-CONFIG-002",
         )
         return
     info = ckpt.get("load_ckpt_info")

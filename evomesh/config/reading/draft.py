@@ -45,7 +45,10 @@ class ConfigDraft:
             section.update(plain(written))
         elif written is not None:
             self.problem(
-                name, f"found {shown(written)}", expected="dict(key=value, ...)"
+                name,
+                f"found {shown(written)}",
+                expected="dict(key=value, ...)",
+                code="EVO-CONFIG-002",
             )
         return section
 
@@ -59,6 +62,7 @@ class ConfigDraft:
         key: str,
         found: str,
         *,
+        code: str,
         expected: str = "",
         fix: str = "",
     ) -> None:
@@ -68,7 +72,7 @@ class ConfigDraft:
         if is_off:
             return
         where = self.where(key)
-        error = UserError(found, where=where, expected=expected, fix=fix)
+        error = UserError(found, where=where, expected=expected, fix=fix, code=code)
         self.problems.append(error)
 
     def where(self, key: str) -> str:

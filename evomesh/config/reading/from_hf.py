@@ -66,6 +66,7 @@ def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
                 "model_type" if key == "model_type" else f"model.{key}",
                 f"found {model[key]!r}, but {name} has {value!r}",
                 fix="remove it: model.from_hf sets it",
+                code="EVO-CONFIG-007",
             )
         _put(draft, model, key, value)
     _resolve_width(draft, model, found, name)
@@ -137,6 +138,7 @@ def take_checkpoint_folder(
             f"{model_type} takes the model from a Hugging Face folder, and there is none",
             expected="ckpt.load_ckpt_info=dict(path=FOLDER, ...), or model.from_hf",
             fix=f'set {KEY}="FOLDER"',
+            code="EVO-CONFIG-003",
         )
 
 
@@ -148,13 +150,18 @@ def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
             f"found {shown(name)}",
             expected="a local Hugging Face folder, or the id of a model in the local hub cache",
             fix="download it first: hf download OWNER/MODEL",
+            code="EVO-CONFIG-002",
         )
         return None
     try:
         return read_model_folder(folder)
     except UserError as error:
         draft.problem(
-            KEY, f"{error.where}: {error.found}", expected=error.expected, fix=error.fix
+            KEY,
+            f"{error.where}: {error.found}",
+            expected=error.expected,
+            fix=error.fix,
+            code=error.code,
         )
         return None
 
@@ -175,6 +182,7 @@ def _resolve_width(
             f"model.{next(iter(written))}",
             f"a feed-forward width of {width}, but {name} has {found.mlp_width}",
             fix="remove mlp_ratio and multiple_of: model.from_hf sets them",
+            code="EVO-CONFIG-007",
         )
 
 

@@ -180,6 +180,7 @@ def refuse_foreign(draft: ConfigDraft) -> None:
                 key,
                 f"{value!r} is refused: {refusal.reason}",
                 fix=refusal.instead or f"remove {key}",
+                code="EVO-CONFIG-009",
             )
 
 

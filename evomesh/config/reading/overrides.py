@@ -49,6 +49,7 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
                     f"cannot be read: {text!r}",
                     where="--set",
                     expected="section.key=value, such as --set data.seq_len=512 or --set JOB_NAME=test",
+                    code="EVO-CONFIG-006",
                 )
             )
             continue

@@ -34,7 +34,12 @@ def _resolve_sequence_parallel(
     """Take the tensor mode from ``sequence_parallel``, unless ``tensor.mode`` is set too."""
     key = "parallel.sequence_parallel"
     if not isinstance(sequence, bool):
-        draft.problem(key, f"found {shown(sequence)}", expected="True or False")
+        draft.problem(
+            key,
+            f"found {shown(sequence)}",
+            expected="True or False",
+            code="EVO-CONFIG-002",
+        )
         return
     tensor = parallel.setdefault("tensor", {})
     if not isinstance(tensor, dict):
@@ -62,6 +67,7 @@ def _resolve_pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None
             f"found {mode!r}{reason if is_known else ''}",
             expected='"1F1B" or "ZBV"',
             fix='set mode="ZBV" with model.num_chunks=2' if is_known else "",
+            code="EVO-CONFIG-002",
         )
         return
     pipeline.setdefault("schedule", schedules[name])
@@ -80,7 +86,12 @@ def _resolve_sequence_2d(draft: ConfigDraft, parallel: dict[str, Any]) -> None:
     if not block or key in draft.off:
         return
     if not isinstance(block, dict):
-        draft.problem(key, f"found {shown(block)}", expected="dict(enable=..., ...)")
+        draft.problem(
+            key,
+            f"found {shown(block)}",
+            expected="dict(enable=..., ...)",
+            code="EVO-CONFIG-002",
+        )
         return
     if block.get("enable") is not True:
         return  # it is off by default
@@ -96,6 +107,7 @@ def _resolve_sequence_2d(draft: ConfigDraft, parallel: dict[str, Any]) -> None:
             f"found tensor mode {tensor.get('mode', 'mtp')!r}",
             expected="mode isp, which alone shards sequences by heads",
             fix='set parallel.tensor=dict(size=..., mode="isp")',
+            code="EVO-CONFIG-007",
         )
     elif heads != 1 and context != 1:
         draft.problem(
@@ -103,12 +115,14 @@ def _resolve_sequence_2d(draft: ConfigDraft, parallel: dict[str, Any]) -> None:
             f"{grid}: a ring of keys and values is not part of evomesh",
             expected="context_size=1, which is mode isp",
             fix=f"set head_size={size}, context_size=1",
+            code="EVO-CONFIG-009",
         )
     elif heads * context != size:
         draft.problem(
             key,
             f"{grid} with tensor.size={size}",
             expected="head_size * context_size = tensor.size",
+            code="EVO-CONFIG-007",
         )
     elif context != 1:
         draft.warn(

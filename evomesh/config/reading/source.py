@@ -160,7 +160,10 @@ def read_text(file: Path, shown: str) -> str:
         return file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise _source_error(
-            f"cannot be read: {error}", shown, fix="give a readable UTF-8 Python file"
+            f"cannot be read: {error}",
+            shown,
+            fix="give a readable UTF-8 Python file",
+            code="EVO-CONFIG-004",
         ) from None
 
 
@@ -173,6 +176,7 @@ def find_config_file(path: str) -> Path:
             path,
             expected="a Python config file",
             fix=f"give a file in it: {near}" if near else "",
+            code="EVO-CONFIG-004",
         )
     if not file.exists():
         near = _nearby_configs(file)
@@ -181,6 +185,7 @@ def find_config_file(path: str) -> Path:
             path,
             expected=f"a file; looked in {file.parent.resolve()}",
             fix=_fix_of_missing(file, near),
+            code="EVO-CONFIG-004",
         )
     if file.suffix != ".py":
         raise _source_error(
@@ -188,6 +193,7 @@ def find_config_file(path: str) -> Path:
             path,
             expected="NAME.py with assignments such as data = dict(seq_len=2048)",
             fix="rewrite it as Python: each section becomes NAME = dict(key=value, ...)",
+            code="EVO-CONFIG-004",
         )
     return file.resolve()
 
@@ -210,10 +216,11 @@ def _nearby_configs(file: Path) -> str:
 
 
 def _source_error(
-    found: str, where: str, *, expected: str = "", fix: str = ""
+    found: str, where: str, *, code: str, expected: str = "", fix: str = ""
 ) -> ConfigError:
     return ConfigError(
-        [UserError(found, where=where, expected=expected, fix=fix)], path=where
+        [UserError(found, where=where, expected=expected, fix=fix, code=code)],
+        path=where,
     )
 
 
@@ -227,10 +234,14 @@ def parse_config(text: str, filename: str, shown: str) -> ast.Module:
             f"not valid Python: {error.msg}\n    {line}\n    {caret}",
             f"{shown}:{error.lineno}:{error.offset}",
             fix="correct the line; configs are ordinary Python files",
+            code="EVO-CONFIG-005",
         ) from None
     except ValueError as error:  # null bytes
         raise _source_error(
-            f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file"
+            f"not valid Python: {error}",
+            shown,
+            fix="save it as a UTF-8 text file",
+            code="EVO-CONFIG-005",
         ) from None
 
 
@@ -316,6 +327,7 @@ def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) ->
             f"{shown}:{lineno}",
             expected=MODULE_FOLDERS if is_not_found else "",
             fix=_fix_of_line(error, line),
+            code="EVO-CONFIG-005",
         ) from None
 
 
@@ -355,6 +367,7 @@ def check_no_cycle(file: Path, above: tuple[Path, ...], shown: str) -> None:
         shown,
         expected="_base_ names files that do not lead back",
         fix="move what the files share to a separate file",
+        code="EVO-CONFIG-005",
     )
 
 

@@ -127,6 +127,7 @@ def _resolve_model_type(draft: ConfigDraft) -> None:
                 f"{name}: mixture-of-experts models are not part of evomesh",
                 expected=f"{', '.join(BUILT_IN)} or a custom model type",
                 fix="use a dense model",
+                code="EVO-CONFIG-009",
             )
             section["model_type"] = "INTERNLM"
         elif name == "AUTO" or name.endswith("_HF"):
@@ -184,7 +185,10 @@ def _resolve_tensorboard(draft: ConfigDraft) -> None:
             continue
         if not isinstance(written, Mapping) or set(written) - {"queue_max_length"}:
             draft.problem(
-                key, f"found {shown(written)}", expected="dict(queue_max_length=10)"
+                key,
+                f"found {shown(written)}",
+                expected="dict(queue_max_length=10)",
+                code="EVO-CONFIG-002",
             )
         elif "queue_max_length" in written:
             draft.take_section("run")["tensorboard_queue"] = written["queue_max_length"]
@@ -228,6 +232,7 @@ def _resolve_data(draft: ConfigDraft) -> None:
             f"found {packed!r}, which is not a multiple of seq_len={seq_len!r}",
             expected="seq_len * micro_bsz",
             fix="remove packed_length and set data.micro_bsz",
+            code="EVO-CONFIG-008",
         )
     elif bsz is None:
         data["micro_bsz"] = packed // seq_len
@@ -250,7 +255,7 @@ def _resolve_data_type(draft: ConfigDraft, data: dict[str, Any]) -> None:
         reason, instead = FOREIGN_DATA[kind]
         found = f"{kind!r} is refused: {reason}"
         del data["type"]
-        draft.problem("data.type", found, fix=instead)
+        draft.problem("data.type", found, fix=instead, code="EVO-CONFIG-009")
 
 
 def _resolve_model(draft: ConfigDraft) -> None:
@@ -300,7 +305,10 @@ def _resolve_rotary_order(
     adapt = model.pop("adapt_hf", None)
     if adapt is not None and not isinstance(adapt, bool):
         draft.problem(
-            "model.adapt_hf", f"found {shown(adapt)}", expected="True or False"
+            "model.adapt_hf",
+            f"found {shown(adapt)}",
+            expected="True or False",
+            code="EVO-CONFIG-002",
         )
     elif adapt is not None and model.get("qk_interleaved", not adapt) is adapt:
         draft.problem(
@@ -308,6 +316,7 @@ def _resolve_rotary_order(
             f"adapt_hf={adapt} and qk_interleaved={adapt} contradict each other",
             expected="opposites: both name the order of the rotary columns",
             fix="remove model.adapt_hf",
+            code="EVO-CONFIG-007",
         )
     elif adapt is not None and "qk_interleaved" not in model:
         model["qk_interleaved"] = not adapt
@@ -378,6 +387,7 @@ def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
             f"{key}.{unknown[0]}",
             "has no meaning for type 'dynamic'",
             expected="dict(type='dynamic', factor=...)",
+            code="EVO-CONFIG-007",
         )
     resolved = {"use_dynamic_ntk_rope": True}
     resolved |= (
@@ -389,6 +399,7 @@ def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
                 f"model.{name}",
                 f"{model[name]!r} contradicts rope_scaling",
                 fix=f"remove model.{name}",
+                code="EVO-CONFIG-007",
             )
         draft.sources.setdefault(f"model.{name}", key)
 

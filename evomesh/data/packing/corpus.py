@@ -123,6 +123,7 @@ class Corpus:
                 where="data.train_folder",
                 expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {global_batch} packs",
                 fix="add data, or lower data.micro_num, data.micro_bsz or data.seq_len",
+                code="EVO-DATA-017",
             )
         if config.dataset_weights:
             sources, _ = group_packs(self.report, config.dataset_weights)
@@ -183,6 +184,7 @@ def _resume_position(
             where="resuming the data position",
             fix="restore data.stages, or load only the weights: "
             'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+            code="EVO-DATA-020",
         )
     theirs = state.get("internevo")
     if theirs is None:
@@ -205,6 +207,7 @@ def _resume_position(
             expected="InternEvo's data, data.seed, micro_num x data-parallel size and rampup_batch_size",
             fix="set them to InternEvo's values, or do not load the position: "
             'ckpt.load_ckpt_info=dict(path=..., content=("model", "optimizer", "scheduler")), auto_resume=False',
+            code="EVO-DATA-020",
         )
     return position
 

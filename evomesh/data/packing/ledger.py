@@ -147,6 +147,7 @@ class StepLedger:
             f"no token file {file!r} in the data",
             where="--document",
             expected=f"one of {names} ...",
+            code="EVO-DATA-023",
         )
 
 
@@ -170,6 +171,7 @@ def _document(source: DocumentSource, row: int) -> int:
             f"{source.name} has no row {row}",
             where="--document",
             expected=f"0 to {rows - 1}",
+            code="EVO-DATA-023",
         )
     kept = source.kept if isinstance(source, BinDataset) else None
     if kept is None:
@@ -179,5 +181,6 @@ def _document(source: DocumentSource, row: int) -> int:
         raise UserError(
             f"row {row} of {source.name} is never used: it has fewer than data.min_length tokens",
             where="--document",
+            code="EVO-DATA-023",
         )
     return document

@@ -175,6 +175,7 @@ class PackStream:
                     f"step {position.step} has {len(packs)} packs, not a multiple of {self.dp_size} ranks",
                     where="data.rampup_batch_size",
                     expected="sizes that are multiples of the data-parallel size",
+                    code="EVO-CONFIG-008",
                 )
             packs_of_rank = packs[self.dp_rank :: self.dp_size]
             batch = PrefetchedBatch(self._submit(packs_of_rank), after)

@@ -215,6 +215,7 @@ class MixedSampler:
                     f"the checkpoint's data has {key} {state.get(key)}, this run has {current[key]}",
                     where=WHERE,
                     expected="the sources and weights that the checkpoint was trained with",
+                    code="EVO-DATA-020",
                 )
         if self.rampup is not None and state["rampup"] is not None:
             self.rampup = BatchSizeRampup(**state["rampup"])
@@ -269,6 +270,7 @@ def group_packs(
                 f"{key!r} has weight {weight}",
                 where=WHERE,
                 expected="a positive number",
+                code="EVO-DATA-022",
             )
         packs = np.concatenate(packs_of_key[key])
         if not len(packs):
@@ -277,6 +279,7 @@ def group_packs(
                 f"{key!r} matches no file that yields a pack (files: {names})",
                 where=WHERE,
                 expected="a part of a path below data.train_folder",
+                code="EVO-DATA-022",
             )
         sources.append(WeightedSource(key, weight, packs))
     return sources, unmatched

@@ -161,6 +161,7 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
         where="data.train_folder",
         fix="restore the old files to resume with the same order, or start a new pass over the new files with the "
         'checkpoint\'s weights: ckpt.load_ckpt_info=dict(path=..., content=("model",)), auto_resume=False',
+        code="EVO-DATA-020",
     )
 
 
@@ -273,6 +274,7 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
             where="data.train_folder",
             expected=f"at least {config.micro_bsz} documents in one file",
             fix='add data, lower data.micro_bsz, or set data.remainder="carry" or "pad"',
+            code="EVO-DATA-017",
         )
     raise UserError(
         f"no file fills a pack: {kept:,} tokens in {len(sources)} file(s), "
@@ -281,6 +283,7 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
         expected=f"at least {config.packed_length:,} tokens (seq_len {config.seq_len} x micro_bsz {config.micro_bsz}) "
         "in one file",
         fix='add data, lower data.seq_len or data.micro_bsz, or join the ends of files with data.remainder="carry"',
+        code="EVO-DATA-017",
     )
 
 
@@ -306,4 +309,5 @@ def _refuse_all_filtered(
         expected=f"at most {int(lengths.max())} tokens, the longest document (shortest {int(lengths.min())}, "
         f"median {median}, 90th percentile {ninetieth}); min_length is {config.min_length}",
         fix=f"set data.min_length to {tenth} or less, or that of the file in data.min_length_dict",
+        code="EVO-DATA-018",
     )

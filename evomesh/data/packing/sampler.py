@@ -118,6 +118,7 @@ class PackSampler:
                 f"step {position.step} needs {size} packs, the data has {self.pass_packs}",
                 where="data.rampup_batch_size",
                 fix="add data, or lower data.micro_num",
+                code="EVO-DATA-017",
             )
         epoch, offset = self._start_of_step(position, size)
         return self.permutation(epoch)[offset : offset + size], epoch, offset + size
@@ -223,6 +224,7 @@ class PackSampler:
                     expected="the data that the checkpoint was trained on",
                     fix="restore it, or load only the weights: "
                     'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+                    code="EVO-DATA-020",
                 )
         # Ramp-up and unit count packs of the global batch: those of the checkpoint keep
         # the steps in another layout.

@@ -163,6 +163,7 @@ class StagedCorpus:
                 where=error.where,
                 expected=error.expected,
                 fix=error.fix,
+                code=error.code,
             ) from None
         assert isinstance(sampler, PackSampler | MixedSampler)
         return sampler
@@ -226,6 +227,7 @@ def _resume_position(sampler: StagedSampler, state: dict[str, Any]) -> SamplerPo
                 where="data.stages",
                 fix="do not load the position: ckpt.load_ckpt_info=dict(path=..., "
                 'content=("model", "optimizer", "scheduler")), auto_resume=False',
+                code="EVO-DATA-020",
             )
     return sampler.resume(state)
 

@@ -354,4 +354,5 @@ def _other_data(what: str, before: object, now: object) -> UserError:
         expected="the data and the stages that the checkpoint was trained with; later stages may change",
         fix="restore them, or load only the weights: "
         'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+        code="EVO-DATA-020",
     )

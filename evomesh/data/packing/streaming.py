@@ -328,6 +328,7 @@ class StreamingData:
                 f"the data changed since the checkpoint ({state.get('manifest')} -> {self.manifest['hash']})",
                 where="data.train_folder",
                 fix="restore the old files and tokenizer, or load only the checkpoint's weights",
+                code="EVO-DATA-020",
             )
         has_lanes = all(str(lane) in state["lanes"] for lane in lanes)
         if state["num_lanes"] != num_lanes or not has_lanes:
@@ -336,6 +337,7 @@ class StreamingData:
                 f"this run's have {num_lanes}",
                 where="data.micro_num x data-parallel size",
                 expected="the same global batch; streaming data cannot change it on a resume",
+                code="EVO-DATA-020",
             )
 
 

@@ -76,6 +76,7 @@ class UnusedRows:
             where=where,
             expected="at least one row that is long enough",
             fix=f"lower {key} to {self.longest} or less, or add longer texts",
+            code="EVO-DATA-018",
         )
 
 
@@ -126,6 +127,7 @@ def check_ids(largest: int, vocab_size: int, tokenizer: Tokenizer, where: str) -
             where=where,
             expected=f"ids below model.vocab_size={vocab_size}",
             fix=f"set model.vocab_size to at least {tokenizer.vocab_size}, the tokenizer's",
+            code="EVO-DATA-006",
         )
 
 

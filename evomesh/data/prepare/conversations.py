@@ -180,6 +180,7 @@ def _check_files(
                 where=name,
                 expected=f"messages of {', '.join(options.roles)} that are not excluded",
                 fix="check --train-on, --max-length and the flags of the messages, or leave the file out",
+                code="EVO-DATA-015",
             )
         start = end
 
@@ -199,6 +200,7 @@ def _check_sets(
         where="--split-ratio",
         expected=f"messages of {', '.join(options.roles)} in both sets",
         fix="give more conversations, or draw others with --seed",
+        code="EVO-DATA-015",
     )
 
 
@@ -209,6 +211,7 @@ def _check_roles(roles: Sequence[str]) -> None:
             f"no role {', '.join(roles)!r}",
             where="--train-on",
             expected=f"one or more of {', '.join(ROLES)}",
+            code="EVO-CLI-002",
         )
 
 
@@ -221,6 +224,7 @@ def _output_paths(output: Path, split_ratio: float) -> list[Path]:
             f"{output} is one file, but --split-ratio writes two",
             where="output",
             expected=f"a folder, in which {' and '.join(SPLIT_FILES)} are written",
+            code="EVO-CLI-006",
         )
     return [output / name for name in SPLIT_FILES]
 
@@ -241,7 +245,9 @@ def _count_conversations(files: list[SourceFile]) -> dict[str, int]:
     if not sizes.total():
         first = files[0]
         where = str(first.path)
-        raise UserError("the input contains no conversation", where=where)
+        raise UserError(
+            "the input contains no conversation", where=where, code="EVO-DATA-007"
+        )
     return sizes
 
 
@@ -253,6 +259,7 @@ def _draw_held_out(total: int, options: ChatOptions) -> NDArray[np.bool_]:
             f"a ratio of {options.split_ratio} leaves one of the two sets empty ({total} conversations)",
             where="--split-ratio",
             expected="a ratio that puts at least one conversation in each set",
+            code="EVO-DATA-015",
         )
     rng = np.random.RandomState(options.seed)
     chosen = rng.choice(total, count, replace=False)
@@ -281,6 +288,7 @@ def _encode(
                     where=record.where,
                     expected=error.expected,
                     fix=error.fix,
+                    code=error.code,
                 ) from None
         return encoded
 

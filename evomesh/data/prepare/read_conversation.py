@@ -84,6 +84,7 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
             f"tools is of type {json_kind(tools)}",
             where=record.where,
             expected="a list of JSON schemas",
+            code="EVO-DATA-014",
         )
     return tools
 
@@ -97,7 +98,9 @@ def _parse_json_text(text: str, key: str, record: SourceRecord) -> Any:
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{key} is not JSON ({error})", where=record.where) from None
+        raise UserError(
+            f"{key} is not JSON ({error})", where=record.where, code="EVO-DATA-014"
+        ) from None
 
 
 def _get_list(value: Any, key: str, record: SourceRecord) -> list[Any]:
@@ -111,6 +114,7 @@ def _get_list(value: Any, key: str, record: SourceRecord) -> list[Any]:
         f"{key} {found}",
         where=record.where,
         expected="a list of at least one message",
+        code="EVO-DATA-014",
     )
 
 
@@ -141,6 +145,7 @@ def _read_message(
             f"the role {role!r} is unknown",
             where=record.where,
             expected=f"one of {', '.join(ROLES)}",
+            code="EVO-DATA-014",
         )
     is_muted = _is_muted(entry, record)
     return ChatMessage(role, text, role in roles and not is_muted, extra)
@@ -163,6 +168,7 @@ def _is_muted(
                 f"{key} of a message is {value!r}",
                 where=record.where,
                 expected="true or 1: a target; false or 0: none",
+                code="EVO-DATA-014",
             )
         if not value:
             return True
@@ -251,6 +257,7 @@ def _history(record: SourceRecord) -> list[tuple[str, str]]:
             "history has another form",
             where=record.where,
             expected="a list of [question, answer]",
+            code="EVO-DATA-014",
         )
     return [(question, answer) for question, answer in pairs]
 
@@ -279,6 +286,7 @@ def _refuse_unknown(
             where=record.where,
             expected=f"some of {', '.join(known)}",
             fix="remove them, or rename them to what they mean",
+            code="EVO-DATA-014",
         )
 
 
@@ -288,7 +296,9 @@ def _get(value: Any, key: str, record: SourceRecord) -> Any:
         return value[key]
     keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
     raise UserError(
-        f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where
+        f"the record has no key {key!r} (it has: {keys or 'none'})",
+        where=record.where,
+        code="EVO-DATA-014",
     )
 
 
@@ -299,5 +309,6 @@ def _get_text(value: Any, key: str, record: SourceRecord) -> str:
             f"{key} is of type {json_kind(text)}",
             where=record.where,
             expected="a string",
+            code="EVO-DATA-014",
         )
     return text

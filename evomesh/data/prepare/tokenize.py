@@ -144,6 +144,7 @@ def check_same_tokenizer(writer: BinWriter, tokenizer: Tokenizer) -> None:
             "the existing file was made with another tokenizer",
             where=str(writer.path),
             fix="omit --append to replace it",
+            code="EVO-DATA-019",
         )
 
 
@@ -178,6 +179,7 @@ def _require_token(tokenizer: Tokenizer, name: str, token_id: int | None) -> int
             where=str(tokenizer.path),
             expected=f"{name}_token in the tokenizer_config.json beside it",
             fix=f"add it there, or tokenize with --no-{name}",
+            code="EVO-TOKEN-005",
         )
     return token_id
 

@@ -71,6 +71,7 @@ def train_tokenizer(
                 f"{existing} exists: datasets made with it would no longer fit",
                 where=str(folder),
                 fix="choose another --output, or delete the file",
+                code="EVO-CLI-005",
             )
     texts = read_texts(files, text_field)
     train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[recipe.kind]
@@ -122,6 +123,7 @@ def _train_bpe(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes:
             f"{recipe.vocab_size} ids do not hold the 256 bytes and {len(special)} special tokens",
             where="--vocab-size",
             expected=f"at least {fewest}",
+            code="EVO-TOKEN-006",
         )
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
@@ -168,6 +170,7 @@ def _train_sentencepiece(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes
             expected="more than the 259 of the bytes, unk, bos and eos, the special tokens and the characters, "
             "and no more than the texts give",
             fix="choose another --vocab-size, or give more text",
+            code="EVO-TOKEN-006",
         ) from None
     return model.getvalue()
 
@@ -185,4 +188,5 @@ def _too_little_text(wanted: int, learned: int) -> UserError:
         f"the texts give only {learned} tokens, not {wanted}",
         where="--vocab-size",
         fix=f"give more text, or --vocab-size {learned}",
+        code="EVO-TOKEN-006",
     )

@@ -159,6 +159,7 @@ def _tar_members(path: Path) -> list[ArchiveMember]:
                     f"the member {info.name} is stored as a sparse file",
                     where=str(path),
                     fix="repack it without --sparse",
+                    code="EVO-DATA-012",
                 )
             if info.isreg():
                 found.append(info)
@@ -186,6 +187,7 @@ def _read_to_end(tar: tarfile.TarFile, path: Path, count: int) -> int:
             f"the archive is {state} at byte {tar.offset} (unpacked), after {count} file(s)",
             where=str(path),
             fix="copy or download it again",
+            code="EVO-DATA-012",
         )
     # A compressed tar stores its checksum at its end.
     unpacked_bytes = tar.offset + len(end_block)
@@ -208,6 +210,7 @@ def _zip_members(path: Path) -> list[ArchiveMember]:
                 f"the member {info.filename} is encrypted",
                 where=str(path),
                 fix="unpack the archive with its password first",
+                code="EVO-DATA-012",
             )
         # The size is that of the directory: zipfile reads no member past it.
         packed = info.compress_size
@@ -229,4 +232,5 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         where=str(path),
         expected=f"a complete {archive_kind(path)} file",
         fix="copy or download it again",
+        code="EVO-DATA-012",
     )

@@ -38,6 +38,7 @@ def check_encoding(name: str, where: str) -> str:
             f"no encoding {name!r}",
             where=where,
             expected="a name that Python knows, such as utf-8, gb18030, big5, shift_jis, utf-16 or latin-1",
+            code="EVO-DATA-011",
         ) from None
     return usual_name
 
@@ -90,6 +91,7 @@ class _RecodedStream(io.RawIOBase):
                 f"byte 0x{error.object[error.start]:02x} is not {self._encoding}",
                 where=f"{self._path} line {line}",
                 fix="name the file's encoding with --encoding (in a config: data.encoding)",
+                code="EVO-DATA-011",
             ) from None
         self._lines += text.count("\n")
         return text
@@ -111,7 +113,9 @@ def not_utf8(text: bytes, error: UnicodeDecodeError, where: str) -> UserError:
         if text.startswith(start):
             found += f": the file is {kind}"
             fix = fix_of_kind
-    return UserError(found, where=where, expected="text in UTF-8", fix=fix)
+    return UserError(
+        found, where=where, expected="text in UTF-8", fix=fix, code="EVO-DATA-011"
+    )
 
 
 def _guess(text: bytes) -> str:

@@ -44,6 +44,7 @@ def read_elements(stream: IO[bytes], path: str) -> Iterator[Any]:
             f"the file starts with {first!r}",
             where=path,
             expected="a list of records; if the file has one record per line, name it .jsonl",
+            code="EVO-DATA-009",
         )
     guarded = _GuardedStream(start, stream, path)
     try:
@@ -57,6 +58,7 @@ def read_elements(stream: IO[bytes], path: str) -> Iterator[Any]:
             where=guarded.where,
             expected="a list of records",
             fix="correct the record, or write the file again",
+            code="EVO-DATA-009",
         ) from None
 
 

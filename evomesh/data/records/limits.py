@@ -33,6 +33,7 @@ def record_too_long(where: str, fix: str = "") -> UserError:
         where=where,
         expected="one document per record",
         fix=fix or "split the text into several records",
+        code="EVO-DATA-013",
     )
 
 
@@ -43,6 +44,7 @@ def record_too_deep(where: str) -> UserError:
         where=where,
         expected="records with text, or conversations",
         fix="remove the record: no text needs such a depth",
+        code="EVO-DATA-013",
     )
 
 
@@ -55,6 +57,7 @@ def unpacks_too_far(where: str, packed_bytes: int) -> UserError:
         expected=f"at most {mebibytes(ALWAYS_UNPACKED)}, or {MAX_UNPACK_RATIO} times the packed size: "
         "text shrinks by a factor of 3 to 20",
         fix="if you trust the file, unpack it yourself and name the unpacked file",
+        code="EVO-DATA-013",
     )
 
 

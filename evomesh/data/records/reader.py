@@ -76,6 +76,7 @@ def _with_place(
             where=place,
             expected="a complete file",
             fix="copy or download it again",
+            code="EVO-DATA-009",
         ) from None
 
 
@@ -198,6 +199,7 @@ def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
                     expected=f"{len(names)} fields, as in line 1",
                     fix="quote fields that contain commas or line breaks, double the quotes inside them, "
                     "and separate fields by commas",
+                    code="EVO-DATA-009",
                 )
             lines.start_row()
     except csv.Error as error:
@@ -206,6 +208,7 @@ def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
             where=lines.where,
             expected="fields separated by commas; quotes inside a quoted field are doubled",
             fix="close or double the quotes of the row that starts there",
+            code="EVO-DATA-009",
         ) from None
     except UnicodeDecodeError as error:
         where = f"{file.full_path} after line {rows.line_num}"
@@ -222,6 +225,7 @@ def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
             f"reading .{file.format} files requires pyarrow",
             where=str(file.full_path),
             fix="pip install 'evomesh[streaming]'",
+            code="EVO-CLI-007",
         ) from None
     try:
         if file.format == "parquet":
@@ -238,6 +242,7 @@ def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
             f"not a valid {file.format} file ({error})",
             where=str(file.full_path),
             fix="copy or download it again",
+            code="EVO-DATA-009",
         ) from None
     except UnicodeDecodeError as error:
         where = f"{file.full_path} after row {number}"
@@ -275,6 +280,7 @@ def _parse_json(line: bytes, where: str) -> Any:
             where=where,
             expected="one JSON object per line",
             fix=_json_advice(line),
+            code="EVO-DATA-009",
         ) from None
 
 
@@ -301,6 +307,7 @@ def record_text(record: SourceRecord, field: str) -> str:
             where=record.where,
             expected=f"an object with the field {field!r}",
             fix="name a file that holds one list of records .json, and one with a record per line .jsonl",
+            code="EVO-DATA-010",
         )
     if field not in record.value:
         keys = ", ".join(record.value)
@@ -308,6 +315,7 @@ def record_text(record: SourceRecord, field: str) -> str:
             f"the record has no field {field!r} (it has: {keys or 'none'})",
             where=record.where,
             fix="name the field with --text-field NAME, or encode whole lines with --raw-lines",
+            code="EVO-DATA-010",
         )
     text = record.value[field]
     if not isinstance(text, str):
@@ -316,5 +324,6 @@ def record_text(record: SourceRecord, field: str) -> str:
             where=record.where,
             expected="a string",
             fix="name the field that holds the text: --text-field NAME",
+            code="EVO-DATA-010",
         )
     return text

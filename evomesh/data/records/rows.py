@@ -55,6 +55,7 @@ def _find_folder(name: str, key: str) -> Path:
             where=key,
             expected=TEXT_FOLDER,
             fix=f"hf download {name} --repo-type dataset",
+            code="EVO-DATA-001",
         )
     return cached
 
@@ -113,6 +114,7 @@ def _list_names(root: Path, key: str) -> dict[SourceFile, Path]:
             f"no data file in {root}",
             where=key,
             expected=f"{', '.join(FORMATS)} files, or .tar, .tar.gz or .zip archives of them",
+            code="EVO-DATA-002",
         )
     return names
 
@@ -140,6 +142,7 @@ def _select_subset(
         f"{root} has no folder or archive {subset!r} and no files of that format",
         where="data.subset_name",
         expected=choices,
+        code="EVO-DATA-016",
     )
 
 
@@ -301,7 +304,9 @@ class RowStream:
                 cursor = window.next_cursor
             if not found_text:
                 raise UserError(
-                    "no row contains any text", where=str(self.files[0].path.parent)
+                    "no row contains any text",
+                    where=str(self.files[0].path.parent),
+                    code="EVO-DATA-007",
                 )
             cursor = RowCursor(n=cursor.n, epoch=cursor.epoch + 1)
             found_text = False
@@ -358,7 +363,9 @@ class RowStream:
         except UserError as error:
             if isinstance(record.value, dict) and self.field not in record.value:
                 fix = 'name the text column: data.content_name="..."'
-                raise UserError(error.found, where=error.where, fix=fix) from None
+                raise UserError(
+                    error.found, where=error.where, fix=fix, code=error.code
+                ) from None
             raise
 
 

@@ -119,6 +119,7 @@ def find_source_files(inputs: list[str], encoding: str = UTF8) -> list[SourceFil
                     where=real_path,
                     expected="every file once",
                     fix=f"remove {item}, or narrow one of the two",
+                    code="EVO-DATA-024",
                 )
         found += files
     return [replace(file, encoding=encoding) for file in found]
@@ -135,6 +136,7 @@ def _find_input(item: str) -> list[SourceFile]:
             f"no {', '.join(FORMATS)} file below {path}",
             where="input",
             fix="name the folder that holds them, or a file",
+            code="EVO-DATA-002",
         )
     return inside
 
@@ -149,6 +151,7 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
             f"no such file: {item}",
             where="input",
             expected="a file, a folder or a glob that matches files",
+            code="EVO-DATA-001",
         )
     found: list[SourceFile] = []
     for path in paths:
@@ -164,6 +167,7 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
                 where=str(path),
                 expected=f"a name that ends in .{', .'.join(FORMATS)}, a text format followed by .gz or .zst, "
                 "or a .tar, .tar.gz, .tgz or .zip of such files",
+                code="EVO-DATA-008",
             )
         found += files
     return found
@@ -200,6 +204,7 @@ def _source_files_at(path: Path) -> list[SourceFile]:
             "archives of this kind are not supported",
             where=str(path),
             fix="unpack it, or repack it as a .tar.gz",
+            code="EVO-DATA-012",
         )
     candidates: Sequence[ArchiveMember | None] = (
         list_members(path) if archive_kind(path) else [None]
@@ -284,6 +289,7 @@ def _readable(file: SourceFile, raw: IO[bytes]) -> Iterator[IO[bytes]]:
                 f"cannot read the file: {error}",
                 where=where,
                 fix="copy or download it again",
+                code="EVO-DATA-009",
             ) from None
         yield copy
 
@@ -297,6 +303,7 @@ def _open(path: Path) -> IO[bytes]:
                 where=str(path),
                 expected="a regular file (it may be compressed)",
                 fix="write what it yields to a file first",
+                code="EVO-DATA-001",
             )
         return path.open("rb")
     except OSError as error:
@@ -304,4 +311,5 @@ def _open(path: Path) -> IO[bytes]:
             f"cannot read the file: {error.strerror}",
             where=str(path),
             fix=fix_for(error.errno),
+            code="EVO-DATA-001",
         ) from None

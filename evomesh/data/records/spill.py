@@ -46,4 +46,5 @@ def _cannot_spill(error: OSError, where: str, folder: str, written: int) -> User
         where=where,
         expected="room for the unpacked file in the temporary folder",
         fix=f"export TMPDIR=FOLDER with more room, or unpack the file yourself; {fix_for(error.errno)}",
+        code="EVO-DATA-026",
     )

@@ -111,6 +111,7 @@ def _ambiguous(
         where=key,
         expected=f"one of {', '.join(names)}, or {ALL_SPLITS!r} for every file",
         fix=f"choose one: {key}={example!r}",
+        code="EVO-DATA-016",
     )
 
 
@@ -136,6 +137,7 @@ def _find_split(names: Sequence[str], wanted: str, key: str, folder: Path) -> st
         f"{folder} has no split {wanted!r}",
         where=key,
         expected=f"{choices}, or {ALL_SPLITS!r} for every file",
+        code="EVO-DATA-016",
     )
 
 

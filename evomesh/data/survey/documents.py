@@ -327,6 +327,7 @@ def open_folder(
                 "no token file and no text file below the folder",
                 where=str(root),
                 expected="TYPE/NAME.bin with its .meta, or jsonl, json, csv, txt, parquet or arrow files",
+                code="EVO-DATA-002",
             )
     else:
         has_bins = root.suffix == ".bin"

@@ -302,12 +302,14 @@ class BinDataset:
                 where=bad.location(self.path, row + 1, start),
                 expected=bad.expected,
                 fix=f"list every bad line: evomesh data verify {self.path}",
+                code="EVO-DATA-005",
             ) from None
         if len(tokens) != declared:
             raise UserError(
                 f"the meta declares {declared} tokens, the line has {len(tokens)}",
                 where=f"{self.path} line {row + 1} (meta row {row}, byte {start})",
                 fix=rebuild(self.path),
+                code="EVO-DATA-004",
             )
         return np.array(tokens, dtype=np.int64)
 
@@ -322,12 +324,14 @@ class BinDataset:
                     where=f"{self.path}.meta row {wrong}",
                     expected=f"nearest line starts: byte {before} and byte {after}",
                     fix=rebuild(self.path),
+                    code="EVO-DATA-004",
                 )
         if inner := line.count(b"\n", 0, len(line) - 1):
             raise UserError(
                 f"there are {inner + 1} lines between this row and the next: the meta lacks rows",
                 where=f"{self.path}.meta row {row} (byte {start})",
                 fix=rebuild(self.path),
+                code="EVO-DATA-004",
             )
 
     def _line_around(self, offset: int) -> tuple[int, int]:
@@ -350,6 +354,7 @@ class BinDataset:
             where=f"{self.path} line {int(rows[document]) + 1}",
             expected=f"ids below model.vocab_size={self.vocab_size}",
             fix="set model.vocab_size to the tokenizer's size, or tokenize with the model's tokenizer",
+            code="EVO-DATA-006",
         )
 
     def _check_end(self) -> None:
@@ -359,6 +364,7 @@ class BinDataset:
                 "the meta has no rows",
                 where=f"{self.path}.meta",
                 fix=rebuild(self.path),
+                code="EVO-DATA-004",
             )
         last = len(self.rows) - 1
         line = self.line(last)
@@ -368,6 +374,7 @@ class BinDataset:
                 f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) after the last of them",
                 where=f"{self.path}.meta",
                 fix=rebuild(self.path),
+                code="EVO-DATA-004",
             )
         if not line.rstrip().endswith(b"}"):
             start = int(self.rows[last, 0])
@@ -378,6 +385,7 @@ class BinDataset:
                 if last
                 else "a complete line",
                 fix=f"drop the torn line: evomesh data repair {self.path}",
+                code="EVO-DATA-005",
             )
 
 
@@ -466,4 +474,5 @@ def without_target(tokens: int, where: str) -> UserError:
         expected="documents with positive ids, which the loss counts",
         fix="check which roles were trained on when the conversations were tokenized (--train-on), and that documents "
         "are longer than one token",
+        code="EVO-DATA-015",
     )

@@ -81,6 +81,7 @@ def write_cache(bin_path: Path) -> int:
                 f"the lines hold {filled:,} tokens, the meta declares {total:,}",
                 where=str(bin_path),
                 fix=rebuild(bin_path),
+                code="EVO-DATA-004",
             )
         with report_disk_errors(cache_path(bin_path)):
             locked.flush()
@@ -104,12 +105,15 @@ def _parse_one_by_one(
         try:
             tokens = parse_line(line)
         except BadLineError as bad:
-            raise UserError(bad.found, where=where, expected=bad.expected) from None
+            raise UserError(
+                bad.found, where=where, expected=bad.expected, code="EVO-DATA-004"
+            ) from None
         if len(tokens) != length:
             raise UserError(
                 f"the meta declares {length} tokens, the line has {len(tokens)}",
                 where=where,
                 fix=rebuild(bin_path),
+                code="EVO-DATA-004",
             )
         parsed += tokens
     return np.array(parsed, np.int64)

@@ -38,13 +38,16 @@ def check_file(path: Path) -> int:
                 start = file.read(6)
     except OSError as error:
         raise UnreadableFileError(
-            f"cannot read the token file: {error.strerror}", where=str(path)
+            f"cannot read the token file: {error.strerror}",
+            where=str(path),
+            code="EVO-DATA-001",
         ) from None
     if size == 0:
         raise UserError(
             "the token file is empty (0 bytes)",
             where=str(path),
             fix="delete it or tokenize again",
+            code="EVO-DATA-007",
         )
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
@@ -53,5 +56,6 @@ def check_file(path: Path) -> int:
                 where=str(path),
                 expected="plain lines",
                 fix=f"decompress it first, then: evomesh data repair {path}",
+                code="EVO-DATA-008",
             )
     return size

@@ -34,7 +34,9 @@ def read_fingerprint(bin_path: str | Path) -> dict[str, Any] | None:
         if isinstance(record, dict):
             return record
         found = "not a JSON object"
-    raise UserError(found, where=str(path), fix="delete it or tokenize again")
+    raise UserError(
+        found, where=str(path), fix="delete it or tokenize again", code="EVO-DATA-004"
+    )
 
 
 def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:
@@ -52,6 +54,7 @@ def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:
                 expected=f"ids below model.vocab_size={vocab_size}",
                 fix=f"set model.vocab_size to at least {record.get('vocab_size', record['max_id'] + 1)}, "
                 "or tokenize with the model's tokenizer",
+                code="EVO-DATA-006",
             )
 
 
@@ -73,4 +76,5 @@ def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
             where="data.train_folder and data.valid_folder",
             expected="one tokenizer",
             fix="tokenize one of them again, or set data.allow_tokenizer_mismatch=True",
+            code="EVO-DATA-019",
         )

@@ -89,7 +89,10 @@ def find_bins(path: str) -> list[TokenFile]:
         files = list(walk(root, ".bin"))
         if not files:
             raise UserError(
-                "no .bin file below the folder", where=str(root), expected=TREE
+                "no .bin file below the folder",
+                where=str(root),
+                expected=TREE,
+                code="EVO-DATA-002",
             )
         return files
     try:
@@ -100,6 +103,7 @@ def find_bins(path: str) -> list[TokenFile]:
             where=str(root),
             expected="a .bin file, or a folder with such files",
             fix=fix_for(error.errno),
+            code="EVO-DATA-001",
         ) from None
     # A pipe would block forever, and every file is read twice.
     if not stat.S_ISREG(mode) or root.suffix != ".bin":
@@ -108,12 +112,14 @@ def find_bins(path: str) -> list[TokenFile]:
             where=str(root),
             expected="a regular file whose name ends in .bin, or a folder with such files",
             fix="tokenize text into one: evomesh tokenize TEXT --output DIR/TYPE/NAME.bin --tokenizer T",
+            code="EVO-DATA-008",
         )
     if not os.access(root, os.R_OK):
         raise UserError(
             "cannot read it: Permission denied",
             where=str(root),
             fix=fix_for(errno.EACCES),
+            code="EVO-DATA-001",
         )
     return [TokenFile(root, str(root))]
 
@@ -160,6 +166,7 @@ def check_folder(folder: str | Path, key: str, expected: str = TREE) -> Path:
             f"cannot read the folder {path}: {error.strerror} (as user {user_name()})",
             where=key,
             expected=expected,
+            code="EVO-DATA-001",
         ) from None
     return path
 
@@ -181,6 +188,7 @@ def find_files(
                 where=str(meta.path),
                 expected=str(meta.path).removesuffix(".meta"),
                 fix="restore the .bin, or delete the .meta",
+                code="EVO-DATA-003",
             )
     if not files:
         entries = sorted(os.listdir(folder))
@@ -192,6 +200,7 @@ def find_files(
             where=key,
             expected=TREE,
             fix=f"tokenize text into it: evomesh tokenize TEXT --output {folder}/en/data.bin --tokenizer T",
+            code="EVO-DATA-002",
         )
     return (
         files
@@ -218,6 +227,7 @@ def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[Tok
             "\n".join([header, *problems]),
             where=str(order_path),
             fix=f"rewrite it: evomesh data order {folder} --output {order_path}",
+            code="EVO-DATA-025",
         )
     return [by_name[name] for name in listed]
 
@@ -250,6 +260,7 @@ def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
                 where=str(file.path),
                 expected=TREE,
                 fix=f"move it (and its .meta) into a folder such as {folder}/en/",
+                code="EVO-DATA-021",
             )
     types = sorted({file.type for file in files})
     for file in files:
@@ -260,6 +271,7 @@ def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
                 where=str(file.path),
                 expected=rule,
                 fix=f"rename the inner folder {inner[0]}",
+                code="EVO-DATA-021",
             )
     return types
 
@@ -279,6 +291,7 @@ def match_key(file: str, keys: Iterable[str], where: str) -> str | None:
             f"{file} matches several keys: {', '.join(matches)}",
             where=where,
             expected="at most one key that is part of the path",
+            code="EVO-DATA-022",
         )
     return matches[0] if matches else None
 
@@ -293,7 +306,9 @@ def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
     names = [file.name for file in walk(root, suffix)]
     if not names:
         raise UserError(
-            f"no file ending in {suffix!r} below {folder}", where="data folder"
+            f"no file ending in {suffix!r} below {folder}",
+            where="data folder",
+            code="EVO-DATA-002",
         )
     with write_atomically(output) as file:
         file.writelines(f"{name}\n".encode() for name in names)

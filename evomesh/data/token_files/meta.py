@@ -45,6 +45,7 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             where=str(bin_path),
             expected=str(path),
             fix=rebuild(bin_path),
+            code="EVO-DATA-003",
         )
     _check_header(path, bin_path)
     is_small = path.stat().st_size < MAP_BYTES
@@ -58,6 +59,7 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             where=str(path),
             expected="shape (N, 2): byte offset and token count of each line",
             fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
     if rows.dtype not in (np.dtype("<i4"), np.dtype("<i8")):
         raise UserError(
@@ -65,6 +67,7 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             where=str(path),
             expected="<i4 (int32) or <i8 (int64), little-endian",
             fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
     # InternEvo's own tokenizer writes int32 offsets. Past 2 GiB they wrap to negative
     # numbers, and from 4 GiB on to offsets of other lines, which nothing else notices.
@@ -75,6 +78,7 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             where=str(path),
             expected="an int64 meta",
             fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
     _check_rows(rows, size, path, bin_path)
     return rows
@@ -84,7 +88,10 @@ def _check_header(path: Path, bin_path: Path) -> None:
     size = path.stat().st_size
     if size == 0:
         raise UserError(
-            "the meta is empty (0 bytes)", where=str(path), fix=rebuild(bin_path)
+            "the meta is empty (0 bytes)",
+            where=str(path),
+            fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
     # NumPy's own messages name neither the file nor what to do, and np.load of a pickle
     # must never be reached.
@@ -97,6 +104,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
                 where=str(path),
                 expected="a NumPy array of (byte offset, tokens) rows",
                 fix=rebuild(bin_path),
+                code="EVO-DATA-004",
             )
         file.seek(0)
         try:
@@ -106,6 +114,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
                 f"the meta has a broken .npy header ({error})",
                 where=str(path),
                 fix=rebuild(bin_path),
+                code="EVO-DATA-004",
             ) from None
         if dtype.hasobject:
             raise UserError(
@@ -113,6 +122,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
                 where=str(path),
                 expected="an int32 or int64 array",
                 fix=rebuild(bin_path),
+                code="EVO-DATA-004",
             )
         expected = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
@@ -121,6 +131,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
             f"the meta is {kind}: {size:,} bytes, its header declares {expected:,} (shape {shape})",
             where=str(path),
             fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
 
 
@@ -129,7 +140,11 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
 
     def refuse(row: int, found: str, expected: str) -> UserError:
         return UserError(
-            found, where=f"{path} row {row}", expected=expected, fix=rebuild(bin_path)
+            found,
+            where=f"{path} row {row}",
+            expected=expected,
+            fix=rebuild(bin_path),
+            code="EVO-DATA-004",
         )
 
     if len(rows) == 0:

@@ -48,6 +48,7 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
                 f"cannot write there: {error.strerror}",
                 where=str(path),
                 fix=fix_for(error.errno) or "write to another folder",
+                code="EVO-DATA-026",
             ) from None
         # Another run may have taken it for a dead part, and removed it, before it was
         # locked.
@@ -124,4 +125,5 @@ def report_disk_errors(path: Path) -> Iterator[None]:
             f"cannot write: {error.strerror}",
             where=str(path),
             fix=fix_for(error.errno) or "free space there, or write elsewhere",
+            code="EVO-DATA-026",
         ) from None

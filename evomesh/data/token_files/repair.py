@@ -40,6 +40,7 @@ def repair(path: Path) -> str:
                     where=bad.location(path, number, position),
                     expected=bad.expected,
                     fix="a broken line cannot be repaired: tokenize the source again, or delete this line",
+                    code="EVO-DATA-005",
                 ) from None
             lengths.append(len(tokens))
             starts.append(position)
@@ -49,6 +50,7 @@ def repair(path: Path) -> str:
             "the file has no complete line",
             where=str(path),
             fix="tokenize the source again",
+            code="EVO-DATA-007",
         )
 
     # 2. Move the torn line, then write the meta of the others.

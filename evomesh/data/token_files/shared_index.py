@@ -72,6 +72,7 @@ def shared_array(
                 f"cannot write the shared index: {error.strerror}",
                 where=str(folder),
                 fix="free space there, set data.shm_path to another folder, or data.use_shm=False",
+                code="EVO-DATA-026",
             ) from None
     with suppress(OSError):  # mark it as used; another user's file cannot be marked
         os.utime(path)

@@ -248,6 +248,7 @@ def _refuse_shared_file(
                 where=str(file.path),
                 expected="training and validation data in separate folders",
                 fix="name the folder of the training data alone as PATH",
+                code="EVO-DATA-024",
             )
 
 

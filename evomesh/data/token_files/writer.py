@@ -46,13 +46,16 @@ class BinWriter:
                 f"{self.path.name!r} does not end in .bin",
                 where="output",
                 expected="DIR/TYPE/NAME.bin",
+                code="EVO-CLI-006",
             )
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot create the folder: {error}", where=str(folder)
+                f"cannot create the folder: {error}",
+                where=str(folder),
+                code="EVO-DATA-026",
             ) from None
         remove_dead_parts(self.path)
         self._part, self._file = open_part(self.path)
@@ -145,6 +148,7 @@ class BinWriter:
                 where=str(self.path),
                 expected="at least one",
                 fix="check the input: empty lines, an empty list or a header alone are not documents",
+                code="EVO-DATA-007",
             )
         lengths = np.concatenate(self._lengths)
         sizes = np.concatenate(self._sizes)

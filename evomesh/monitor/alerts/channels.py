@@ -129,6 +129,7 @@ def address_of(key: str, text: str, environment: Mapping[str, str]) -> str:
         f"the address in {text} {problem}",
         where=key,
         expected="https://HOST/PATH",
+        code="EVO-ALERT-001",
     )
 
 
@@ -140,6 +141,7 @@ def _resolved(key: str, value: Any, environment: Mapping[str, str]) -> Any:
             "the recorded config does not contain this secret",
             where=key,
             expected="env:NAME in the config, and the variable in this process's environment",
+            code="EVO-ALERT-001",
         )
     if not value.startswith(ENVIRONMENT_PREFIX):
         return value
@@ -149,6 +151,7 @@ def _resolved(key: str, value: Any, environment: Mapping[str, str]) -> Any:
             f"the environment variable {name} is not set",
             where=key,
             fix=f"export {name}=..., in the environment of every rank",
+            code="EVO-ALERT-001",
         )
     return environment[name]
 
@@ -166,12 +169,14 @@ def _custom_channel(name: str, kind: str, settings: Mapping[str, Any]) -> AlertC
             f"the channel cannot be made: {reason}",
             where=name,
             expected="module:callable that can be imported and takes the other options as keywords",
+            code="EVO-ALERT-001",
         ) from None
     if not callable(getattr(channel, "send", None)):
         raise UserError(
             f"{kind} returned a {type(channel).__name__} without a method send",
             where=name,
             expected="an object with send(alert)",
+            code="EVO-ALERT-001",
         )
     result: AlertChannel = channel
     return result

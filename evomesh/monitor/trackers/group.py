@@ -47,6 +47,7 @@ def build_tracker(setting: Mapping[str, Any]) -> Tracker:
             f"the package {package} is not installed",
             where=f"{TRACKERS}, type {kind!r}",
             fix="pip install 'evomesh[trackers]'",
+            code="EVO-CLI-007",
         )
     try:
         tracker_class = custom_trackers.get(kind) or _import_class(kind)
@@ -56,6 +57,7 @@ def build_tracker(setting: Mapping[str, Any]) -> Tracker:
             f"tracker {kind!r} cannot be used: {error}",
             where=TRACKERS,
             expected="MODULE:CLASS that can be imported and takes the other options",
+            code="EVO-ALERT-002",
         ) from None
     return tracker
 

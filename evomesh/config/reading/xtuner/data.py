@@ -32,6 +32,7 @@ def translate_data(out: Translation) -> None:
             DATASET,
             f"found {shown(dataset)}",
             expected="dict(type=build_packed_dataset, ...)",
+            code="EVO-CONFIG-014",
         )
         return
     loader_key = (
@@ -50,6 +51,7 @@ def translate_data(out: Translation) -> None:
             f"{loader_key}.type",
             f"unknown dataset {loader or shown(dataset)}",
             expected=expected,
+            code="EVO-CONFIG-014",
         )
         return
     _put_packing(out)
@@ -67,6 +69,7 @@ def _put_token_files(out: Translation, key: str) -> None:
             f"{key}.folder",
             f"found {shown(folder)}",
             expected="the folder of the .bin files",
+            code="EVO-CONFIG-014",
         )
         return
     out.put("data.train_folder", folder, f"{key}.folder")
@@ -82,6 +85,7 @@ def _put_token_files(out: Translation, key: str) -> None:
             f"{key}.file_type",
             f"found {suffix!r}",
             expected='".bin": token files end so',
+            code="EVO-CONFIG-014",
         )
 
 
@@ -106,7 +110,10 @@ def _put_packing(out: Translation) -> None:
     packs = f"{DATASET}.pack_to_max_length"
     if settings.get(packs, True) is False:
         settings.problem(
-            packs, "False: samples are padded", expected="True: evomesh always packs"
+            packs,
+            "False: samples are padded",
+            expected="True: evomesh always packs",
+            code="EVO-CONFIG-014",
         )
     sequence = settings.whole("sequence_parallel_size", 1)
     if sequence > 1 and length % sequence:
@@ -114,6 +121,7 @@ def _put_packing(out: Translation) -> None:
             "sequence_parallel_size",
             f"{sequence} does not divide max_length={length}",
             expected=f"max_length={length // sequence * sequence or sequence}, or a divisor of {length}",
+            code="EVO-CONFIG-008",
         )
 
 
@@ -134,6 +142,7 @@ def _put_batch(out: Translation) -> None:
             key,
             f"{size} with use_varlen_attn=True",
             expected="1: a longer max_length instead",
+            code="EVO-CONFIG-014",
         )
     remark = f"{counts} micro-iterations x batch_size {size}"
     out.put(

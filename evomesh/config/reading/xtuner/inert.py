@@ -131,4 +131,4 @@ def _add_unknown(out: Translation, key: str, value: Any) -> None:
     section, _, name = key.rpartition(".")
     near = difflib.get_close_matches(name, out.settings.used_below(section), n=1)
     fix = f"did you mean {section}.{near[0]}?" if near else "remove it"
-    out.settings.problem(key, f"unknown key {name!r}", fix=fix)
+    out.settings.problem(key, f"unknown key {name!r}", fix=fix, code="EVO-CONFIG-001")

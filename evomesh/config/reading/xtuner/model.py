@@ -59,6 +59,7 @@ def translate_model(out: Translation) -> None:
             PRETRAINED,
             f"found {shown(name)}",
             expected="a Hugging Face folder or a hub id such as owner/model",
+            code="EVO-CONFIG-014",
         )
         return
     _put_sizes(out, name)
@@ -85,6 +86,7 @@ def _is_refused(settings: XTunerSettings) -> bool:
                 key,
                 f"{adapter} is not part of evomesh, which trains all weights",
                 fix="take a full fine-tuning config (evomesh xtuner list-cfg), or train the adapter with XTuner",
+                code="EVO-CONFIG-009",
             )
             return True
     kind = last_name(settings.get("model.type"))
@@ -93,12 +95,14 @@ def _is_refused(settings: XTunerSettings) -> bool:
             "model.type",
             f"{kind or 'no type'} is not part of evomesh",
             expected="SupervisedFinetune: a language model, trained on all weights",
+            code="EVO-CONFIG-009",
         )
     elif settings.get("model.freeze_llm"):
         settings.problem(
             "model.freeze_llm",
             "frozen weights are not part of evomesh",
             fix="remove it",
+            code="EVO-CONFIG-009",
         )
     return kind != "SupervisedFinetune"
 
@@ -150,6 +154,7 @@ def _find_model(out: Translation, name: str) -> tuple[ModelConfig, str] | None:
             f"{name!r} is neither a folder nor in the local Hugging Face cache",
             expected="a folder with config.json and weights, or the id of a downloaded model",
             fix=download,
+            code="EVO-HF-001",
         )
         return None
     out.warn(
@@ -183,6 +188,7 @@ def _check_length(out: Translation) -> None:
             f"{wanted} positions with a model of {trained} mean linear rotary scaling, which is not part of evomesh",
             expected=f"at most {trained}",
             fix="remove it, or set model.rope_base (--set model.rope_base=...) for longer sequences",
+            code="EVO-CONFIG-009",
         )
 
 

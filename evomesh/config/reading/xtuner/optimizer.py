@@ -36,6 +36,7 @@ def translate_optimizer(out: Translation) -> None:
             f"{OPTIMIZER}.type",
             f"{kind or 'no optimizer'} is not part of evomesh",
             expected="torch.optim.AdamW",
+            code="EVO-CONFIG-009",
         )
     lr = settings.number(f"{OPTIMIZER}.lr", 1e-3)
     out.put("adam.lr", lr, f"{OPTIMIZER}.lr")
@@ -63,6 +64,7 @@ def accumulation(settings: XTunerSettings) -> int:
             f"found {counts:g} micro-iterations in one step",
             expected=f"a whole number, such as {' or '.join(map(str, nearest))}",
             fix="evomesh batch shows the tokens of a step, and the settings that give the same",
+            code="EVO-CONFIG-014",
         )
     return 1
 
@@ -72,7 +74,10 @@ def _put_betas(out: Translation) -> None:
     betas = out.settings.get(key, (0.9, 0.999))
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         out.settings.problem(
-            key, f"found {shown(betas)}", expected="two numbers, such as (0.9, 0.95)"
+            key,
+            f"found {shown(betas)}",
+            expected="two numbers, such as (0.9, 0.95)",
+            code="EVO-CONFIG-014",
         )
         return
     out.put("adam.adam_beta1", betas[0], key)
@@ -86,7 +91,10 @@ def _put_clipping(out: Translation) -> None:
     kind = settings.get(f"{key}.norm_type", 2)
     if kind != 2:
         settings.problem(
-            f"{key}.norm_type", f"found {kind!r}", expected="2, the Euclidean norm"
+            f"{key}.norm_type",
+            f"found {kind!r}",
+            expected="2, the Euclidean norm",
+            code="EVO-CONFIG-014",
         )
     if norm is None:
         out.put("hybrid_zero_optimizer.clip_grad_norm", 0.0, key, "no clipping")
@@ -104,6 +112,7 @@ def _put_length(out: Translation) -> Length | None:
             "train_cfg",
             f"found max_epochs={epochs!r} and max_iters={iterations!r}",
             expected="exactly one of them",
+            code="EVO-CONFIG-014",
         )
         return None
     if epochs is not None:
@@ -143,7 +152,10 @@ def _put_schedule(out: Translation, length: Length, lr: float) -> None:
         ["LinearLR", "CosineAnnealingLR"],
     ):
         settings.problem(
-            key, f"found {', '.join(kinds) or shown(entries)}", expected=BOTH_KINDS
+            key,
+            f"found {', '.join(kinds) or shown(entries)}",
+            expected=BOTH_KINDS,
+            code="EVO-CONFIG-014",
         )
         return
     # mmengine compares the bounds of a schedule with its own counter: in other units
@@ -158,6 +170,7 @@ def _put_schedule(out: Translation, length: Length, lr: float) -> None:
             f"the schedule counts {theirs}, train_cfg counts {ours}",
             expected="both in the same unit",
             fix=f"by_epoch={length.by_epoch} in param_scheduler, with begin and end in {ours}",
+            code="EVO-CONFIG-014",
         )
         return
     if kinds[:1] == ["LinearLR"]:
@@ -178,6 +191,7 @@ def _put_warmup(out: Translation, entry: Mapping[str, Any], length: Length) -> N
             f"LinearLR from {entry.get('begin', 0)} to {end:g} of {length.value:g}, "
             f"to {entry.get('end_factor', 1.0)} of the rate",
             expected="a warm-up from 0 to within the training, to 1.0 of the rate",
+            code="EVO-CONFIG-014",
         )
         return
     out.put("lr_scheduler.warmup_ratio", end / length.value, key, "LinearLR end")
@@ -201,6 +215,7 @@ def _put_cosine(
             f"a cosine of {period:g} from {begin:g}, in a training of {length.value:g}",
             expected="one that ends where the training ends",
             fix=f"end={length.value:g} instead of T_max",
+            code="EVO-CONFIG-014",
         )
         return
     ratio = entry.get("eta_min_ratio")

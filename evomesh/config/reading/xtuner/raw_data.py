@@ -67,6 +67,7 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
             f"{arrow!r} is XTuner's Arrow data, which is not read",
             expected="None, and the folder of the raw files",
             fix="set folder, or make token files: python xtuner/tools/process_untokenized_datasets.py",
+            code="EVO-CONFIG-009",
         )
     for number, dataset in enumerate(_datasets(out, key, loader)):
         command = _command(out, dataset, folder / "raw" / f"dataset{number}.bin")
@@ -102,6 +103,7 @@ def _datasets(out: Translation, key: str, loader: str) -> list[RawDataset]:
                 f"{key}.datasets",
                 f"dataset {number} is {shown(member)}",
                 expected=", ".join(RAW_LOADERS[:3]),
+                code="EVO-CONFIG-014",
             )
     return found
 
@@ -127,6 +129,7 @@ def _command(
             f"{function} is not run: map functions of other packages are inert here",
             expected=", ".join(name or "None" for name in FORMATS),
             fix='write the data as {"messages": [{"role": ..., "content": ...}]} and take openai_map_fn',
+            code="EVO-CONFIG-014",
         )
         return None
     folder = find_model_folder(tokenizer)
@@ -168,6 +171,7 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
             key,
             f"found {shown(inner)}",
             expected='dict(type=load_dataset, path="json", ...)',
+            code="EVO-CONFIG-014",
         )
         return None
     # A name, a list of names, or one of the two for each split.
@@ -185,6 +189,7 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
         f"{path!r} is neither a file nor a folder",
         expected="data on this machine",
         fix=f"hf download --repo-type dataset {path} --local-dir data/{Path(path).name}, and give that folder",
+        code="EVO-DATA-001",
     )
     return None
 

@@ -112,7 +112,10 @@ def _put_start(out: Translation) -> None:
         path, resume = resume, True
     if path is not None and not isinstance(path, str):
         settings.problem(
-            "load_from", f"found {shown(path)}", expected="a path, or None"
+            "load_from",
+            f"found {shown(path)}",
+            expected="a path, or None",
+            code="EVO-CONFIG-014",
         )
         return
 

@@ -50,7 +50,9 @@ class XTunerSettings:
         """Return a number; anything else is a problem, and ``default``."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problem(key, f"found {shown(value)}", expected="a number")
+            self.problem(
+                key, f"found {shown(value)}", expected="a number", code="EVO-CONFIG-002"
+            )
             return default
         return value
 
@@ -59,16 +61,21 @@ class XTunerSettings:
         value = self.number(key, default)
         if value != int(value):
             self.problem(
-                key, f"found {value}", expected=f"a whole number, such as {int(value)}"
+                key,
+                f"found {value}",
+                expected=f"a whole number, such as {int(value)}",
+                code="EVO-CONFIG-002",
             )
             return default
         return int(value)
 
     def problem(
-        self, key: str, found: str, *, expected: str = "", fix: str = ""
+        self, key: str, found: str, *, code: str, expected: str = "", fix: str = ""
     ) -> None:
         where = f"{key} ({place})" if (place := self.origin(key)) else key
-        self.problems.append(UserError(found, where=where, expected=expected, fix=fix))
+        self.problems.append(
+            UserError(found, where=where, expected=expected, fix=fix, code=code)
+        )
 
     def origin(self, key: str) -> str:
         """Return "FILE:LINE NAME" of the assignment that decides a key: of ``lr = 4e-5`` for an ``lr=lr`` in it."""
