@@ -53,7 +53,13 @@ def seed_step(seed: int, step: int, dp_rank: int) -> None:
     # Distinct for all steps and ranks below a million: no two of them draw the same
     # numbers.
     mixed = (seed * 1_000_003 + step) * 1_000_003 + dp_rank
-    torch.manual_seed(mixed % 2**63)  # torch refuses numbers of more than 64 bits
+    number = mixed % 2**63  # torch refuses numbers of more than 64 bits
+    if torch.cuda.is_initialized():
+        torch.manual_seed(number)
+    else:
+        # For GPUs that nobody uses, torch.manual_seed would write down the call stack,
+        # which takes as long as a small model's forward.
+        torch.default_generator.manual_seed(number)
 
 
 def train_step(

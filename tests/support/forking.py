@@ -23,6 +23,7 @@ _LIBRARIES = (
     "transformers.models.llama.modeling_llama",
 )
 _HEAVY = ("evomesh.__main__", "evomesh.serve.page", "evomesh.evaluate.run")
+_LAST = ("tests.support.prepared", "tests.support.frozen")
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -30,7 +31,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 def context() -> ForkServerContext:
     """The context whose ``Process`` forks off the server; children have one compute thread."""
     ctx = multiprocessing.get_context("forkserver")
-    modules = [*filter(_exists, _LIBRARIES), *_own_modules(), "tests.support.frozen"]
+    modules = [*filter(_exists, _LIBRARIES), *_own_modules(), *_LAST]
     ctx.set_forkserver_preload(modules)
     kept = {name: os.environ.get(name) for name in _ONE_THREAD}
     # Read by the server when it imports torch.
