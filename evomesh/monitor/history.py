@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from evomesh.monitor.optional_output import OptionalOutput
+from evomesh.monitor.optional_output import OptionalOutput, missing_line_end
 
 HISTORY_FILE = "history.jsonl"
 
@@ -93,16 +93,10 @@ class HistoryFile:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        is_torn = False
-        if self._path.exists():
-            with self._path.open("rb") as earlier:
-                content_end = earlier.seek(0, 2)
-                earlier.seek(max(0, content_end - 1))
-                is_torn = earlier.read() not in (b"", b"\n")
         self._file = self._path.open("ab", buffering=0)
-        # A run that was killed may have left half a line.
-        if is_torn:
-            self._file.write(b"\n")
+        line_end = missing_line_end(self._path)
+        if line_end:
+            self._file.write(line_end)
 
     def _write(self, row: dict[str, Any]) -> None:
         file = self._file

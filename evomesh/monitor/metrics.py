@@ -82,8 +82,10 @@ class StepRecord:
         shown["fwd_bwd_time"] = round(self.fwd_bwd_time, 2)
         parts = []
         for name, value in shown.items():
-            if not name.startswith(("val/", "eval/")):
-                parts.append(f"{name}={value}")
+            is_validation = name.startswith(("val/", "eval/"))
+            if not is_validation:
+                part = f"{name}={value}"
+                parts.append(part)
         return ",".join(parts)
 
 

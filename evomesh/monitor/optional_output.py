@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -47,3 +48,14 @@ class OptionalOutput:
             file,
             outcome,
         )
+
+
+def missing_line_end(path: Path) -> bytes:
+    """Return what ends the last line of a file: a run that was killed may have left half a line."""
+    with path.open("rb") as file:
+        length = file.seek(0, 2)
+        last = max(0, length - 1)
+        file.seek(last)
+        end = file.read()
+    is_whole = end in (b"", b"\n")
+    return b"" if is_whole else b"\n"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evomesh.config.json_codec import float_word
-from evomesh.monitor.optional_output import OptionalOutput
+from evomesh.monitor.optional_output import OptionalOutput, missing_line_end
 
 SPIKES_FILE = "spikes.jsonl"
 NEW_RUN = "new run"
@@ -45,25 +45,24 @@ class SpikeLog:
         path = self._path
         if path is None:
             return
-        event, *others = row.items()
-        dated = dict([event, ("time", round(time.time(), 3)), *others])
-        text = json.dumps(_plain(dated), ensure_ascii=False, allow_nan=False)
-        encoded = text.encode(errors="backslashreplace")
+        line = _line(row)
 
         def add() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab", buffering=0) as file:
-                # A run that was killed may have left half a line.
-                file.write(_line_end(path) + encoded + b"\n")
+                file.write(missing_line_end(path) + line)
 
         self._output.attempt(add)
 
 
-def _line_end(path: Path) -> bytes:
-    with path.open("rb") as file:
-        end = file.seek(0, 2)
-        file.seek(max(0, end - 1))
-        return b"" if file.read() in (b"", b"\n") else b"\n"
+def _line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of JSON, with the time after its event."""
+    event, *others = row.items()
+    now = round(time.time(), 3)
+    dated = dict([event, ("time", now), *others])
+    plain = _plain(dated)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _plain(value: Any) -> Any:

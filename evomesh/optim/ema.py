@@ -37,8 +37,10 @@ class WeightEma:
             return
         weight = 1 - self.decay
         if is_left_out is None:
+            masters = list(self.averages)
             averages = list(self.averages.values())
-            torch._foreach_lerp_(averages, list(self.averages), weight)
+            torch._foreach_lerp_(averages, masters, weight)
             return
         for master, average in self.averages.items():
-            overwrite(average, average.lerp(master, weight), is_left_out)
+            moved = average.lerp(master, weight)
+            overwrite(average, moved, is_left_out)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from heapq import nlargest
 
 from evomesh.config.model import ModelConfig
 from evomesh.config.optimizer import OptimizerType
@@ -29,6 +31,14 @@ class GroupedParameter:
     settings: UpdateSettings
 
 
+@dataclass(frozen=True)
+class GroupRow:
+    """A row of the table: parameters of one group that are updated alike; their group's number begins at 1."""
+
+    number: int
+    settings: UpdateSettings
+
+
 def grouped_parameters(optimizer: ZeroOptimizer) -> dict[str, GroupedParameter]:
     """Return the trained parameters of the whole model by global name, those of other stages too."""
     own: dict[str, GroupedParameter] = {}
@@ -37,9 +47,11 @@ def grouped_parameters(optimizer: ZeroOptimizer) -> dict[str, GroupedParameter]:
         settings = optimizer.settings[slot.master]
         own[slot.name] = GroupedParameter(elements, settings)
     found: dict[str, GroupedParameter] = {}
+    stages = optimizer.grid.pp
+    of_stages = all_gather_objects(own, stages)
     # A tied embedding is in two stages under one name.
-    for stage in all_gather_objects(own, optimizer.grid.pp):
-        found |= stage
+    for parameters in of_stages:
+        found |= parameters
     return found
 
 
@@ -97,15 +109,20 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
     for name in names:
         kind = re.sub(r"\d+", "*", name)
         first_names.setdefault(kind, name)
+    nearest = nlargest(
+        SHOWN,
+        first_names,
+        key=partial(_likeness, pattern),
+    )
+    return [first_names[kind] for kind in nearest]
 
-    def likeness(kind: str) -> tuple[int, float]:
-        words = re.findall("[a-z0-9]+", pattern.lower())
-        in_common = [word for word in words if word in kind]
-        comparison = difflib.SequenceMatcher(None, pattern, kind)
-        return len(in_common), comparison.ratio()
 
-    kinds = sorted(first_names, key=likeness, reverse=True)
-    return [first_names[kind] for kind in kinds[:SHOWN]]
+def _likeness(pattern: str, kind: str) -> tuple[int, float]:
+    """Return the number of words in common, and how alike the two are by characters."""
+    words = re.findall("[a-z0-9]+", pattern.lower())
+    in_common = [word for word in words if word in kind]
+    comparison = difflib.SequenceMatcher(None, pattern, kind)
+    return len(in_common), comparison.ratio()
 
 
 def group_table(
@@ -113,17 +130,32 @@ def group_table(
 ) -> str:
     """Return the groups with their number of parameters, as a table; parameters without a group come last."""
     # A group has two rows if its parameters differ otherwise, such as by adam.no_decay.
-    elements: defaultdict[tuple[int, UpdateSettings], int] = defaultdict(int)
+    elements: Counter[GroupRow] = Counter()
     for name, parameter in parameters.items():
         number = group_number(name, groups) or len(groups) + 1
-        elements[number, parameter.settings] += parameter.elements
-    rows = [("group", "pattern", "parameters", "lr_scale", "weight_decay")]
-    ordered = sorted(elements, key=lambda key: (key[0], -elements[key]))
-    for number, settings in ordered:
-        label, pattern = "-", "all others" if groups else "all"
-        if number <= len(groups):
-            label, pattern = str(number), groups[number - 1].pattern
-        count = f"{elements[number, settings]:,}"
-        scale, decay = f"{settings.lr_scale:g}", f"{settings.weight_decay:g}"
-        rows.append((label, pattern, count, scale, decay))
-    return text_table(rows)
+        row = GroupRow(number, parameter.settings)
+        elements[row] += parameter.elements
+    columns = ("group", "pattern", "parameters", "lr_scale", "weight_decay")
+    table = [columns]
+    largest_first = [row for row, _ in elements.most_common()]
+    for row in sorted(largest_first, key=lambda row: row.number):
+        label, pattern = _names_of_row(row, groups)
+        settings = row.settings
+        scale = f"{settings.lr_scale:g}"
+        decay = f"{settings.weight_decay:g}"
+        count = f"{elements[row]:,}"
+        cells = (label, pattern, count, scale, decay)
+        table.append(cells)
+    return text_table(table)
+
+
+def _names_of_row(
+    row: GroupRow, groups: Sequence[ParameterGroupConfig]
+) -> tuple[str, str]:
+    """Return number and pattern of a row's group, as they are shown."""
+    if row.number <= len(groups):
+        group = groups[row.number - 1]
+        return str(row.number), group.pattern
+    if groups:
+        return "-", "all others"
+    return "-", "all"

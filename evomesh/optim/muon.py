@@ -118,10 +118,13 @@ class Muon(UpdateCounter):
         alike: dict[MatrixSharding, dict[object, list[MuonMatrix]]] = {}
         for slot in slots:
             master = slot.master
-            matrix = MuonMatrix(master, torch.zeros_like(master), settings[master])
+            momentum = torch.zeros_like(master)
+            matrix = MuonMatrix(master, momentum, settings[master])
             self._matrices[master] = matrix
-            kinds = alike.setdefault(_sharding_of(slot, grid), {})
-            kinds.setdefault((master.shape, master.dtype), []).append(matrix)
+            sharding = _sharding_of(slot, grid)
+            kinds = alike.setdefault(sharding, {})
+            kind = (master.shape, master.dtype)
+            kinds.setdefault(kind, []).append(matrix)
         self.batches: list[MatrixBatch] = []
         for sharding, kinds in alike.items():
             for matrices in kinds.values():

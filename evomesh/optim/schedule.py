@@ -62,8 +62,10 @@ def learning_rate(
     if decay is None or step < decay.start:
         return _shape_rate(step, config, adam, total_steps)
     top = _shape_rate(decay.start, config, adam, total_steps)
-    progress = min((step - decay.start) / decay.steps, 1.0)
-    factor = DECAYS[config.decay_type](progress)
+    since_decay = step - decay.start
+    progress = min(since_decay / decay.steps, 1.0)
+    decay_shape = DECAYS[config.decay_type]
+    factor = decay_shape(progress)
     return config.eta_min + (top - config.eta_min) * factor
 
 

@@ -62,7 +62,8 @@ class ScheduleFree(UpdateCounter):
         weight_sum = self._weight_sum + lr**2
         overwrite(self._weight_sum, weight_sum, found_inf)
         # 0 for as long as the learning rate is.
-        average_weight = lr**2 / weight_sum.clamp(min=torch.finfo(torch.float64).tiny)
+        tiny = torch.finfo(torch.float64).tiny
+        average_weight = lr**2 / weight_sum.clamp(min=tiny)
         correction = 1 - beta2 ** self._count.double()
         for master, own in self.settings.items():
             if master.grad is None:
@@ -70,8 +71,10 @@ class ScheduleFree(UpdateCounter):
             gradient = true_gradient(master.grad, grad_scale)
             sequence = self.sequences[master]
             squares = torch.lerp(gradient.square(), sequence.exp_avg_sq, beta2)
-            scale = (squares / correction).sqrt_().add_(self.eps)
-            direction = (gradient / scale).add_(master, alpha=own.weight_decay)
+            corrected = squares / correction
+            scale = corrected.sqrt_().add_(self.eps)
+            direction = gradient / scale
+            direction.add_(master, alpha=own.weight_decay)
             rate = lr * own.lr_scale
             moved = self._moved(master, sequence.z, direction, average_weight, rate)
             overwrite(master, moved, found_inf)

@@ -379,13 +379,14 @@ class ZeroOptimizer:
         self.wait_for_parameters()
         shards: dict[str, LocalShard] = {}
         for slot in self.slots:
+            master = slot.master
             tensors: dict[str, Tensor] = {}
             for rule in self._rules:
-                tensors |= rule.state_of(slot.master)
+                tensors |= rule.state_of(master)
             if self.ema is not None:
-                tensors["ema"] = self.ema.averages[slot.master]
+                tensors["ema"] = self.ema.averages[master]
             if slot.is_half or self._kept:
-                tensors["master"] = self._kept.get(slot.master, slot.master)
+                tensors["master"] = self._kept.get(master, master)
             for kind, tensor in tensors.items():
                 name = f"optim.{kind}.{slot.name}"
                 shards[name] = LocalShard(tensor, slot.spec)

@@ -54,7 +54,7 @@ def seed_step(seed: int, step: int, dp_rank: int) -> None:
     # numbers.
     mixed = (seed * 1_000_003 + step) * 1_000_003 + dp_rank
     number = mixed % 2**63  # torch refuses numbers of more than 64 bits
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.manual_seed(number)
     else:
         # For GPUs that nobody uses, torch.manual_seed would write down the call stack,

@@ -21,6 +21,8 @@ UNFOLDED = (
     "generate",
     "layers",
     "models",
+    "monitor",
+    "optim",
     "plan",
     "runs",
     "serve",

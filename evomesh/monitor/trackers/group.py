@@ -179,11 +179,18 @@ class TrackerGroup:
         self._redact = redact
         self._feeds: list[TrackerFeed] = []
         for setting in settings:
-            same = [
-                feed for feed in self._feeds if feed.key.startswith(setting["type"])
-            ]
-            key = f"{setting['type']}#{len(same) + 1}" if same else setting["type"]
-            self._feeds.append(TrackerFeed(key, build_tracker(setting)))
+            key = self._key_for(setting["type"])
+            tracker = build_tracker(setting)
+            feed = TrackerFeed(key, tracker)
+            self._feeds.append(feed)
+
+    def _key_for(self, kind: str) -> str:
+        """Return a key for one more tracker of a kind: ``wandb``, then ``wandb#2``."""
+        same = [feed for feed in self._feeds if feed.key.startswith(kind)]
+        if not same:
+            return kind
+        number = len(same) + 1
+        return f"{kind}#{number}"
 
     def start(
         self, name: str, folder: Path, config: Mapping[str, Any], step: int
@@ -191,17 +198,18 @@ class TrackerGroup:
         """Start every tracker; a resumed run continues the tracked run whose id is in its folder."""
         if not self._feeds:
             return
-        ids = {} if step == 0 else _read_ids(folder / IDS_FILE)
-        clean = json.loads(self._redact(json.dumps(dict(config), default=str)))
+        ids: dict[str, str] = {}
+        if step > 0:
+            ids = _read_ids(folder / IDS_FILE)
+        text = json.dumps(dict(config), default=str)
+        clean = json.loads(self._redact(text))
         for feed in self._feeds:
             run_id = ids.get(feed.key)
-            feed.start(TrackedRun(name, folder, clean, run_id, step))
+            run = TrackedRun(name, folder, clean, run_id, step)
+            feed.start(run)
             if feed.run_id is not None:
                 ids[feed.key] = feed.run_id
-        try:
-            (folder / IDS_FILE).write_text(json.dumps(ids) + "\n", encoding="utf-8")
-        except OSError as error:
-            logger.warning("cannot write %s: %s", IDS_FILE, error.strerror)
+        _write_ids(folder / IDS_FILE, ids)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for feed in self._feeds:
@@ -231,3 +239,11 @@ def _read_ids(path: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return ids if isinstance(ids, dict) else {}
+
+
+def _write_ids(path: Path, ids: Mapping[str, str]) -> None:
+    content = json.dumps(ids) + "\n"
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path.name, error.strerror)

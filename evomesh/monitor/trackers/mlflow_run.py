@@ -59,11 +59,16 @@ class MlflowTracker:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(_metric_name(name), float(value), now, step)
-            for name, value in values.items()
-        ]
+        milliseconds = int(time.time() * 1000)
+        metrics = []
+        for name, value in values.items():
+            metric = Metric(
+                key=_metric_name(name),
+                value=float(value),
+                timestamp=milliseconds,
+                step=step,
+            )
+            metrics.append(metric)
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def text(self, name: str, value: str) -> None:
