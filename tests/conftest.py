@@ -15,12 +15,13 @@ from packaging.version import Version
 # Imported when a test asks for them: they need torch, and pytest-xdist's controller,
 # which loads this file before it starts its workers, does not.
 if TYPE_CHECKING:
+    from evomesh.demo.questions import Question
     from tests.support.interpreter import Interpreter
     from tests.support.pool import Pool
 
 ZBV_SINCE = "2.13"  # the version of torch from which evomesh accepts the schedule
-# Fixtures that start processes or servers.
-SHARED_PROCESSES = {"pool", "interpreter", "endpoint"}
+# Fixtures that start processes or servers, or read the whole standard library.
+SLOW_FIXTURES = {"pool", "interpreter", "endpoint", "questions"}
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +44,29 @@ def interpreter() -> Iterator[Interpreter]:
     interpreter.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of shared processes and servers, which `make test-fast` leaves out, and of what torch lacks."""
+@pytest.fixture(scope="session")
+def questions() -> list[Question]:
+    """The questions of the demo's chat."""
+    from evomesh.demo.questions import read_questions
+
+    return read_questions()
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Mark the tests of slow fixtures, which `make test-fast` leaves out, and of what torch lacks."""
     has_zbv = Version(version("torch")) >= Version(ZBV_SINCE)
     for item in items:
-        if SHARED_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         if "zbv" in item.name and not has_zbv and "dist" in item.path.parts:
             item.add_marker(pytest.mark.skip(f"zbv needs torch {ZBV_SINCE}"))
+    if hasattr(config, "workerinput"):
+        # pytest-xdist hands out groups, the largest first, and then single tests in this
+        # order. With those of a minute first, the short ones at the end keep all workers
+        # busy until it.
+        items.sort(key=lambda item: "e2e" not in item.path.parts)
 
 
 def pytest_collection_finish() -> None:

@@ -32,7 +32,6 @@ RULES: dict[str, dict[str, Any]] = {"ema": {"ema": {"decay": 0.5}}}
 
 # Sizes that divide by 4 everywhere, with grouped key/value heads.
 SIZES = {
-    "num_layers": 4,
     "hidden_size": 32,
     "num_attention_heads": 8,
     "num_kv_attention_heads": 4,
@@ -164,6 +163,7 @@ class Layout:
     weight: int = 1
     ranks: int = 4
     family: str = "llama"
+    layers: int = 4
     model: dict[str, Any] = field(default_factory=dict, hash=False)
     parallel: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     smoothing: float = 0.0
@@ -216,7 +216,7 @@ class Layout:
             parallel[name] |= section
         model = {
             **SIZES,
-            **FAMILIES[self.family],
+            **family_of_depth(self.family, self.layers),
             **self.model,
             "num_chunks": self.chunks,
         }
@@ -227,6 +227,17 @@ class Layout:
                 "data": {"seq_len": T, "micro_num": self.packs},
             }
         )
+
+
+def family_of_depth(family: str, layers: int) -> dict[str, Any]:
+    """Return a family's switches for a number of layers; two of them are the first and the last of four."""
+    switches = {"num_layers": layers} | FAMILIES[family]
+    if layers < 4 and "layer_types" in switches:
+        first, *_, last = switches["layer_types"]
+        switches["layer_types"] = (first, last)
+    if layers < 4 and "nope_layers" in switches:
+        switches["nope_layers"] = (layers - 1,)
+    return switches
 
 
 @dataclass

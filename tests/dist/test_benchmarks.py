@@ -48,6 +48,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Two batches where one rank has all data, and one pack for each of four ranks.
+TEXTS = 16
+
+
 def texts() -> list[tuple[None, list[int], list[int]]]:
     draw = random.Random(5)
     return [
@@ -56,12 +60,12 @@ def texts() -> list[tuple[None, list[int], list[int]]]:
             [draw.randrange(64) for _ in range(draw.randrange(1, 45))],
             [draw.randrange(64) for _ in range(draw.randrange(1, 5))],
         )
-        for _ in range(40)
+        for _ in range(TEXTS)
     ]
 
 
 def questions() -> list[Request]:
-    options = {"max_gen_toks": 8, "do_sample": False}
+    options = {"max_gen_toks": 4, "do_sample": False}
     drawn = {**options, "do_sample": True, "temperature": 3.0}
     prompts = ["abc", "x", "0123456789" * 3, "no"]
     return [

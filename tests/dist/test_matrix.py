@@ -251,9 +251,31 @@ DROPOUT = [
     Layout(tensor=2, mode="isp", weight=4, model=BOTH_DROPOUTS, adam=True),
     Layout(pipeline=2, parallel=CUT, model=BOTH_DROPOUTS),
 ]  # fmt: skip
+
+
+def as_small_as_it_may_be(layout: Layout) -> Layout:
+    """Return the layout with two layers and two micro-batches a rank, where more would add nothing.
+
+    Stages of a pipeline share four layers and keep four micro-batches in flight, and
+    weights are gathered for the next layer while one computes: these stay as they are.
+    What tensor and data ranks do is the same in each layer; two have a first, a last and
+    a border between layers, and two micro-batches add up their gradients.
+    """
+    has_stages = layout.pipeline > 1
+    gathers_weights = layout.weight > 1 or layout.parallel
+    if has_stages or gathers_weights or "num_layers" in layout.model:
+        return layout
+    data_ranks = layout.ranks // layout.tensor
+    return replace(layout, layers=2, packs=min(layout.packs, 2 * data_ranks))
+
+
 ALL = [
-    *(MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO),
-    *(FSDP + FAMILY + TIED + STABILITY + DROPOUT),
+    as_small_as_it_may_be(layout)
+    for layouts in (
+        *(MODES, VARIANTS, PIPELINES, WEIGHTS, ZERO),
+        *(FSDP, FAMILY, TIED, STABILITY, DROPOUT),
+    )
+    for layout in layouts
 ]
 
 
@@ -264,6 +286,7 @@ FUNCTION = ("use_swiglu", "num_layers", "qk_norm", "drop_rate", "attn_drop_rate"
 @functools.cache
 def reference(
     family: str,
+    layers: int,
     terms: LossTerms,
     packs: int,
     adam: bool,
@@ -272,6 +295,7 @@ def reference(
     layout = Layout(
         ranks=1,
         family=family,
+        layers=layers,
         smoothing=terms.label_smoothing,
         z_loss=terms.z_loss_coeff,
         packs=packs,
@@ -286,7 +310,9 @@ def one_process(layout: Layout) -> Trained:
     model = tuple(
         (key, value) for key, value in layout.model.items() if key in FUNCTION
     )
-    return reference(layout.family, layout.terms, layout.packs, layout.adam, model)
+    return reference(
+        layout.family, layout.layers, layout.terms, layout.packs, layout.adam, model
+    )
 
 
 @covers(

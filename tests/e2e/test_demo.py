@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.demo.questions import Question, read_questions
+from evomesh.demo.questions import Question
 from tests.support.interpreter import Finished, Interpreter
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker, which trains once
@@ -30,11 +30,6 @@ def command() -> list[str]:
     assert program == "$(EVOMESH)"
     settings = [word for setting in SMALL for word in ("--set", setting)]
     return ["evomesh", *arguments, *settings]
-
-
-@pytest.fixture(scope="module")
-def questions() -> list[Question]:
-    return read_questions()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The training command in several layouts on the demo's data: each prints and records the losses of one process."""
+"""The training command in several layouts: each prints and records the losses of one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # Optimizer steps, and packs in each of them over all data-parallel ranks.
 STEPS, PACKS = (4, 8)
 EXTRA = """
-data |= dict(total_steps=4, valid_every=4, micro_num={micro_num}, train_folder="{demo}/train")
+data |= dict(total_steps=4, valid_every=4, micro_num={micro_num})
 parallel = dict({parallel})
 model |= dict(num_layers=4, vocab_size=4096)
 """
@@ -68,20 +68,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -> Path:
-    """What ``make train`` trains on."""
-    folder = tmp_path_factory.mktemp("demo")
-    finished = interpreter.run([str(ROOT / "tools/demo_data.py"), str(folder)])
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return folder
-
-
-def write(folder: Path, demo: Path, parallel: str, data_ranks: int, more: str) -> None:
+def write(folder: Path, parallel: str, data_ranks: int, more: str) -> None:
     write_run(
         folder,
-        EXTRA.format(micro_num=PACKS // data_ranks, parallel=parallel, demo=demo)
-        + more,
+        EXTRA.format(micro_num=PACKS // data_ranks, parallel=parallel) + more,
     )
 
 
@@ -93,11 +83,11 @@ def printed(finished: Finished) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def reference(
-    tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter, demo: Path
+    tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter
 ) -> Iterator[tuple[dict[int, float], float]]:
     """Losses and validation loss of one process."""
     folder = tmp_path_factory.mktemp("one")
-    write(folder, demo, "", 1, "")
+    write(folder, "", 1, "")
     finished = interpreter.run(["evomesh", "train", "config.py"], cwd=folder)
     assert finished.returncode == 0, finished.stderr[-3000:]
     yield losses(folder), metrics(folder)[-1]["val/en_loss"]
@@ -119,10 +109,9 @@ def test_layout_trains_like_one_process(
     name: str,
     tmp_path: Path,
     interpreter: Interpreter,
-    demo: Path,
     reference: tuple[dict[int, float], float],
 ) -> None:
-    write(tmp_path, demo, *LAYOUTS[name])
+    write(tmp_path, *LAYOUTS[name])
     # With torchrun's variables.
     command = [str(ROOT / "train.py"), "--config", "config.py", "--launcher", "torch"]
     ranks = interpreter.start_ranks(command, 4, cwd=tmp_path)
@@ -155,11 +144,10 @@ def test_a_run_goes_on_in_another_layout(
     second: str,
     tmp_path: Path,
     interpreter: Interpreter,
-    demo: Path,
     reference: tuple[dict[int, float], float],
 ) -> None:
     for name, stop in ((first, "data.total_steps=2"), (second, "data.total_steps=4")):
-        write(tmp_path, demo, *LAYOUTS[name])
+        write(tmp_path, *LAYOUTS[name])
         command = ["evomesh", "train", "config.py", "--set", stop]
         for finished in [
             rank.wait(120) for rank in interpreter.start_ranks(command, 4, cwd=tmp_path)
@@ -172,13 +160,13 @@ def test_a_run_goes_on_in_another_layout(
 
 
 def test_ramp_up_in_an_interleaved_pipeline(
-    tmp_path: Path, interpreter: Interpreter, demo: Path
+    tmp_path: Path, interpreter: Interpreter
 ) -> None:
     """Each number of micro-batches has its own schedule over the same stages."""
     more = 'model |= dict(num_chunks=2)\ndata |= dict(micro_num=6, rampup_batch_size="2 2 2", total_steps=6)\n'
     for name, parallel, ranks in (("one", "", 1), ("two", "pipeline=2", 2)):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, demo, parallel, 1, more)
+        write(tmp_path / name, parallel, 1, more)
         running = interpreter.start_ranks(
             ["evomesh", "train", "config.py"], ranks, cwd=tmp_path / name
         )
@@ -202,10 +190,9 @@ def test_ramp_up_in_an_interleaved_pipeline(
 def test_deepspeed_flag(
     tmp_path: Path,
     interpreter: Interpreter,
-    demo: Path,
     reference: tuple[dict[int, float], float],
 ) -> None:
-    write(tmp_path, demo, "", 2, "")
+    write(tmp_path, "", 2, "")
     command = [
         "evomesh",
         "train",
@@ -233,11 +220,9 @@ def test_deepspeed_flag(
 
 
 @covers("promise:torchrun")
-def test_torchrun(
-    tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]
-) -> None:
+def test_torchrun(tmp_path: Path, reference: tuple[dict[int, float], float]) -> None:
     """Run the torchrun command of InternEvo's guide with four real processes."""
-    write(tmp_path, demo, 'tensor=dict(size=2, mode="fsp"), pipeline=2', 1, "")
+    write(tmp_path, 'tensor=dict(size=2, mode="fsp"), pipeline=2', 1, "")
     command = [
         sys.executable,
         "-m",
@@ -276,11 +261,10 @@ def test_torchrun(
 def test_srun(
     tmp_path: Path,
     interpreter: Interpreter,
-    demo: Path,
     reference: tuple[dict[int, float], float],
 ) -> None:
     """Run the srun command of InternEvo's guide: two tasks on one node, each with the variables that srun sets."""
-    write(tmp_path, demo, "tensor=2", 1, "")
+    write(tmp_path, "tensor=2", 1, "")
     command = [
         str(ROOT / "train.py"),
         "--config",
@@ -314,9 +298,9 @@ def test_srun(
 
 
 def test_nproc_per_node_starts_its_ranks(
-    tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]
+    tmp_path: Path, reference: tuple[dict[int, float], float]
 ) -> None:
-    write(tmp_path, demo, "", 2, "")
+    write(tmp_path, "", 2, "")
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
@@ -355,9 +339,9 @@ def test_nproc_per_node_starts_its_ranks(
     ],
 )
 def test_impossible_layouts_are_one_message(
-    parallel: str, message: str, tmp_path: Path, interpreter: Interpreter, demo: Path
+    parallel: str, message: str, tmp_path: Path, interpreter: Interpreter
 ) -> None:
-    write(tmp_path, demo, parallel, 1, "")
+    write(tmp_path, parallel, 1, "")
     ranks = interpreter.start_ranks(["evomesh", "train", "config.py"], 4, cwd=tmp_path)
     finished = [rank.wait(60) for rank in ranks]
     assert [rank.returncode for rank in finished] == [2] * 4

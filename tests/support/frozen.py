@@ -11,4 +11,5 @@ import gc
 gc.collect()
 gc.freeze()
 # Counting a million objects takes a child as long as two steps of its training do.
-gc.get_freeze_count = lambda count=gc.get_freeze_count(): count
+_frozen = gc.get_freeze_count()
+gc.get_freeze_count = lambda: _frozen

@@ -13,17 +13,14 @@ import pytest
 
 from evomesh.demo.questions import Question, answer_shares, named_module, read_questions
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker, which reads them once
+
 ROWS = [
     Question("A.f", "a.b", "Return one."),
     Question("g", "c", "Return two."),
     Question("h", "c", "Return three."),
     Question("k", "d", "Return four."),
 ]
-
-
-@pytest.fixture(scope="module")
-def questions() -> list[Question]:
-    return read_questions()
 
 
 @pytest.mark.parametrize("module", [argparse, json.decoder, logging.handlers])

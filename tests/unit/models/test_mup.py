@@ -136,6 +136,7 @@ def exponents(
     return fits
 
 
+@pytest.mark.slow
 @covers("model.mup.base_hidden_size")
 @pytest.mark.parametrize(
     ("rule", "grows", "widths"),

@@ -141,6 +141,7 @@ def test_what_a_start_says_about_the_average(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["serve", "chat"])
 def test_commands_that_serve_take_the_average(tmp_path: Path, command: str) -> None:
     saved(tmp_path, averaged=False)

@@ -100,6 +100,7 @@ def test_fsdp_gathers_blocks_twice_and_the_ends_once(
     assert calls.count("reduce_scatter") == 12 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp32_norms", [False, True])
 def test_isp_gathers_no_norm_alone(fp32_norms: bool) -> None:
     parallel = {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 4}}

@@ -82,6 +82,7 @@ def test_each_rule_remembers_its_own(rule: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_fsdp_holds_a_share_and_gathers_layers() -> None:
     alone = peak_memory(config(), 4).kinds
     sharded = peak_memory(config({"zero1": {"fsdp": True}}), 4).kinds
@@ -136,6 +137,7 @@ def test_a_shipped_config_fits_on_the_hardware_that_it_names(path: Path) -> None
     assert found.missing(int(gpus[2]) * GIB) <= 0, found
 
 
+@pytest.mark.slow
 def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     path = str(CONFIGS / "7B_llama2.py")
     options = ["--gpus", "8", "--set", "model.num_layers=2"]
@@ -158,6 +160,7 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     assert "fits with any of: model.checkpoint=0.5;" in words
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_same_as_json() -> None:
     path = str(CONFIGS / "7B_llama2.py")
     sets = ["model.num_layers=2"]

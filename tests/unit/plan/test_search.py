@@ -81,6 +81,7 @@ def test_neighbors_keep_the_tokens_of_a_step() -> None:
         assert choice.micro_bsz * choice.micro_num == now.micro_bsz * now.micro_num
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -207,6 +208,7 @@ def test_options_that_need_another_say_so(options: list[str], words: str) -> Non
     assert words in str(result.exception or result.output)
 
 
+@pytest.mark.slow
 def test_a_search_prints_the_best_and_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_weights_of_fsdp_are_gathered_while_the_layer_before_computes() -> None:
     assert waiting.exposed > 0.8 * waiting.busy["all_gather dp"]
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_during_backward_where_the_config_says_so() -> None:
     layout = config(num_layers=8)
     zero = layout.hybrid_zero_optimizer
@@ -161,6 +162,7 @@ def test_schedules_differ_by_their_bubbles(kind: str, chunks: int) -> None:
 CALIBRATED = [row for row in published_rows() if row.is_calibrated]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", CALIBRATED, ids=lambda row: f"{row.source} {row.name}")
 def test_calibrated_rows_are_met(row: PublishedRow) -> None:
     predicted = row.predict().tokens_per_second

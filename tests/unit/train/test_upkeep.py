@@ -9,6 +9,13 @@ from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
 from tests.support.covers import covers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_other_tests_left_is_exempt() -> None:
+    """Spare each search a million objects of modules that tests have imported."""
+    gc.collect()
+    gc.freeze()
+
+
 class Rounds:
     """A diagnosis that notes the mean time of each round."""
 

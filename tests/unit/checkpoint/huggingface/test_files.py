@@ -209,6 +209,7 @@ def store() -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_folders_in_a_store(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

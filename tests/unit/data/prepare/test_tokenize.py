@@ -289,6 +289,7 @@ def test_byte_order_mark_is_not_text(tmp_path: Path, bpe: Path) -> None:
         assert read_documents(tmp_path / "a.bin") == encode(bpe, ["one"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw_lines", [False, True])
 @pytest.mark.parametrize(
     "compress",
