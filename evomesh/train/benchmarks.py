@@ -56,18 +56,28 @@ class RunHarnessModel(HarnessModel):
         texts = [request.inputs for request in batch]
         packs = self.passes.pack(texts)
         own = self._own_packs(packs)
-        labels = [_labels(pack, batch) for pack in own]
-        targets = self.passes.batch(own, labels)
+        scores = self._score_packs(own, batch)
+        return self._of_all_ranks(scores)
+
+    def _score_packs(
+        self,
+        packs: Sequence[TextPack],
+        requests: Sequence[ScoringRequest],
+    ) -> dict[int, TextScore]:
+        """Return the scores of the texts in some packs, on the last stage."""
+        labels = [_labels(pack, requests) for pack in packs]
+        targets = self.passes.batch(packs, labels)
         scores: dict[int, TextScore] = {}
 
         def read(index: int, output: LossOutput) -> None:
-            found = _scores_of_pack(own[index], batch, output)
+            pack = packs[index]
+            found = _scores_of_pack(pack, requests, output)
             scores.update(found)
 
+        schedule = self.passes.stages.schedule
         with this_process().phase(Place.FORWARD_BACKWARD):
-            schedule = self.passes.stages.schedule
             schedule.evaluate(targets, read)
-        return self._of_all_ranks(scores)
+        return scores
 
     def _of_all_ranks(self, scores: dict[int, TextScore]) -> dict[int, TextScore]:
         """Return the scores of all data-parallel ranks, whose last stages have the losses."""

@@ -77,11 +77,17 @@ class ActivationSize:
         wide = output.detach().double()
         is_finite = wide.isfinite()
         finite = torch.where(is_finite, wide, torch.zeros_like(wide))
+        elements = finite.numel()
+        if elements == 0:
+            return cls()
+        largest = finite.abs().max()
+        squares = finite.square().sum()
+        not_finite = elements - is_finite.sum()
         return cls(
-            largest=float(finite.abs().max()) if finite.numel() else 0.0,
-            squares=float(finite.square().sum()),
-            elements=finite.numel(),
-            not_finite=int((~is_finite).sum()),
+            largest=float(largest),
+            squares=float(squares),
+            elements=elements,
+            not_finite=int(not_finite),
         )
 
 
@@ -101,6 +107,15 @@ class MicroBatchFacts:
         self.targets = int(is_target.sum())
         total = float(output.nll.double().sum())
         self.loss = total / max(self.targets, 1)
+
+    def merge(self, other: MicroBatchFacts) -> None:
+        """Take what another rank knows of the same micro-batch."""
+        if other.targets:
+            self.loss = other.loss
+            self.targets = other.targets
+        for name, size in other.activations.items():
+            own = self.activations.setdefault(name, ActivationSize())
+            own.add(size)
 
 
 class StepCourt:
@@ -134,72 +149,100 @@ class StepCourt:
             facts = self._forward(batch)
             self._gradients(batch, facts)
         order = sorted(facts, key=lambda place: _key(suspicion(facts, place)))
-        accused = order[0]
-        rows = []
-        for place in order:
-            rows.append(_micro_batch_row(place, facts))
+        rows = [_micro_batch_row(place, facts) for place in order]
         if self.grid.is_main:
-            self._add_documents(step, rows[:SHOWN_MICRO_BATCHES], batch)
-        layers = layer_rows(facts, accused)
-        return {"event": "court", "step": step, "micro_batches": rows, "layers": layers}
+            shown = rows[:SHOWN_MICRO_BATCHES]
+            self._add_documents(step, shown, batch)
+        accused = order[0]
+        return {
+            "event": "court",
+            "step": step,
+            "micro_batches": rows,
+            "layers": layer_rows(facts, accused),
+        }
 
     def _forward(self, batch: Batch) -> dict[BatchPlace, MicroBatchFacts]:
         """Return losses and activations of every micro-batch of all ranks."""
-        micro_batches = len(batch.tokens)
-        own = [MicroBatchFacts() for _ in range(micro_batches)]
+        grid = self.grid
+        stages = self.stages
+        own = [MicroBatchFacts() for _ in batch.tokens]
 
         def add(index: int, output: LossOutput) -> None:
-            own[index].add_loss(output, batch.labels[index])
+            labels = batch.labels[index]
+            facts = own[index]
+            facts.add_loss(output, labels)
 
-        with observed_layers(self.stages.models, own):
-            self.stages.schedule.evaluate(batch, add)
+        observed = observed_layers(stages.models, own)
+        with observed:
+            stages.schedule.evaluate(batch, add)
         # Stages have different layers, and the last one the losses; tensor ranks have
         # parts of the activations.
-        for axis in (self.grid.tp, self.grid.pp):
-            own = _merged(own, axis)
-        everything: dict[BatchPlace, MicroBatchFacts] = {}
-        of_ranks = all_gather_objects(own, self.grid.dp)
-        for rank, gathered in enumerate(of_ranks):
-            for index, facts in enumerate(gathered):
-                place = (rank, index)
-                everything[place] = facts
-        return everything
+        merged = own
+        for axis in (grid.tp, grid.pp):
+            merged = _merged(merged, axis)
+        of_ranks = all_gather_objects(merged, grid.dp)
+        return _by_place(of_ranks)
 
     def _gradients(
-        self, batch: Batch, facts: dict[BatchPlace, MicroBatchFacts]
+        self,
+        batch: Batch,
+        facts: dict[BatchPlace, MicroBatchFacts],
     ) -> None:
         """Add the parts that micro-batches have in the step's gradient: of all, or of those with the highest losses."""
-        weights = micro_batch_weights(batch.labels, self.grid, self.config.loss)
+        grid = self.grid
+        weights = micro_batch_weights(batch.labels, grid, self.config.loss)
         by_loss = sorted(facts, key=lambda place: _key(facts[place].loss))
-        for rank, index in sorted(by_loss[:MOST_GRADIENTS]):
-            is_own = rank == self.grid.dp.rank
+        examined = by_loss[:MOST_GRADIENTS]
+        # In the same order on all ranks, which compute each gradient together.
+        examined.sort()
+        for place in examined:
+            rank, index = place
+            is_own = rank == grid.dp.rank
             part, scales = self._alone(batch, weights, index, is_own)
-            self.optimizer.expect_micro_batches(len(scales))
-            terms = LossTerms.of(self.config.loss)
-            self.stages.schedule.train(part, scales, terms, lambda *_: None)
-            norm, measured = self.optimizer.measure_only(self.profile)
-            scalars = self.profile.figures(measured.cpu(), 1.0).scalars
-            found = facts[(rank, index)]
-            found.grad_norm = float(norm)
-            for name, value in scalars.items():
-                if name.startswith(LAYER_NORM):
-                    found.layer_norms[name.removeprefix(LAYER_NORM)] = value
+            found = facts[place]
+            self._measure(part, scales, found)
+
+    def _measure(
+        self,
+        batch: Batch,
+        scales: Sequence[Tensor],
+        found: MicroBatchFacts,
+    ) -> None:
+        """Add the gradient norms of a batch, of all weights and of each layer."""
+        optimizer = self.optimizer
+        optimizer.expect_micro_batches(len(scales))
+        terms = LossTerms.of(self.config.loss)
+        self.stages.schedule.train(batch, scales, terms, lambda *_: None)
+        norm, measured = optimizer.measure_only(self.profile)
+        found.grad_norm = float(norm)
+        on_host = measured.cpu()
+        figures = self.profile.figures(on_host, 1.0)
+        for name, value in figures.scalars.items():
+            if name.startswith(LAYER_NORM):
+                layer = name.removeprefix(LAYER_NORM)
+                found.layer_norms[layer] = value
 
     def _alone(
-        self, batch: Batch, weights: Tensor, index: int, is_own: bool
+        self,
+        batch: Batch,
+        weights: Tensor,
+        index: int,
+        is_own: bool,
     ) -> tuple[Batch, Sequence[Tensor]]:
         """Return a batch in which one micro-batch has its targets, and no other one has any.
 
         Torch's pipelines need all micro-batches; a single stage computes this one alone.
         """
-        rows = slice(index, index + 1)
-        if self.grid.pp.size > 1:
-            rows = slice(None)
         labels = torch.full_like(batch.labels, IGNORE)
         if is_own:
             labels[index] = batch.labels[index]
-        part = _rows_of(replace(batch, labels=labels), rows)
-        return part, weights[rows].unbind()
+        alone = replace(batch, labels=labels)
+        if self.grid.pp.size > 1:
+            return alone, weights.unbind()
+        rows = slice(index, index + 1)
+        part = _rows_of(alone, rows)
+        scales = weights[rows].unbind()
+        return part, scales
 
     def _add_documents(
         self, step: int, rows: list[dict[str, Any]], batch: Batch
@@ -256,6 +299,18 @@ def _tokenizer(config: Config) -> Tokenizer | None:
         return None
 
 
+def _by_place(
+    of_ranks: Sequence[Sequence[MicroBatchFacts]],
+) -> dict[BatchPlace, MicroBatchFacts]:
+    """Return the facts of all data-parallel ranks by rank and micro-batch."""
+    everything: dict[BatchPlace, MicroBatchFacts] = {}
+    for rank, gathered in enumerate(of_ranks):
+        for index, facts in enumerate(gathered):
+            place = (rank, index)
+            everything[place] = facts
+    return everything
+
+
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     numbers = batch.numbers
     if numbers is not None:
@@ -277,15 +332,11 @@ def _merged(own: list[MicroBatchFacts], axis: Axis) -> list[MicroBatchFacts]:
     """Return the facts of the same micro-batches, put together from the ranks of an axis."""
     if axis.size == 1:
         return own
-    first, *others = all_gather_objects(own, axis)
+    merged: list[MicroBatchFacts]
+    merged, *others = all_gather_objects(own, axis)
     for gathered in others:
-        for mine, theirs in zip(first, gathered, strict=True):
-            if theirs.targets:
-                mine.loss = theirs.loss
-                mine.targets = theirs.targets
-            for name, size in theirs.activations.items():
-                mine.activations.setdefault(name, ActivationSize()).add(size)
-    merged: list[MicroBatchFacts] = first
+        for facts, added in zip(merged, gathered, strict=True):
+            facts.merge(added)
     return merged
 
 

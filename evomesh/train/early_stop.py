@@ -60,17 +60,26 @@ class EarlyStop:
         if self.config is None or self.config.metric not in results:
             return
         value = results[self.config.metric]
-        # Accuracy grows as it improves, everything else falls.
-        metric = self.config.metric
-        is_growing = self.task_figures.get(metric, metric.endswith("_acc"))
-        sign = -1 if is_growing else 1
-        is_first = self.best is None
-        gain = math.inf if self.best is None else sign * (self.best - value)
-        if not math.isnan(value) and (is_first or gain > self.config.min_delta):
+        if self._is_better(value):
             self.best = value
             self.since_best = 0
         else:
             self.since_best += 1
+
+    def _is_better(self, value: float) -> bool:
+        """Return whether a value improves on the best one by more than it must."""
+        assert self.config is not None
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        # Accuracy grows as it improves, everything else falls.
+        metric = self.config.metric
+        is_growing = self.task_figures.get(metric, metric.endswith("_acc"))
+        gain = value - self.best
+        if not is_growing:
+            gain = -gain
+        return gain > self.config.min_delta
 
     def state(self) -> dict[str, Any]:
         """Return the counts as JSON for a checkpoint."""

@@ -76,16 +76,19 @@ class MemoryTracker(StorageWatch):
         modules: id -> name of the modules that allocations are named by.
     """
 
+    at_failure: list[Allocation] | None
+
     def __init__(self, modules: Mapping[int, str]) -> None:
         super().__init__()
         self._modules = modules
-        self._entered: list[str] = []
-        self._alive: dict[int, Allocation] = {}  # by address of the storage
-        self._bytes: Counter[str] = Counter()
+        self._entered = list[str]()
+        # By address of the storage.
+        self._alive = dict[int, Allocation]()
+        self._bytes = Counter[str]()
         self._total = 0
         self.peak = 0
-        self.peak_kinds: dict[str, int] = {}
-        self.at_failure: list[Allocation] | None = None
+        self.peak_kinds = Counter[str]()
+        self.at_failure = None
 
     def hold(self, tensor: Tensor, kind: str, name: str) -> None:
         """Count a tensor that exists already, or call it by a better name."""
@@ -151,9 +154,13 @@ class MemoryTracker(StorageWatch):
         if storage is None:
             return
         key = self.watch(storage)
-        shape = tuple(tensor.shape)
-        dtype = str(tensor.dtype)
-        allocation = Allocation(storage.nbytes(), kind, name, shape, dtype)
+        allocation = Allocation(
+            nbytes=storage.nbytes(),
+            kind=kind,
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype),
+        )
         self._put(key, allocation)
 
     def _put(self, key: int, allocation: Allocation) -> None:
@@ -172,7 +179,8 @@ class MemoryTracker(StorageWatch):
     def _note_peak(self) -> None:
         if self._total > self.peak:
             self.peak = self._total
-            self.peak_kinds = {kind: n for kind, n in self._bytes.items() if n}
+            # Without the kinds of which nothing is alive.
+            self.peak_kinds = +self._bytes
 
 
 class MemoryProfile:
@@ -258,15 +266,17 @@ class MemoryProfile:
 
     def after_step(self, step: int) -> None:
         """Write the peak of a step, and look for that of the next one."""
+        tracker = self.tracker
         row: dict[str, Any] = {
             "step": step,
-            "peak": self.tracker.peak,
-            "kinds": self.tracker.peak_kinds,
+            "peak": tracker.peak,
+            "kinds": tracker.peak_kinds,
         }
         if self._on_cuda:
-            row["cuda_allocated"] = torch.cuda.max_memory_allocated(self._device)
-            row["cuda_reserved"] = torch.cuda.max_memory_reserved(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
+            device = self._device
+            row["cuda_allocated"] = torch.cuda.max_memory_allocated(device)
+            row["cuda_reserved"] = torch.cuda.max_memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
         self._output.attempt(lambda: self._append(row))
         self.tracker.restart_peak()
 

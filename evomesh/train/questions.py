@@ -59,15 +59,20 @@ class ModelQuestions:
         return step % every == 0 or is_last
 
     def ask(
-        self, step: int, early_stop: EarlyStop
+        self,
+        step: int,
+        early_stop: EarlyStop,
     ) -> tuple[dict[str, float], list[PromptSample]]:
         """Return the figures of the tasks and the answers to the prompts, of those that are due."""
         scores: dict[str, float] = {}
-        samples: list[PromptSample] = []
-        if self.benchmarks and self._is_due(self.data.eval_every, step, early_stop):
+        eval_every = self.data.eval_every
+        if self.benchmarks and self._is_due(eval_every, step, early_stop):
             scores = self.benchmarks.scores()
             early_stop.after_validation(scores)
-        if self.samples and self._is_due(self.data.sample_every, step, early_stop):
+        # After the benchmarks, which may have made this step the last one.
+        samples: list[PromptSample] = []
+        sample_every = self.data.sample_every
+        if self.samples and self._is_due(sample_every, step, early_stop):
             samples = self.samples.answers()
         return scores, samples
 

@@ -159,10 +159,11 @@ class RunReporter:
     def _open_main_outputs(self, console: Console | None) -> None:
         """Open what one rank writes for all, and log what the run is made of."""
         step = self.state.step
+        data = self.config.data
         open_until_end = self._open_files.enter_context
         metrics = MetricsFile(self.folder / "metrics.jsonl", step)
         self._metrics = open_until_end(metrics)
-        if self.config.data.sample_every > 0:
+        if data.sample_every > 0:
             samples = StepObjects(self.folder / "samples.jsonl", step)
             self._samples = open_until_end(samples)
         if self.config.run.enable_tb:
@@ -178,8 +179,7 @@ class RunReporter:
             logger.info("parameter groups:\n%s", self.parameter_groups)
         for warning in self.data.warnings:
             logger.warning("%s", warning)
-        total_steps = self.config.data.total_steps
-        progress = ProgressLine(total_steps, step, console)
+        progress = ProgressLine(data.total_steps, step, console)
         self._progress = open_until_end(progress)
 
     def __exit__(
@@ -196,8 +196,11 @@ class RunReporter:
     def _facts(self) -> dict[str, Any]:
         """Return what a report needs to know of this start of the run, without secrets."""
         sizes = axis_sizes(self.config.parallel, self.world_size)
-        command = self._without_addresses(redact_text(shlex.join(sys.argv)))
-        config = encode_json(config_to_dict(self.config))
+        layout = {"dp": sizes.dp, "tp": sizes.tp, "pp": sizes.pp}
+        typed = redact_text(shlex.join(sys.argv))
+        command = self._without_addresses(typed)
+        code = {"digest": source_digest()}
+        config = config_to_dict(self.config)
         return {
             "began": self.context.started.timestamp(),
             "step": self.state.step,
@@ -207,18 +210,23 @@ class RunReporter:
             "host": socket.gethostname(),
             "device": _device_name(self.context.device),
             "world_size": self.world_size,
-            "layout": {"dp": sizes.dp, "tp": sizes.tp, "pp": sizes.pp},
-            "software": software() | {"digest": source_digest()},
+            "layout": layout,
+            "software": software() | code,
             "data": self.data.manifest,
             "data_report": self.data.report,
-            "config": config,
+            "config": encode_json(config),
             "origins": self.origins,
         }
 
     def _start_trackers(self, step: int) -> None:
         """Start the trackers, or continue what they tracked; they end with the run."""
-        values = dict(leaves(config_to_dict(self.config)))
-        self._trackers.start(self.config.run.job_name, self.folder, values, step)
+        config = config_to_dict(self.config)
+        self._trackers.start(
+            name=self.config.run.job_name,
+            folder=self.folder,
+            config=dict(leaves(config)),
+            step=step,
+        )
         if step == 0:
             self._trackers.text("config", self.text)
 
@@ -348,16 +356,28 @@ class RunReporter:
 
     def scores(self, record: StepRecord, scores: dict[str, float]) -> StepRecord:
         """Log one line per benchmark task and return the record with the scores added."""
+        if self.main:
+            self._log_scores(record.step, scores)
+        extras = record.extras | scores
+        return replace(record, extras=extras)
+
+    def _log_scores(
+        self,
+        step: int,
+        scores: Mapping[str, float],
+    ) -> None:
+        """Log the scores of each task on one line."""
         by_task: dict[str, list[str]] = {}
         for key, value in scores.items():
-            task, _, metric = key.removeprefix("eval/").rpartition("/")
-            by_task.setdefault(task, []).append(f"{metric}={value}")
+            name = key.removeprefix("eval/")
+            task, _, metric = name.rpartition("/")
+            figures = by_task.setdefault(task, [])
+            figure = f"{metric}={value}"
+            figures.append(figure)
         for task, figures in by_task.items():
-            if self.main:
-                logger.info(
-                    "Evaluation on %s: step=%d %s", task, record.step, " ".join(figures)
-                )
-        return replace(record, extras=record.extras | scores)
+            line = " ".join(figures)
+            text = f"Evaluation on {task}: step={step} {line}"
+            logger.info("%s", text)
 
     def write_samples(
         self, record: StepRecord, samples: Sequence[PromptSample]
@@ -445,13 +465,22 @@ class RunReporter:
             extras[Z_LOSS] = output.z_loss
         if output.gradients is not None:
             extras |= output.gradients.scalars
-        for number, group in enumerate(self.config.adam.groups, 1):
-            extras[f"lr/group{number}"] = lr * group.lr_scale
-        if self.config.model.mup.is_on:
-            rule = self.config.optimizer.type
-            scale = hidden_lr_scale(rule, self.config.model.width_multiplier)
-            extras["lr/hidden"] = lr * scale
+        extras |= self._scaled_rates(lr)
         return extras
+
+    def _scaled_rates(self, lr: float) -> dict[str, float]:
+        """Return the learning rates that differ from that of the line: of groups, and of muP's hidden matrices."""
+        rates: dict[str, float] = {}
+        groups = self.config.adam.groups
+        for number, group in enumerate(groups, 1):
+            name = f"lr/group{number}"
+            rates[name] = lr * group.lr_scale
+        model = self.config.model
+        if model.mup.is_on:
+            rule = self.config.optimizer.type
+            scale = hidden_lr_scale(rule, model.width_multiplier)
+            rates["lr/hidden"] = lr * scale
+        return rates
 
 
 def _device_name(device: torch.device) -> str:

@@ -136,10 +136,7 @@ class PromptSampler:
 
     def answers(self) -> list[PromptSample]:
         """Return an answer to each prompt by the weights as they are now."""
-        growing: list[GrowingAnswer] = []
-        for number, (_, ids) in enumerate(self.prompts):
-            answer = self._growing_answer(number, ids)
-            growing.append(answer)
+        growing = [self._growing_answer(number) for number in range(len(self.prompts))]
         with evaluated(self.module, self.passes.device):
             grow_answers(self.passes, growing)
         return [self._sample(number, answer) for number, answer in enumerate(growing)]
@@ -151,8 +148,9 @@ class PromptSampler:
         new_tokens = len(answer.ids) - answer.prompt_length
         return PromptSample(prompt, text, new_tokens, answer.finish)
 
-    def _growing_answer(self, number: int, ids: Sequence[int]) -> GrowingAnswer:
+    def _growing_answer(self, number: int) -> GrowingAnswer:
         """Return an answer to a prompt without tokens; each prompt has a separate stream of random numbers."""
+        _, ids = self.prompts[number]
         length = len(ids)
         longest = self.sampling.max_total_length(length, self.context_length)
         stream = (self.sampling.seed, number)

@@ -49,7 +49,9 @@ def sharding_units(
 
 
 def gather_points(
-    model: nn.Module, axis: Axis, weight: WeightConfig
+    model: nn.Module,
+    axis: Axis,
+    weight: WeightConfig,
 ) -> list[GatherPoint]:
     """Return where in forward the gather of each layer after the first one, or of each module, starts."""
     points: list[GatherPoint] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,13 @@ def refuse_spoiled(checkpoint: Checkpoint, rollback: SpikeRollback | None) -> No
 
 def rows_of_all_ranks(folder: Path, is_main: bool) -> list[dict[str, Any]]:
     """Return the lines of a run's ``spikes.jsonl`` on all ranks; the main rank has the file."""
-    own = read_spikes(folder) if is_main else []
-    with closing(default_exchange()) as exchange:
-        gathered = exchange.gather(own)
-        rows_of_main = [rows for rows in gathered or [] if rows]
-        answer: list[dict[str, Any]] = exchange.broadcast(
-            rows_of_main[0] if rows_of_main else []
-        )
+    own = []
+    if is_main:
+        own = read_spikes(folder)
+    exchange = default_exchange()
+    with closing(exchange):
+        of_ranks = exchange.gather(own)
+        # All others have none.
+        rows = list(chain(*of_ranks or []))
+        answer: list[dict[str, Any]] = exchange.broadcast(rows)
     return answer

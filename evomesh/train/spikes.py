@@ -326,8 +326,11 @@ class SpikeWatch:
         """Take over what ``state`` returned; checkpoints of earlier versions have nothing."""
         if state is None:
             return
-        self.detector.history.clear()
+        history = self.detector.history
+        history.clear()
         for loss, grad_norm in state["history"]:
-            self.detector.history.append((float(loss), float(grad_norm)))
+            figures = (float(loss), float(grad_norm))
+            history.append(figures)
         self.left_out |= set(state["left_out"])
-        self.rollbacks = max(self.rollbacks, int(state["rollbacks"]))
+        rollbacks = int(state["rollbacks"])
+        self.rollbacks = max(self.rollbacks, rollbacks)

@@ -252,5 +252,6 @@ def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> 
         own_total = targets.sum()
         total = all_reduce_no_grad(own_total, grid.dp)
         divisor = total.clamp(min=1)
-        divisors = divisor.expand(len(targets))
-    return 1.0 / divisors.double()
+        divisors = divisor.expand_as(targets)
+    exact = divisors.double()
+    return 1.0 / exact

@@ -261,9 +261,11 @@ class StopPoll:
         """Visit ``here``; if all ranks stop there, note that, and the signal that asked for it."""
         own_signal = int(self._request.signal or 0)
         register = boundary.visit(here, own_signal, file_number)
-        if register.stop_at is not None and here >= register.stop_at:
+        stop_at = register.stop_at
+        if stop_at is not None and here >= stop_at:
             self._stopped = True
-            self._request.signal = signal.Signals(register.signal)
+            asked_by = signal.Signals(register.signal)
+            self._request.signal = asked_by
         return register
 
     def _read_file(self) -> int:

@@ -199,14 +199,18 @@ def _check_position(sampler: Mapping[str, Any]) -> None:
 
 def _check_staged_position(sampler: Mapping[str, Any]) -> None:
     """Check the position in a run with data stages."""
-    _check_integers(sampler["position"], list(POSITION_FIELDS), "sampler.position")
-    for name, cursor in mapping(sampler["cursors"], "sampler.cursors").items():
+    position = sampler["position"]
+    _check_integers(position, list(POSITION_FIELDS), "sampler.position")
+    cursors = mapping(sampler["cursors"], "sampler.cursors")
+    for name, cursor in cursors.items():
         _check_integers(cursor, list(CURSOR_FIELDS), f"sampler.cursors.{name}")
     _check_integers(sampler, ["seed", "unit"], "sampler")
     _check_text(sampler["order"], "sampler.order")
     stages = array(sampler["stages"], "sampler.stages")
     for stage in stages:
+        fields = mapping(stage, "sampler.stages")
         for key in STAGE_FIELDS:
-            mapping(stage, "sampler.stages")[key]
-    if len(stages) != sampler["position"]["stage"] + 1:
+            fields[key]
+    stages_so_far = position["stage"] + 1
+    if len(stages) != stages_so_far:
         raise ValueError("sampler.stages are not those up to sampler.position.stage")

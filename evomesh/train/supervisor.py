@@ -102,8 +102,9 @@ class ExitHistory:
             self.exits = [*earlier, *self.exits]
         self.exits.append(ended)
         self.exits = self.exits[-KEPT:]
-        if self._path is not None and self._writes:
-            self._write(self._path)
+        path = self._path
+        if path is not None and self._writes:
+            self._write(path)
 
     def _write(self, path: Path) -> None:
         """Write the file anew, one line of JSON per end."""
@@ -214,7 +215,9 @@ class Supervisor:
         """Run the command to its end; return its code and how far it came."""
         with tempfile.TemporaryDirectory(prefix="evomesh-run-") as folder:
             step_file = Path(folder) / "step"
-            env = {**self._env, VARIABLE: str(step_file), SUPERVISOR: str(os.getpid())}
+            env = dict(self._env)
+            env[VARIABLE] = str(step_file)
+            env[SUPERVISOR] = str(os.getpid())
             # Ranks that are supervised one by one under torchrun's agent meet in its
             # store again, where the verdict of their last attempt still is.
             attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) + restarts

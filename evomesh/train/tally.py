@@ -36,7 +36,12 @@ class LossTally:
             else sums
         )
 
-    def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
+    def add(
+        self,
+        output: LossOutput,
+        labels: Tensor,
+        type_ids: Tensor,
+    ) -> None:
         """Add one packed sequence; ``labels`` and ``type_ids`` are [T]."""
         is_target = labels != IGNORE
         correct = output.correct & is_target
@@ -49,11 +54,13 @@ class LossTally:
         # Sums over a [T, types] membership mask, because scattered adds have no fixed
         # order on CUDA. ``where`` instead of a product, because 0 * inf would leak one
         # type's overflow into the others.
-        types = torch.arange(len(self.types), device=type_ids.device)
-        is_of_type = type_ids[:, None] == types  # [T, types]
-        per_token = per_token[:, :, None]
+        count = len(self.types)
+        types = torch.arange(count, device=type_ids.device)
+        is_of_type = type_ids.unsqueeze(1) == types  # [T, types]
+        per_token = per_token.unsqueeze(2)
         by_type = torch.where(is_of_type, per_token, 0.0)  # [3, T, types]
-        self.sums += by_type.sum(1)
+        totals = by_type.sum(1)
+        self.sums += totals
 
     def reduce(self, *axes: Axis) -> LossTally:
         """Sum over the ranks of ``axes``; every rank gets the result."""

@@ -166,11 +166,13 @@ class Trainer:
         spike = self.spike
         if spike is None or spike.action != "rolled back":
             return None
-        saves = self.run.checkpoints
+        checkpoints = self.run.checkpoints
         saved = None
-        if saves is not None and not self.config.ckpt.auto_resume:
-            saved = [step for step, _ in list(saves.committed)]
-        return self.run.spikes.rollback(spike.verdict.step, saved)
+        if checkpoints is not None and not self.config.ckpt.auto_resume:
+            committed = list(checkpoints.committed)
+            saved = [step for step, _ in committed]
+        spike_step = spike.verdict.step
+        return self.run.spikes.rollback(spike_step, saved)
 
     @property
     def _ends_at_spike(self) -> bool:
@@ -356,12 +358,15 @@ class Trainer:
         """Ask the model what is due, write its answers, and return the record with its scores."""
         run = self.run
         step = self.state.step
-        if run.questions is None or not run.questions.are_due(step, run.early_stop):
+        questions = run.questions
+        early_stop = run.early_stop
+        if questions is None or not questions.are_due(step, early_stop):
             return record
         with self._phase(Place.VALIDATION), run.optimizer.evaluated_weights():
-            scores, samples = run.questions.ask(step, run.early_stop)
-        run.reporter.write_samples(record, samples)
-        return run.reporter.scores(record, scores)
+            scores, samples = questions.ask(step, early_stop)
+        reporter = run.reporter
+        reporter.write_samples(record, samples)
+        return reporter.scores(record, scores)
 
     def _validate(self) -> dict[str, float]:
         """Return the results of the weights, and of their moving average if it is asked for."""
@@ -369,12 +374,14 @@ class Trainer:
         args = (run.stages, run.valid_sets, run.grid, run.device)
         with run.optimizer.evaluated_weights():
             results = validate(*args)
-        if self.config.optimizer.ema.validates:
-            with run.optimizer.averaged_weights():
-                averaged = validate(*args)
-            for key, value in averaged.items():
-                name, _, measure = key.rpartition("_")
-                results[f"{name}.ema_{measure}"] = value
+        if not self.config.optimizer.ema.validates:
+            return results
+        with run.optimizer.averaged_weights():
+            averaged = validate(*args)
+        for key, value in averaged.items():
+            name, _, measure = key.rpartition("_")
+            key_of_average = f"{name}.ema_{measure}"
+            results[key_of_average] = value
         return results
 
     @contextmanager
@@ -439,23 +446,32 @@ class Trainer:
             seconds=seconds,
         )
 
-    def _count_step(self, step: int, batch: Batch, output: StepOutput) -> None:
+    def _count_step(
+        self,
+        step: int,
+        batch: Batch,
+        output: StepOutput,
+    ) -> None:
         """Count a step that was tried, and judge it; one that is left out counts as none."""
-        applied = output.update.check == "ok" and not output.left_out
+        update = output.update
+        applied = update.check == "ok" and not output.left_out
         if not output.left_out:
-            tokens = batch.tokens.numel() * self.run.grid.dp.size
+            own_tokens = batch.tokens.numel()
+            tokens = own_tokens * self.run.grid.dp.size
             self.state.record_step(tokens, applied)
-        spikes = self.run.spikes
-        self.spike = spikes.after_step(
-            step, output.loss, output.update.grad_norm, applied
+        spike = self.run.spikes.after_step(
+            step,
+            output.loss,
+            update.grad_norm,
+            applied,
         )
-        if self.spike is not None:
-            if self.run.reporter.main:
-                logger.warning("%s", self.spike.describe())
-            if not applied and self.examined_step is None:
-                examine_step(
-                    self.run, step, batch, quietly=self.examined_step is not None
-                )
+        self.spike = spike
+        if spike is None:
+            return
+        if self.run.reporter.main:
+            logger.warning("%s", spike.describe())
+        if not applied and self.examined_step is None:
+            examine_step(self.run, step, batch, quietly=False)
 
     def _refuse_endless_skipping(self, step: int) -> None:
         limit = self.config.run.max_consecutive_skips

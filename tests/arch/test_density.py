@@ -27,6 +27,7 @@ UNFOLDED = (
     "runs",
     "serve",
     "storage",
+    "train",
 )
 MAX_TOKENS_PER_UNFOLDED_LINE = 9.0
 ADVICE = (
