@@ -31,7 +31,7 @@ from evomesh.monitor.spikes import left_out_steps, read_spikes
 from evomesh.runs.compare import FigureDifference, figure_differences
 from evomesh.runs.read import Row, RunFiles, StartRecord, read_run
 from evomesh.storage.urls import open_storage
-from evomesh.train.court import describe_court
+from evomesh.train.court_text import describe_court
 
 
 def ranks_of_replay(run: RunFiles, step: int, layout: str) -> int:

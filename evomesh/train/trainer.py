@@ -31,7 +31,7 @@ from evomesh.train.step import StepOutput, seed_step, train_step
 from evomesh.train.step_file import StepFile
 from evomesh.train.stop import StopPoll
 from evomesh.train.upkeep import PeriodicUpkeep, garbage_at_fixed_steps
-from evomesh.train.validate import validate
+from evomesh.train.validate import figures_of_average, validate
 from evomesh.watchdog.activity import this_process
 from evomesh.watchdog.ring import Place
 
@@ -222,13 +222,9 @@ class Trainer:
         if not self.memory_profile:
             return None
         run = self.run
-        return MemoryProfile(
-            run.reporter.folder,
-            run.reporter.name,
-            run.stages,
-            run.optimizer,
-            run.device,
-        )
+        folder = run.reporter.folder
+        name = run.reporter.name
+        return MemoryProfile(folder, name, run.stages, run.optimizer, run.device)
 
     def _diagnosis(self) -> Diagnosis:
         """Return what looks for slow ranks and reports them in the log and as alerts."""
@@ -374,14 +370,10 @@ class Trainer:
         args = (run.stages, run.valid_sets, run.grid, run.device)
         with run.optimizer.evaluated_weights():
             results = validate(*args)
-        if not self.config.optimizer.ema.validates:
-            return results
-        with run.optimizer.averaged_weights():
-            averaged = validate(*args)
-        for key, value in averaged.items():
-            name, _, measure = key.rpartition("_")
-            key_of_average = f"{name}.ema_{measure}"
-            results[key_of_average] = value
+        if self.config.optimizer.ema.validates:
+            with run.optimizer.averaged_weights():
+                averaged = validate(*args)
+            results |= figures_of_average(averaged)
         return results
 
     @contextmanager
@@ -459,12 +451,9 @@ class Trainer:
             own_tokens = batch.tokens.numel()
             tokens = own_tokens * self.run.grid.dp.size
             self.state.record_step(tokens, applied)
-        spike = self.run.spikes.after_step(
-            step,
-            output.loss,
-            update.grad_norm,
-            applied,
-        )
+        spikes = self.run.spikes
+        grad_norm = update.grad_norm
+        spike = spikes.after_step(step, output.loss, grad_norm, applied)
         self.spike = spike
         if spike is None:
             return

@@ -50,6 +50,15 @@ def validate(
     return results
 
 
+def figures_of_average(averaged: dict[str, float]) -> dict[str, float]:
+    """Return the results of the weights' moving average under their names: ``val/en.ema_loss`` for ``val/en_loss``."""
+    figures: dict[str, float] = {}
+    for key, value in averaged.items():
+        name, _, measure = key.rpartition("_")
+        figures[f"{name}.ema_{measure}"] = value
+    return figures
+
+
 def validation_figures(sets: list[ValidationSet]) -> list[str]:
     """Return the names of the figures that ``validate`` returns of these sets."""
     figures = []
