@@ -196,14 +196,19 @@ def _sharding_of(slot: ParameterSlot, grid: Grid) -> MatrixSharding:
 
 
 def _in_batches(
-    matrices: Sequence[MuonMatrix], sharding: MatrixSharding
+    matrices: Sequence[MuonMatrix],
+    sharding: MatrixSharding,
 ) -> Iterator[MatrixBatch]:
     """Yield batches of alike matrices, each rank's share as small as ``MOST_ELEMENTS`` and as even as possible."""
     ranks = sharding.num_shards
-    whole_elements = matrices[0].master.numel() * ranks
+    elements_of_shard = matrices[0].master.numel()
+    whole_elements = elements_of_shard * ranks
     most_of_a_rank = max(1, MOST_ELEMENTS // whole_elements)
     share_of_a_rank = math.ceil(len(matrices) / ranks)
     num_batches = math.ceil(share_of_a_rank / most_of_a_rank)
-    places = math.ceil(share_of_a_rank / num_batches) * ranks
+    even_share = math.ceil(share_of_a_rank / num_batches)
+    places = even_share * ranks
     for first in range(0, len(matrices), places):
-        yield MatrixBatch(list(matrices[first : first + places]), sharding, places)
+        stop = first + places
+        batch = list(matrices[first:stop])
+        yield MatrixBatch(batch, sharding, places)

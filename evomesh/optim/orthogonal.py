@@ -22,17 +22,21 @@ ADAMW_RMS = 0.2
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Return [..., r, c] with the singular vectors of each matrix, and singular values near 1."""
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    # The product with itself is as small as the shorter side.
-    wide: Tensor = matrices.mT if is_tall else matrices
-    norms = torch.linalg.matrix_norm(wide, keepdim=True)
-    scaled = wide / norms.clamp(min=SMALLEST_NORM)
-    rows, columns = wide.shape[-2:]
+    shape = matrices.shape
+    *_, rows, columns = shape
+    if rows > columns:
+        # The product with itself is as small as the shorter side.
+        flat = orthogonalize(matrices.mT, steps)
+        tall: Tensor = flat.mT
+        return tall
+    norms = torch.linalg.matrix_norm(matrices, keepdim=True)
+    norms = norms.clamp(min=SMALLEST_NORM)
+    scaled = matrices / norms
     x = scaled.reshape(-1, rows, columns)
     for _ in range(steps):
         x = _newton_schulz(x)
-    directions: Tensor = x.reshape(wide.shape)
-    return directions.mT if is_tall else directions
+    directions: Tensor = x.reshape(shape)
+    return directions
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

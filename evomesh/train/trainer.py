@@ -272,9 +272,8 @@ class Trainer:
         if step in run.spikes.left_out and step != self.examined_step:
             run.stream.skip()
             level = logging.WARNING if run.reporter.main else logging.DEBUG
-            logger.log(
-                level, "step %d is left out because of a spike: see spikes.jsonl", step
-            )
+            text = f"step {step} is left out because of a spike: see spikes.jsonl"
+            logger.log(level, "%s", text)
             self._save_if_due()
             return
         activity = this_process()
@@ -455,11 +454,10 @@ class Trainer:
         grad_norm = update.grad_norm
         spike = spikes.after_step(step, output.loss, grad_norm, applied)
         self.spike = spike
-        if spike is None:
-            return
-        if self.run.reporter.main:
+        if spike is not None and self.run.reporter.main:
             logger.warning("%s", spike.describe())
-        if not applied and self.examined_step is None:
+        may_examine = spike is not None and self.examined_step is None
+        if may_examine and not applied:
             examine_step(self.run, step, batch, quietly=False)
 
     def _refuse_endless_skipping(self, step: int) -> None:

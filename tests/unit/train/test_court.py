@@ -15,12 +15,8 @@ from evomesh.layers.sequence_bounds import micro_batch_bounds
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.train import court as court_module
-<<<<<<< HEAD
-from evomesh.train.court import StepCourt, _document_line, describe_court
-=======
 from evomesh.train.court import StepCourt
-from evomesh.train.court_text import describe_court
->>>>>>> 5945c36 (Training: the text of the court in a file beside it, the names of an average's figures with validation)
+from evomesh.train.court_text import _document_line, describe_court
 from evomesh.train.stages import ModelStages
 from tests.unit.train.test_step import MODEL, batch_of, losses_of, stages_of
 
