@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from evomesh.optim.buckets import GradientBucket, ParameterBucket
 from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.spec import local_shard
 from evomesh.plan.memory_timeline import MemoryChange, MemoryPart
 from evomesh.train.storage_watch import StorageWatch, storage_of
 
@@ -228,7 +229,8 @@ class StorageLives(StorageWatch):
     def _name_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        storage = storage_of(parameter.grad)
+        shard = local_shard(parameter.grad)
+        storage = storage_of(shard)
         if storage is not None and storage._cdata in self._alive:
             self._relabel(storage._cdata, GRADIENTS)
 

@@ -9,10 +9,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.parallel import weights
+from evomesh.parallel.spec import is_sharded
 
 _aten = torch.ops.aten
 
@@ -23,18 +25,51 @@ def tensors_without_values() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
     make_mesh = weights.weight_mesh
+    to_empty = nn.Module.to_empty
 
     def with_ranks(*args: Any) -> Any:
         # A mesh looks itself up in a tensor of ranks.
         with unset_fake_temporarily():
             return make_mesh(*args)
 
+    def to_empty_too(
+        module: nn.Module, *, device: torch.device, recurse: bool = True
+    ) -> nn.Module:
+        with _set_aside(module, device):
+            return to_empty(module, device=device, recurse=recurse)
+
     with (
+        patch.object(nn.Module, "to_empty", to_empty_too),
         patch.object(weights, "weight_mesh", with_ranks),
         FakeTensorMode(),
         UsualValues(),
     ):
         yield
+
+
+@contextmanager
+def _set_aside(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move the parameters without values to a device, and hide them from torch, which cannot, in the ``with`` block."""
+    moved = []
+    for owner in module.modules():
+        named = list(_whole_parameters(owner))
+        for name, parameter in named:
+            empty = torch.empty_like(parameter, device=device)
+            needs_gradient = parameter.requires_grad
+            fresh = nn.Parameter(empty, needs_gradient)
+            owner._parameters[name] = None
+            place = (owner, name, fresh)
+            moved.append(place)
+    yield
+    for owner, name, fresh in moved:
+        owner._parameters[name] = fresh
+
+
+def _whole_parameters(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's own parameters without values that are not sharded."""
+    for name, parameter in owner.named_parameters(recurse=False):
+        if is_fake(parameter) and not is_sharded(parameter):
+            yield name, parameter
 
 
 class UsualValues(TorchDispatchMode):
