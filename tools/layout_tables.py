@@ -66,7 +66,7 @@ class LayoutRow(NamedTuple):
         sections: the keys of the fastest layout that fits, by section; {} if none does.
         gib: memory at the peak of a step.
         tokens_per_second: of one GPU.
-        missing: GiB by which the layout nearest to fitting does not fit.
+        missing: GiB by which the layout nearest to fitting does not fit; 0 where weights alone are too large for all.
     """
 
     model: str
@@ -113,7 +113,8 @@ def _row(
 ) -> LayoutRow:
     layouts = result.counts.total
     if not result.fitting:
-        missing = min(found.peak.missing(capacity) for found in result.predictions)
+        sizes = [found.peak.missing(capacity) for found in result.predictions]
+        missing = min(sizes, default=0)
         return LayoutRow(model, gpus, parameters, layouts, {}, 0, 0, missing / GIB)
     best = result.fitting[0]
     assert best.time is not None
@@ -214,6 +215,7 @@ COLUMNS = (
 )  # fmt: skip
 TITLES = ("{model}: {parameters:,} parameters", "{model}，{parameters:,} 个参数")
 NOTHING_FITS = ("none fits: {gib:.0f} GiB too much", "都放不下:多出 {gib:.0f} GiB")
+TOO_LARGE = ("none fits: the weights are too large", "都放不下:权重太大")
 COMMANDS = (
     "The rows are those of this command, with another `--gpus` and `data.micro_num`:",
     "各行来自这条命令，`--gpus` 和 `data.micro_num` 相应改变:",
@@ -252,7 +254,8 @@ def _section(language: int, model: str, rows: list[LayoutRow]) -> str:
 def _cells(language: int, row: LayoutRow) -> tuple[str, ...]:
     gpus = f"{row.gpus:,}"
     if not row.sections:
-        nothing = NOTHING_FITS[language].format(gib=row.missing)
+        found = NOTHING_FITS if row.missing else TOO_LARGE
+        nothing = found[language].format(gib=row.missing)
         return (gpus, *("",) * 6, nothing, "")
     parallel, model, data = (
         row.sections[name] for name in ("parallel", "model", "data")
