@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from evomesh.plan.storage_lives import StorageLives
 from evomesh.plan.trace import TracedDevice
@@ -22,6 +24,20 @@ class AgreedVote:
 
     def item(self) -> int:
         return 1
+
+
+@dataclass(frozen=True)
+class HeldTransfer:
+    """A transfer that holds its tensor for as long as it is known, as those of real backends do.
+
+    Torch's interleaved and zbv schedules keep those of all sends until the end of a step.
+    """
+
+    work: Any
+    tensor: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
 
 
 @contextmanager
@@ -84,8 +100,9 @@ def _transfer_each(operations: Sequence[Any], desc: str | None = None) -> list[A
     return works
 
 
-def _transfer(operation: Any) -> Any:
+def _transfer(operation: Any) -> HeldTransfer:
     is_send = operation.op.__name__ == "isend"
     peer = "group_dst" if is_send else "group_src"
     options = {peer: operation.group_peer, "tag": operation.tag}
-    return operation.op(operation.tensor, group=operation.group, **options)
+    work = operation.op(operation.tensor, group=operation.group, **options)
+    return HeldTransfer(work, operation.tensor)

@@ -129,8 +129,8 @@ def traced_micro_batches(config: Config, grid: Grid) -> int:
         # Those in flight, and two of the steady state.
         enough = pp + 2
     else:
-        # Torch's interleaved schedule takes multiples of pp only.
-        enough = 2 * pp
+        # Torch keeps what these schedules send until the end of a step.
+        enough = config.data.micro_num
     return min(config.data.micro_num, enough)
 
 
