@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from evomesh import load_config, run_training
 from evomesh.config.loader import LoadedConfig
 from evomesh.monitor.metrics import StepRecord
+from evomesh.parallel.start_up import simulate_start
 from evomesh.plan.trace import trace
 from evomesh.train.report import RunReporter
 from tests.support.interpreter import Finished, Interpreter
-from tests.support.world_counts import counting_world, simulate_start
+from tests.support.world_counts import counting_world
 
 STEPS = 3
 WAIT_S = 900
@@ -110,7 +111,7 @@ def simulated(loaded: LoadedConfig, sizes: Sequence[int]) -> Table:
     for ranks in sizes:
         counts = simulate_start(loaded.config.parallel, ranks, ranks - 1)
         in_step = len(trace(loaded.config, ranks).traffic.calls)
-        row = (ranks, counts["start"], counts["heartbeats"], in_step)
+        row = (ranks, counts.messages, counts.heartbeats, in_step)
         table.add_row(*map(str, row))
     return table
 

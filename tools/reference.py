@@ -67,6 +67,7 @@ GROUPS = (
         "运行之前",
         {
             "evomesh plan": "预测一个进程的显存和通信量。",
+            "evomesh scale": "预测启动、检查点、流水线、掉队进程与故障的代价如何随进程数增长。",
             "evomesh doctor": "不到一分钟，在所有进程上检查 CONFIG 的运行需要的一切。",
             "evomesh parity": "把 CONFIG 缩小，在每种并行方式和单个进程中各训练两步，比较每个张量。",
             "evomesh slurm": "写出在 Slurm 集群上训练 CONFIG 的批处理脚本；打印、保存或提交。",

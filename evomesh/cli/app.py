@@ -25,6 +25,7 @@ from evomesh.cli import (
     replay,
     report,
     restarts,
+    scale,
     serve,
     slurm,
     tokenize,
@@ -55,6 +56,7 @@ app.command("replay")(replay.replay)
 app.command("watch")(watch.watch)
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
+app.command("scale")(scale.scale)
 app.command("doctor")(doctor.doctor)
 app.command("parity")(parity.parity)
 app.command("slurm")(slurm.slurm)

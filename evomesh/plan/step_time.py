@@ -310,7 +310,7 @@ def schedule_ranks(
     for rank in ranks:
         stages |= rank.stages
     in_order = [stages[number] for number in sorted(stages)]
-    order = _action_order(config, world_size)
+    order = action_order(config, world_size)
     hop = hop_seconds(config, world_size, device)
     return timed_actions(order, in_order, hop)
 
@@ -358,7 +358,7 @@ def _stages_held(config: Config, pipeline_rank: int) -> tuple[int, ...]:
     return tuple(stages_of_rank(pipeline_rank, pp, chunks, kind))
 
 
-def _action_order(
+def action_order(
     config: Config, world_size: int
 ) -> Mapping[int, Sequence[ScheduleAction]]:
     """Return what each rank of a pipeline computes in a step, in its order."""

@@ -66,7 +66,7 @@ def find_replicas(items: Iterable[ReadItem], exchange: Exchange) -> list[Replica
     for item in items:
         items_of_tensor.setdefault(item.record.name, []).append(item)
     wanted = list(items_of_tensor.values())
-    keys = [_key_of(items_of_one) for items_of_one in wanted]
+    keys = [key_of_items(items_of_one) for items_of_one in wanted]
     groups = []
     for members, positions in find_members(keys, exchange):
         in_group = []
@@ -77,7 +77,7 @@ def find_replicas(items: Iterable[ReadItem], exchange: Exchange) -> list[Replica
     return groups
 
 
-def _key_of(items: Sequence[ReadItem]) -> str:
+def key_of_items(items: Sequence[ReadItem]) -> str:
     """Return a hash of the pieces of one tensor that a rank wants."""
     places = [place_in_files(item) for item in items]
     return key_of([items[0].record.name, places])

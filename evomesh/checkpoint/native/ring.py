@@ -79,29 +79,82 @@ def find_members(keys: Sequence[str], exchange: Exchange) -> list[Replicas]:
     keys_by_rank = exchange.gather(list(keys))
     answers = None
     if keys_by_rank is not None:
-        answers = _group_by_members(keys_by_rank)
+        answers = []
+        for groups in group_by_members(keys_by_rank):
+            answer = [[to_runs(group.members), group.positions] for group in groups]
+            answers.append(answer)
     answer = exchange.scatter(answers)
-    return [Replicas(members, positions) for members, positions in answer]
+    return [Replicas(from_runs(runs), positions) for runs, positions in answer]
 
 
-def _group_by_members(keys_by_rank: Sequence[Sequence[str]]) -> list[list[Any]]:
+def group_by_members(keys_by_rank: Sequence[Sequence[str]]) -> list[list[Replicas]]:
     """Return for each rank its groups: their members, and the positions of their keys in its list."""
     ranks_with: dict[str, list[int]] = {}
     for rank, keys in enumerate(keys_by_rank):
         for key in keys:
-            ranks_with.setdefault(key, []).append(rank)
+            members_of_key = ranks_with.setdefault(key, [])
+            members_of_key.append(rank)
+
+    # Groups get numbers: to compare the members of each key on each rank would take time
+    # that grows with the square of the ranks. One order for all ranks, so that no two
+    # wait for each other in different groups.
+    in_order = sorted(map(tuple, ranks_with.values()))
+    number_of_members: dict[tuple[int, ...], int] = {}
+    members_of: list[list[int]] = []
+    for members in dict.fromkeys(in_order):
+        number = len(members_of)
+        number_of_members[members] = number
+        members_of.append(list(members))
+    number_of = {}
+    for key, ranks in ranks_with.items():
+        members = tuple(ranks)
+        number = number_of_members[members]
+        number_of[key] = number
+
     answers = []
     for keys in keys_by_rank:
-        positions_of: dict[tuple[int, ...], list[int]] = {}
-        for position, key in enumerate(keys):
-            members = tuple(ranks_with[key])
-            positions_of.setdefault(members, []).append(position)
-        # One order for all ranks: no two wait for each other in different groups.
-        answer = [
-            [list(members), positions_of[members]] for members in sorted(positions_of)
-        ]
-        answers.append(answer)
+        numbers = [number_of[key] for key in keys]
+        groups = _groups_of_rank(numbers, members_of)
+        answers.append(groups)
     return answers
+
+
+def _groups_of_rank(
+    numbers: Sequence[int], members_of: Sequence[list[int]]
+) -> list[Replicas]:
+    """Return the groups of a rank; ``numbers`` are those of the groups of its keys."""
+    positions_of: dict[int, list[int]] = {}
+    for position, number in enumerate(numbers):
+        positions_of.setdefault(number, []).append(position)
+    groups = []
+    for number in sorted(positions_of):
+        group = Replicas(members_of[number], positions_of[number])
+        groups.append(group)
+    return groups
+
+
+def to_runs(members: Sequence[int]) -> list[list[int]]:
+    """Return ascending numbers as runs [first, distance, count]: all of 16,384 ranks are one short message."""
+    runs: list[list[int]] = []
+    for member in members:
+        if runs:
+            first, distance, count = runs[-1]
+            if count == 1:
+                runs[-1] = [first, member - first, 2]
+                continue
+            if member == first + distance * count:
+                runs[-1][2] += 1
+                continue
+        runs.append([member, 1, 1])
+    return runs
+
+
+def from_runs(runs: Sequence[Sequence[int]]) -> list[int]:
+    """Return the numbers of ``to_runs``."""
+    members: list[int] = []
+    for first, distance, count in runs:
+        members += range(first, first + distance * count, distance)
+    return members
 
 
 @dataclass(frozen=True)
