@@ -152,10 +152,11 @@ class PageWriter:
         if field is None:
             return "", ""
         if section_class(field.annotation) is not None and field.default is None:
-            return "`dict | None`", "`None`"
+            return "`dict or None`", "`None`"
         if section_class(field.annotation) is not None:
             return "`dict`", ""
-        kind = f"`{type_name(field.annotation)}`"
+        # A bar would end the cell, and the site shows an escaped one as it is written.
+        kind = f"`{type_name(field.annotation).replace(' | ', ' or ')}`"
         bounds = bounds_of(field)
         if bounds:
             kind += f" {bounds}"
