@@ -95,7 +95,8 @@ def test_every_message_has_a_code() -> None:
         for path, call in calls
         if not is_code(code_of(call))
     ]
-    assert not without, "\n".join(without)
+    advice = "\nadd code=... of evomesh/error_codes/pages: evomesh explain lists all"
+    assert not without, "\n".join(without) + advice
 
 
 def test_every_code_has_a_page_and_every_page_a_code() -> None:
