@@ -66,7 +66,7 @@ def _columns(run: RunFiles) -> Row:
     columns = run.columns()
     figures = _shown_figures(columns)
     figures |= _history_figures(run)
-    speed = _speed(columns, run.world_size)
+    speed = _speed(columns, run)
     if speed is not None:
         figures["speed"] = speed
     places: dict[str, int] = {}
@@ -121,12 +121,15 @@ def _shown_figures(columns: Mapping[str, Column]) -> dict[str, Column]:
     return shown
 
 
-def _speed(columns: Mapping[str, Column], world_size: int) -> Column | None:
+def _speed(columns: Mapping[str, Column], run: RunFiles) -> Column | None:
     """Return the tokens per second of all devices together."""
     one_device = columns.get(TGS)
     if one_device is None:
         return None
-    values = [value * world_size for value in one_device.values]
+    sizes = run.world_sizes(one_device.steps)
+    values = [
+        value * size for value, size in zip(one_device.values, sizes, strict=True)
+    ]
     return Column(one_device.steps, values)
 
 
@@ -233,11 +236,13 @@ def _summary(
         "device": run.facts.get("device"),
         "layout": run.facts.get("layout"),
     }
-    summary |= _summary_of_figures(columns, run.world_size)
+    summary |= _summary_of_figures(columns, run)
     if account is not None:
         summary["wall"] = account.wall
         summary["goodput"] = account.goodput
-        summary["restarts"] = len(account.starts) - 1
+        rollbacks = sum(start.is_rollback for start in account.starts)
+        summary["restarts"] = len(account.starts) - 1 - rollbacks
+        summary["rollbacks"] = rollbacks
         summary["restart_cost"] = sum(start.cost for start in account.starts)
     return summary
 
@@ -251,7 +256,7 @@ def _total_steps(run: RunFiles) -> int:
     return int(_mapping(config.get("data")).get("total_steps") or 0)
 
 
-def _summary_of_figures(columns: Mapping[str, Column], world_size: int) -> Row:
+def _summary_of_figures(columns: Mapping[str, Column], run: RunFiles) -> Row:
     """Return last and lowest loss and the usual speed, as far as they are known."""
     summary: Row = {}
     losses = columns.get("loss", Column())
@@ -259,10 +264,10 @@ def _summary_of_figures(columns: Mapping[str, Column], world_size: int) -> Row:
     if finite:
         summary["loss"] = finite[-1]
         summary["lowest_loss"] = min(finite)
-    speeds = columns.get(TGS)
+    speeds = _speed(columns, run)
     if speeds is not None:
-        median = float(np.median(speeds.values))
-        speed = median * world_size
+        median = np.median(speeds.values)
+        speed = float(median)
         summary["speed"] = speed
     return summary
 
@@ -280,22 +285,28 @@ def _times(account: TimeAccount | None) -> Row | None:
 
 def _saves(run: RunFiles) -> list[Row]:
     """Return each save: after which step, when, and for how long training waited for it."""
-    saves = []
+    saves: list[Row] = []
     for start in run.starts:
-        for row in (*start.steps, start.end):
+        # A start without a step has nothing to save, though its end looks for it.
+        lines = (*start.steps, start.end) if start.steps else ()
+        saved: dict[Any, Row] = {}
+        for row in lines:
             seconds = _mapping(row.get("phases")).get("save")
             if seconds is None:
                 continue
             is_step = "event" not in row
             step = row["step"] + 1 if is_step else row.get("step")
-            saves.append(
-                {
-                    "step": step,
-                    "time": row.get("time"),
-                    "seconds": seconds,
-                    "final": not is_step,
-                }
-            )
+            if step in saved:
+                # The end waited for the save after the last step, and made no second one.
+                saved[step]["seconds"] += seconds
+                continue
+            saved[step] = {
+                "step": step,
+                "time": row.get("time"),
+                "seconds": seconds,
+                "final": not is_step,
+            }
+        saves += saved.values()
     return saves
 
 

@@ -42,11 +42,13 @@ class StartRecord:
         facts: the "start" line of ``history.jsonl``.
         steps: a line for each step, in the order in which they were done.
         end: the "end" line; empty after a kill, and while it trains.
+        rolled_back_at: when the start before it went back to a checkpoint, of a start in the same processes.
     """
 
     facts: Row
     steps: list[Row] = field(default_factory=list)
     end: Row = field(default_factory=dict)
+    rolled_back_at: float | None = None
 
     @property
     def first_step(self) -> int:
@@ -54,7 +56,9 @@ class StartRecord:
 
     @property
     def began(self) -> float:
-        """Return when the processes met, in Unix seconds."""
+        """Return when the processes met, or when they went back to a checkpoint, in Unix seconds."""
+        if self.rolled_back_at is not None:
+            return self.rolled_back_at
         facts = self.facts
         return number_of(facts.get("began")) or number_of(facts.get("time")) or 0.0
 
@@ -101,6 +105,18 @@ class RunFiles:
     def world_size(self) -> int:
         recorded = number_of(self.facts.get("world_size"))
         return int(recorded or max(len(self.ranks), 1))
+
+    def world_sizes(self, steps: Iterable[int]) -> list[int]:
+        """Return how many ranks did each step: those of the last start that began at or before it."""
+        sizes = []
+        for step in steps:
+            size = self.world_size
+            for start in reversed(self.starts):
+                if start.first_step <= step:
+                    size = int(number_of(start.facts.get("world_size")) or size)
+                    break
+            sizes.append(size)
+        return sizes
 
     def sorted_rows(self) -> list[Row]:
         """Return the figures of all steps in their order."""
@@ -201,7 +217,10 @@ def starts_of(rows: Iterable[Row]) -> list[StartRecord]:
     for row in rows:
         event = row.get("event")
         if event == "start":
-            starts.append(StartRecord(row))
+            start = StartRecord(row)
+            if starts and _is_same_process(starts[-1], start):
+                start.rolled_back_at = starts[-1].last_time
+            starts.append(start)
         elif not starts:
             continue  # the line of the start is lost
         elif event == "end":
@@ -209,6 +228,12 @@ def starts_of(rows: Iterable[Row]) -> list[StartRecord]:
         elif isinstance(row.get("step"), int):
             starts[-1].steps.append(row)
     return starts
+
+
+def _is_same_process(earlier: StartRecord, later: StartRecord) -> bool:
+    """Return whether both starts are of processes that met once: they went back to a checkpoint in between."""
+    began = number_of(later.facts.get("began"))
+    return began is not None and began == number_of(earlier.facts.get("began"))
 
 
 def _objects(run: RunFiles, name: str) -> list[Row]:

@@ -40,7 +40,8 @@ class StartCost:
         down: seconds since the start before it ended; 0 for the first.
         starting: seconds until its first step began.
         recomputed: steps that it did again; ``recomputed_seconds`` those took the first time.
-        outcome: "done", "stopped", "failed", or "" where no end is recorded.
+        outcome: "done", "stopped", "failed", "rolled back", or "" where no end is recorded.
+        is_rollback: whether the processes of the start before it went back, instead of new ones.
     """
 
     number: int
@@ -53,6 +54,7 @@ class StartCost:
     starting: float = 0.0
     recomputed: int = 0
     recomputed_seconds: float = 0.0
+    is_rollback: bool = False
 
     @property
     def cost(self) -> float:
@@ -109,13 +111,22 @@ def _cost_of_start(index: int, starts: Sequence[StartRecord]) -> StartCost:
         outcome=str(start.end.get("outcome", "")),
         reason=str(start.facts.get("reason", "")),
         starting=_starting_seconds(start),
+        is_rollback=start.rolled_back_at is not None,
     )
+    if _went_back(index, starts):
+        cost.outcome = "rolled back"
     if index:
         cost.down = max(0.0, start.began - starts[index - 1].last_time)
         lost = lost_steps(starts, index)
         cost.recomputed = len(lost)
         cost.recomputed_seconds = sum(seconds_of_row(row) for row in lost)
     return cost
+
+
+def _went_back(index: int, starts: Sequence[StartRecord]) -> bool:
+    """Return whether the next start is of the same processes."""
+    is_last = index + 1 == len(starts)
+    return not is_last and starts[index + 1].rolled_back_at is not None
 
 
 def lost_steps(starts: Sequence[StartRecord], index: int) -> list[Row]:

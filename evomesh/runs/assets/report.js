@@ -10,7 +10,8 @@ function cards(run) {
   const s = run.summary, total = s.total ? ` / ${whole(s.total)}` : "";
   const rows = [["state", t(s.state)], ["steps", `${whole(s.next_step)}${total}`], ["loss", short(s.loss)], ["lowest_loss", short(s.lowest_loss)], ["tokens", short(s.tokens)], ["speed", short(s.speed)],
     ["wall", s.wall === undefined ? null : duration(s.wall)], ["goodput", s.wall === undefined ? null : percent(s.goodput)], ["restarts", s.restarts === undefined ? null : whole(s.restarts)],
-    ["restart_cost", s.restarts ? duration(s.restart_cost) : null], ["skips", s.skipped ? whole(s.skipped) : null], ["devices", `${whole(s.world_size)}${s.device ? ` · ${s.device}` : ""}`]];
+    ["rollbacks", s.rollbacks ? whole(s.rollbacks) : null],
+    ["restart_cost", s.restarts || s.rollbacks ? duration(s.restart_cost) : null], ["skips", s.skipped ? whole(s.skipped) : null], ["devices", `${whole(s.world_size)}${s.device ? ` · ${s.device}` : ""}`]];
   return make("dl", { class: "cards" }, ...rows.filter((row) => row[1] !== null).map(([key, value]) => make("div", {}, make("dt", {}, t(key)), make("dd", {}, value))));
 }
 function notes(run) {

@@ -7,7 +7,7 @@ const WORDS = {
   skipped: ["Steps that are not finite", "非有限值的步"], data: ["Data", "数据"], facts: ["Code and machine", "代码与机器"],
   config: ["Configuration", "配置"], state: ["state", "状态"], steps: ["steps", "步数"], loss: ["loss", "损失"],
   lowest_loss: ["lowest loss", "最低损失"], tokens: ["tokens", "词元"], speed: ["tokens/s (median)", "词元/秒（中位数）"],
-  wall: ["wall time", "总时长"], goodput: ["goodput", "有效时间占比"], restarts: ["restarts", "重启次数"],
+  wall: ["wall time", "总时长"], goodput: ["goodput", "有效时间占比"], restarts: ["restarts", "重启次数"], rollbacks: ["rollbacks", "回滚次数"],
   restart_cost: ["cost of restarts", "重启代价"], skips: ["skipped steps", "跳过的步"], devices: ["ranks", "进程数"],
   running: ["running", "运行中"], done: ["done", "已完成"], stopped: ["stopped", "已停止"], failed: ["failed", "失败"],
   silent: ["silent", "无响应"], unknown: ["unknown", "未知"],

@@ -18,7 +18,12 @@ from evomesh.errors import UserError
 from evomesh.runs.page import render_page
 from evomesh.runs.payload import payload_of, reduce_points
 from evomesh.runs.read import read_run
-from tests.support.run_folders import step_row, write_lines, write_run_folder
+from tests.support.run_folders import (
+    history_of_two_starts,
+    step_row,
+    write_lines,
+    write_run_folder,
+)
 
 NOW = 1_700_000_000.0
 
@@ -58,6 +63,44 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert saves == [(2, 2.0, False), (5, 1.5, True)]
     assert entry["summary"]["restarts"] == 1
     assert entry["summary"]["restart_cost"] == 30
+
+
+def _write_history(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    write_lines(folder / "history.jsonl", rows)
+    return entry_of(folder)
+
+
+def test_the_speed_of_a_step_counts_the_ranks_that_did_it(tmp_path: Path) -> None:
+    first, *rest = history_of_two_starts()
+    first["world_size"] = 4  # the second start, from step 2, has two
+    entry = _write_history(write_run_folder(tmp_path / "run"), [first, *rest])
+    speeds = [value for _, value in figure(entry, "speed")]
+    assert speeds == [400.0] * 2 + [200.0] * 3
+    assert entry["summary"]["speed"] == 200.0
+
+
+def test_a_rollback_is_no_restart(tmp_path: Path) -> None:
+    rows = history_of_two_starts()
+    began = rows[0]["began"]
+    same = [row | {"began": began} if "began" in row else row for row in rows]
+    entry = _write_history(write_run_folder(tmp_path / "run"), same)
+    summary = entry["summary"]
+    assert (summary["restarts"], summary["rollbacks"]) == (0, 1)
+
+
+def test_each_save_is_listed_once(tmp_path: Path) -> None:
+    start = {"event": "start", "time": 0, "began": 0, "step": 0}
+    save = {"save": 0.5}
+    rows = [
+        start,
+        {"step": 0, "time": 1.0, "seconds": 1.0, "phases": save},
+        {"event": "end", "time": 2, "step": 1, "outcome": "stopped", "phases": save},
+        start | {"time": 5, "began": 5, "step": 1},  # stopped at once
+        {"event": "end", "time": 6, "step": 1, "outcome": "stopped", "phases": save},
+    ]
+    entry = _write_history(write_run_folder(tmp_path / "run"), rows)
+    saves = [(one["step"], one["seconds"], one["final"]) for one in entry["saves"]]
+    assert saves == [(1, 1.0, False)]
 
 
 def test_a_broken_run_has_a_page(tmp_path: Path) -> None:

@@ -57,6 +57,25 @@ def test_a_step_that_is_lost_twice_counts_for_the_start_after_each() -> None:
     assert account.causes["useful"] == 4
 
 
+def test_a_rollback_begins_where_the_start_before_it_ended() -> None:
+    rows: list[dict[str, Any]] = [
+        {"event": "start", "time": 103, "began": 100, "step": 0},
+        *({"step": s, "time": 105.0 + s, "seconds": 1.0} for s in range(4)),
+        {"event": "end", "time": 110, "step": 3, "outcome": "stopped"},
+        {"event": "start", "time": 112, "began": 100, "step": 2},
+        *({"step": s, "time": 112.0 + s, "seconds": 1.0} for s in range(2, 6)),
+        {"event": "end", "time": 118, "step": 6, "outcome": "done"},
+    ]
+    account = account_for(starts_of(rows))
+    assert account is not None
+    before, after = account.starts
+    assert (before.outcome, before.is_rollback) == ("rolled back", False)
+    assert (after.outcome, after.is_rollback) == ("done", True)
+    assert (after.began, after.down, after.starting) == (110, 0, 3)
+    assert after.cost == 3 + 2  # steps 2 and 3
+    assert sum(account.causes.values()) == account.wall == 18
+
+
 def test_no_history_has_no_account() -> None:
     assert account_for([]) is None
 
