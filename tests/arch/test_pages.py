@@ -15,7 +15,7 @@ from tools.cluster_transcript import TITLES, Transcript
 from tools.translations import with_chinese_punctuation
 
 # Pages that have no Chinese counterpart yet; the list only gets shorter.
-ENGLISH_ONLY = {"plan.md"}
+ENGLISH_ONLY: set[str] = set()
 TRANSLATED = [page for page in english_pages() if page.translation.path.exists()]
 
 
