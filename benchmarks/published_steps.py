@@ -10,7 +10,9 @@ from pathlib import Path
 from evomesh.config.loader import load_config
 from evomesh.config.schema import Config
 from evomesh.plan.device import Device, load_device
-from evomesh.plan.step_time import StepTime, predict_step
+from evomesh.plan.layout_choice import choice_of
+from evomesh.plan.layout_predictor import PartsPredictor
+from evomesh.plan.step_time import StepTime
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".toml")
@@ -33,8 +35,10 @@ class PublishedRow:
     is_calibrated: bool
 
     def predict(self) -> StepTime:
-        """Predict its step from a trace of the whole model."""
-        return predict_step(self.config, self.gpus, self.device)
+        """Predict its step as a search does, from traces of a few layers."""
+        predictor = PartsPredictor(self.config, self.gpus, self.device)
+        layout = choice_of(self.config, self.gpus)
+        return predictor.step_time(layout)
 
 
 def published_rows() -> Iterator[PublishedRow]:

@@ -92,9 +92,8 @@ def settings(model: str, gpus: int) -> list[str]:
 
 def predict(model: str) -> Iterator[LayoutRow]:
     """Search for the layouts of a model on each number of GPUs; what is traced for one serves all."""
-    from evomesh.plan.layout_predictor import PartsPredictor
-
     from evomesh.plan.device import load_device
+    from evomesh.plan.layout_predictor import PartsPredictor
     from evomesh.plan.search import search
 
     library = None

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomesh.cli.plan_time import BEST
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -82,7 +80,7 @@ def _layouts(result: SearchResult) -> list[LayoutRow]:
     from evomesh.runs.plan_payload import LayoutRow
 
     rows = []
-    for prediction in result.fitting[:BEST]:
+    for prediction in result.fitting:
         assert prediction.time is not None
         row = LayoutRow(str(prediction.choice), prediction.peak.total, prediction.time)
         rows.append(row)

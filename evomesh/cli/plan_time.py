@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,12 @@ from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from evomesh.config.schema import Config
     from evomesh.plan.device import Device
     from evomesh.plan.layout_choice import LayoutChoice
     from evomesh.plan.search import SearchResult
     from evomesh.plan.step_time import StepTime
-
-GIB = 2**30
-BEST = 10
-BILLION = 1e9
-SECONDS_PER_HOUR = 3600
 
 
 def timed_device(name: str | None, gpu_memory: float | None) -> Device | None:
@@ -63,79 +57,53 @@ def print_layouts(
     Args:
         path: of the config.
     """
-    from evomesh.plan.search import LayoutPredictor, search
+    from evomesh.cli.plan_layouts import (
+        describe_counts,
+        describe_near,
+        describe_nearest,
+        layouts_table,
+    )
+    from evomesh.plan.layout_predictor import PartsPredictor
+    from evomesh.plan.search import search
 
-    predictor = LayoutPredictor(config, gpus, device)
-    cores = os.sched_getaffinity(0)
+    predictor = PartsPredictor(config, gpus, device)
+    start = time.perf_counter()
     with console.status("predicting layouts"):
-        result = search(predictor, len(cores))
-    fitting = result.fitting
-    total = len(result.predictions)
-    console.print(f"{total} layouts, of which {len(fitting)} fit", highlight=False)
-    if not fitting:
-        for line in describe_nearest(result, device):
-            console.print(line, highlight=False)
+        result = search(predictor)
+    seconds = time.perf_counter() - start
+    traces = predictor.library.num_traces
+    lines = describe_counts(result.counts, traces, seconds)
+    if not result.fitting:
+        lines += describe_nearest(result, predictor.capacity)
+    for line in lines:
+        console.print(line, highlight=False)
+    if not result.fitting:
         return result
-    table = layouts_table(result, price)
-    console.print(table)
+    console.print(layouts_table(result, price))
+    for line in describe_near(result):
+        console.print(line, highlight=False)
     if write is not None:
-        write_layout(fitting[0].choice, path, write)
+        write_layout(result.fitting[0].choice, path, write)
         console.print(f"wrote {write}", highlight=False)
     return result
 
 
 def describe_step(time: StepTime, device: Device, price: float | None) -> list[str]:
     """Return the time of a step on a device, and what it is made of."""
+    from evomesh.cli.plan_layouts import cost
+
     speed = (
         f"a step on {time.ranks} x {device.name}: {time.seconds:.3f} s, "
         f"{time.tokens_per_second:,.0f} tokens per second and GPU"
     )
     if price is not None:
-        speed += f", {_cost(time, price):,.2f} per billion tokens"
+        speed += f", {cost(time, price):,.2f} per billion tokens"
     lines = [speed]
     parts = time.parts()
     width = max(map(len, parts))
     for name, seconds in parts.items():
         share = seconds / time.seconds
         lines.append(f"  {name:{width}} {seconds:8.3f} s  {share:5.1%}")
-    return lines
-
-
-def layouts_table(result: SearchResult, price: float | None) -> Table:
-    """Return the best layouts, each with what makes it slower than the one above."""
-    from rich.table import Table
-
-    table = Table("layout", title="fastest layouts that fit")
-    table.add_column("GiB", justify="right")
-    table.add_column("tokens/s/GPU", justify="right")
-    if price is not None:
-        table.add_column("cost of 1e9 tokens", justify="right")
-    table.add_column("slower than the one above by")
-    better: StepTime | None = None
-    for prediction in result.fitting[:BEST]:
-        time = prediction.time
-        assert time is not None
-        cells = [
-            str(prediction.choice),
-            f"{prediction.peak.total / GIB:.1f}",
-            f"{time.tokens_per_second:,.0f}",
-        ]
-        if price is not None:
-            cells.append(f"{_cost(time, price):,.2f}")
-        cells.append(_reason(better, time))
-        table.add_row(*cells)
-        better = time
-    return table
-
-
-def describe_nearest(result: SearchResult, device: Device) -> list[str]:
-    """Return by how much the layouts nearest to fitting do not fit."""
-    capacity = int(device.memory_gib * GIB)
-    too_large = [found for found in result.predictions if found.time is None]
-    lines = []
-    for prediction in too_large[:3]:
-        missing = prediction.peak.missing(capacity) / GIB
-        lines.append(f"  {missing:.1f} GiB too much: {prediction.choice}")
     return lines
 
 
@@ -163,23 +131,3 @@ def write_layout(choice: LayoutChoice, config: str, out: Path) -> None:
             expected="a file in a folder that you may write to",
             code="EVO-CLI-006",
         ) from error
-
-
-def _reason(better: StepTime | None, time: StepTime) -> str:
-    """Return the part of a step that grew most against a better layout."""
-    if better is None:
-        return ""
-    before = better.parts()
-    now = time.parts()
-    growth = {name: now[name] - before.get(name, 0.0) for name in now}
-    name = max(growth, key=lambda part: growth[part])
-    slower = time.seconds - better.seconds
-    if slower < 0.0005:
-        return "nothing"
-    return f"{slower:.3f} s; {name} {growth[name]:+.3f} s"
-
-
-def _cost(time: StepTime, price: float) -> float:
-    """Return what a billion tokens cost at ``price`` per GPU and hour."""
-    gpu_seconds = BILLION / time.tokens_per_second
-    return gpu_seconds / SECONDS_PER_HOUR * price

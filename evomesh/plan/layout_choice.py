@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from evomesh.config.layout import axis_sizes, check_world, layout_findings
 from evomesh.config.schema import Config
-from evomesh.config.size import tokens_per_step
 from evomesh.errors import UserError
 
+# Stages of one rank of a pipeline.
+CHUNKS = (1, 2, 4)
 Mode = Literal["mtp", "msp", "fsp", "isp"]
 
 
@@ -111,7 +112,11 @@ def with_choice(config: Config, choice: LayoutChoice) -> Config:
 
 
 def is_allowed(config: Config, choice: LayoutChoice, world_size: int) -> bool:
-    """Return whether a run would start with this layout."""
+    """Return whether a run would start with this layout, and have the tokens of the config in a step."""
+    ranks = world_size // choice.pipeline // choice.tensor
+    sequences = choice.micro_bsz * choice.micro_num * ranks
+    if sequences != sequences_of(config, world_size):
+        return False
     changed = with_choice(config, choice)
     try:
         check_world(changed, world_size)
@@ -120,30 +125,25 @@ def is_allowed(config: Config, choice: LayoutChoice, world_size: int) -> bool:
     return next(layout_findings(changed), None) is None
 
 
-def base_choices(
+def every_choice(
     config: Config, world_size: int, gpus_per_node: int
 ) -> Iterator[LayoutChoice]:
-    """Yield the allowed layouts with micro-batches of the config's size, without recomputing.
+    """Yield layouts without recomputing, whether or not a run would start with them.
 
     Tensor and weight axes stay inside a node. The tokens of a step are those of the
     config: layouts with fewer data-parallel ranks have more micro-batches.
     """
     now = choice_of(config, world_size)
-    tokens = tokens_per_step(config, axis_sizes(config.parallel, world_size).dp)
     most = min(gpus_per_node, world_size)
     for mode, tensor, weight in _tensor_choices(most):
         for pipeline in _powers_of_two(min(world_size, config.model.num_layers)):
             ranks_per_stage = world_size // pipeline
             shards = weight if mode == "isp" else tensor
-            if ranks_per_stage % tensor or ranks_per_stage % shards:
-                continue
-            data_ranks = ranks_per_stage // tensor
             group = ranks_per_stage // shards
-            micro_num, rest = divmod(tokens, config.data.packed_length * data_ranks)
-            if rest or micro_num == 0:
+            if group == 0:
                 continue
             for zero, fsdp in _zero_choices(group, gpus_per_node, mode):
-                choice = replace(
+                layout = replace(
                     now,
                     mode=mode,
                     tensor=tensor,
@@ -153,36 +153,54 @@ def base_choices(
                     zero=zero,
                     fsdp=fsdp,
                     recompute=0.0,
-                    micro_num=micro_num,
                 )
-                if is_allowed(config, choice, world_size):
-                    yield choice
+                yield from _step_choices(config, layout, world_size)
 
 
-def refinements(
-    config: Config, choice: LayoutChoice, world_size: int
+def _step_choices(
+    config: Config, layout: LayoutChoice, world_size: int
 ) -> Iterator[LayoutChoice]:
-    """Yield the layouts next to a good one: other micro-batches, recomputing of some layers, more chunks."""
-    found = []
-    for factor in (2, 4):
-        if choice.micro_bsz % factor == 0:
-            smaller = choice.micro_bsz // factor
-            found.append(
-                replace(choice, micro_bsz=smaller, micro_num=choice.micro_num * factor)
+    """Yield a layout with each size of micro-batches, and each number of chunks."""
+    ranks_per_stage = world_size // layout.pipeline
+    data_ranks = max(ranks_per_stage // layout.tensor, 1)
+    sequences = sequences_of(config, world_size)
+    chunks: tuple[int, ...] = (1,)
+    if layout.pipeline > 1:
+        chunks = CHUNKS
+    for micro_bsz in micro_batch_sizes(config.data.micro_bsz):
+        # Where these do not divide, a step would have other tokens: see "is_allowed".
+        micro_num = sequences // (data_ranks * micro_bsz)
+        for count in chunks:
+            yield replace(
+                layout,
+                chunks=count,
+                micro_bsz=micro_bsz,
+                micro_num=micro_num,
             )
-        if choice.micro_num % factor == 0:
-            fewer = choice.micro_num // factor
-            found.append(
-                replace(choice, micro_bsz=choice.micro_bsz * factor, micro_num=fewer)
-            )
-    for recompute in (0.25, 0.5, 0.75):
-        found.append(replace(choice, recompute=recompute))
-    if choice.pipeline > 1:
-        for chunks in (2, 4):
-            found.append(replace(choice, chunks=chunks))
-    for other in found:
-        if is_allowed(config, other, world_size):
-            yield other
+
+
+def sequences_of(config: Config, world_size: int) -> int:
+    """Return the sequences of one step."""
+    sizes = axis_sizes(config.parallel, world_size)
+    data = config.data
+    return data.micro_bsz * data.micro_num * sizes.dp
+
+
+def micro_batch_sizes(now: int) -> list[int]:
+    """Return the sizes that a search tries: that of the config, half and double."""
+    if now % 2:
+        return [now, 2 * now]
+    return [now // 2, now, 2 * now]
+
+
+def base_choices(
+    config: Config, world_size: int, gpus_per_node: int
+) -> Iterator[LayoutChoice]:
+    """Yield the allowed layouts with the config's micro-batches and one chunk for each rank, without recomputing."""
+    for choice in every_choice(config, world_size, gpus_per_node):
+        is_base = choice.chunks == 1 and choice.micro_bsz == config.data.micro_bsz
+        if is_base and is_allowed(config, choice, world_size):
+            yield choice
 
 
 def single_changes(
@@ -194,7 +212,7 @@ def single_changes(
     changes: list[dict[str, Any]] = [
         {"recompute": 0.5},
         {"recompute": 1.0},
-        {"tensor": choice.tensor * 2},
+        {"tensor": choice.tensor * 2, "micro_num": choice.micro_num * 2},
         {"fsdp": True},
         {"zero": all_replicas},
         {"micro_bsz": choice.micro_bsz // 2, "micro_num": choice.micro_num * 2},

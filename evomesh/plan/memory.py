@@ -262,8 +262,8 @@ class LiveBytes(StorageWatch):
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that FSDP2 gathers into, or has emptied."""
-        self._count(storage)
         self._gathers.add(storage._cdata)
+        self._count(storage)
 
     def freed(self, key: int) -> None:
         self._resize(key, 0)

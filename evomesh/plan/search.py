@@ -1,57 +1,51 @@
-"""Search for the fastest layout that fits: thousands are predicted from traces of models of one and two layers.
+"""Search for the fastest layout that fits, among all that the rules allow.
 
-What a rank does and holds grows by the same amount with each of its layers, so that two
-small traces give the line on which every depth is:
+    every choice -> allowed by the rules -> weights can fit -> least recomputing that fits -> speed
+                    is_allowed              MemoryFloor        peak                           least_seconds, step_time
 
-    depth 1, depth 2  ->  seconds and bytes at the depth of the model  ->  the best, traced whole
+Nothing is left out that could be among the fastest: a bound of the time from below says
+in which order pipelines are simulated, and when no other can be faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from evomesh.config.layout import axis_sizes, pipeline_schedule
 from evomesh.config.schema import Config
-from evomesh.pipeline.stages import layer_ranges, stages_of_rank
-from evomesh.plan.depth import (
-    SMALL_DEPTHS,
-    bytes_at_depth,
-    memory_at_depth,
-    seconds_at_depth,
-)
 from evomesh.plan.device import Device
 from evomesh.plan.layout_choice import (
     LayoutChoice,
-    base_choices,
-    refinements,
-    with_choice,
+    every_choice,
+    is_allowed,
+    single_changes,
 )
-from evomesh.plan.memory import (
-    GIB,
-    PeakMemory,
-    TracedMemory,
-    held_by_kind,
-    micro_batches_in_flight,
-    peak_memory,
-    trace_memory,
-)
-from evomesh.plan.step_time import (
-    RankSeconds,
-    StepTime,
-    combine,
-    predict_step,
-    rank_seconds,
-)
-from evomesh.plan.trace import built_rank
+from evomesh.plan.memory import PeakMemory
+from evomesh.plan.memory_floor import MemoryFloor
+from evomesh.plan.step_time import StepTime
 
-# The best ones, whose neighbors are tried too; and those that are predicted once more,
-# from traces of the whole model.
-_REFINED = 8
-_FINALISTS = 12
+# More recomputing than a layout needs to fit makes it slower, and nothing better.
+RECOMPUTE = (0.0, 0.25, 0.5, 0.75, 1.0)
+# How many are predicted to the end.
+BEST = 10
+# Faster ones that do not fit, for which a change is named.
+_NEAR = 3
+
+
+class LayoutPredictor(Protocol):
+    """Answers to what a search asks about layouts of one config on one device."""
+
+    config: Config
+    world_size: int
+    device: Device
+    capacity: int
+
+    def peak(self, choice: LayoutChoice) -> PeakMemory: ...
+
+    def least_seconds(self, choice: LayoutChoice) -> float: ...
+
+    def step_time(self, choice: LayoutChoice) -> StepTime: ...
 
 
 @dataclass(frozen=True)
@@ -70,256 +64,171 @@ class LayoutPrediction:
 
 
 @dataclass(frozen=True)
+class NearMiss:
+    """A layout that would be faster than the best one, but does not fit.
+
+    Attributes:
+        missing: bytes.
+        changes: single changes with which it fits.
+    """
+
+    choice: LayoutChoice
+    missing: int
+    changes: list[LayoutChoice]
+
+
+@dataclass
+class SearchCounts:
+    """Numbers of layouts by what became of them.
+
+    Attributes:
+        refused: by the rules of the config.
+        pruned: whose weights and optimizer state alone are too large.
+        too_large: that do not fit even with all layers recomputed.
+        slower: with more recomputing than they need.
+        fitting: that fit.
+    """
+
+    refused: int = 0
+    pruned: int = 0
+    too_large: int = 0
+    slower: int = 0
+    fitting: int = 0
+
+    @property
+    def total(self) -> int:
+        predicted = self.too_large + self.slower + self.fitting
+        return self.refused + self.pruned + predicted
+
+
+@dataclass(frozen=True)
 class SearchResult:
-    """Layouts by speed; those that do not fit come last, the nearest to fitting first."""
+    """The fastest layouts that fit, by speed, then the nearest to fitting.
+
+    Attributes:
+        near: faster ones that do not fit.
+    """
 
     predictions: list[LayoutPrediction]
+    near: list[NearMiss] = field(default_factory=list)
+    counts: SearchCounts = field(default_factory=SearchCounts)
 
     @property
     def fitting(self) -> list[LayoutPrediction]:
         return [found for found in self.predictions if found.time is not None]
 
 
-@dataclass(frozen=True)
-class LayoutPredictor:
-    """Predicts layouts of one config on one device."""
-
-    config: Config
-    world_size: int
-    device: Device
-
-    @property
-    def capacity(self) -> int:
-        """Bytes of one device."""
-        return int(self.device.memory_gib * GIB)
-
-    def base_choices(self) -> list[LayoutChoice]:
-        """Return all allowed layouts without recomputing."""
-        per_node = self.device.gpus_per_node
-        return list(base_choices(self.config, self.world_size, per_node))
-
-    def neighbors(self, found: Predictions) -> list[LayoutChoice]:
-        """Return what is next to the best layouts and has not been predicted."""
-        nearby: dict[LayoutChoice, None] = {}
-        for choice in _best(found, _REFINED):
-            for neighbor in refinements(self.config, choice, self.world_size):
-                if neighbor not in found:
-                    nearby[neighbor] = None
-        return list(nearby)
-
-    def predict(self, choice: LayoutChoice) -> LayoutPrediction:
-        """Predict one layout: first whether it fits, then its time."""
-        config = with_choice(self.config, choice)
-        ranks = _different_ranks(choice.pipeline)
-        held = self._held(config)
-        if self._is_too_large(held):
-            return LayoutPrediction(choice, held, None)
-        peaks = []
-        for rank in ranks:
-            traced = self._memory(config, rank)
-            peaks.append(traced.peak())
-        peak = _largest(peaks)
-        if self._is_too_large(peak):
-            return LayoutPrediction(choice, peak, None)
-        time = self.time(choice)
-        return LayoutPrediction(choice, peak, time)
-
-    def predict_whole(self, choice: LayoutChoice) -> LayoutPrediction:
-        """Predict one layout from traces of the whole model, which takes seconds."""
-        config = with_choice(self.config, choice)
-        peaks = []
-        for pipeline_rank in _different_ranks(choice.pipeline):
-            rank = self._global_rank(config, pipeline_rank)
-            peak = peak_memory(config, self.world_size, rank)
-            peaks.append(peak)
-        largest = _largest(peaks)
-        time = None
-        if not self._is_too_large(largest):
-            time = predict_step(config, self.world_size, self.device)
-        return LayoutPrediction(choice, largest, time)
-
-    def _is_too_large(self, peak: PeakMemory) -> bool:
-        return peak.missing(self.capacity) > 0
-
-    def time(self, choice: LayoutChoice) -> StepTime:
-        """Predict the time of a step, whether or not it fits."""
-        config = with_choice(self.config, choice)
-        traced = {}
-        for rank in _different_ranks(choice.pipeline):
-            traced[rank] = self._seconds(config, rank)
-        in_order = []
-        ranks = range(choice.pipeline)
-        for rank in ranks:
-            like = _stand_in(rank, choice.pipeline)
-            seconds = traced[like]
-            own = _renumbered(seconds, config, rank)
-            in_order.append(own)
-        return combine(in_order, config, self.world_size, self.device)
-
-    def _held(self, config: Config) -> PeakMemory:
-        """Return what the first rank holds between steps: too much already rules a layout out, without a trace."""
-        one, two = (self._held_at(config, depth) for depth in SMALL_DEPTHS)
-        held = bytes_at_depth(one, two, _mean_depth(config, 0))
-        return PeakMemory(held, "update")
-
-    def _held_at(self, config: Config, depth: int) -> dict[str, int]:
-        shallow = _with_depth(config, depth)
-        with built_rank(shallow, self.world_size, 0) as (_, stages, optimizer):
-            return held_by_kind(stages, optimizer)
-
-    def _memory(self, config: Config, pipeline_rank: int) -> TracedMemory:
-        """Return what a rank holds at the depth of the model."""
-        rank = self._global_rank(config, pipeline_rank)
-        traces = []
-        for depth in SMALL_DEPTHS:
-            shallow = _with_depth(config, depth)
-            traced = trace_memory(shallow, self.world_size, rank)
-            traces.append(traced)
-        one, two = traces
-        layers = _mean_depth(config, pipeline_rank)
-        pp = config.parallel.pipeline.size
-        in_flight = micro_batches_in_flight(config, pipeline_rank, pp)
-        return memory_at_depth(one, two, layers, in_flight)
-
-    def _seconds(self, config: Config, pipeline_rank: int) -> RankSeconds:
-        """Return the times of a rank at the depth of the model."""
-        rank = self._global_rank(config, pipeline_rank)
-        times = []
-        for depth in SMALL_DEPTHS:
-            shallow = _with_depth(config, depth)
-            seconds = rank_seconds(shallow, self.world_size, rank, self.device)
-            times.append(seconds)
-        one, two = times
-        layers = _mean_depth(config, pipeline_rank)
-        return seconds_at_depth(one, two, layers)
-
-    def _global_rank(self, config: Config, pipeline_rank: int) -> int:
-        sizes = axis_sizes(config.parallel, self.world_size)
-        return pipeline_rank * sizes.ranks_per_stage
+def search(predictor: LayoutPredictor) -> SearchResult:
+    """Predict every allowed layout, and return the fastest."""
+    counts = SearchCounts()
+    fitting: list[LayoutPrediction] = []
+    too_large: list[LayoutPrediction] = []
+    for choice in _possible_choices(predictor, counts):
+        found = _least_recomputing(predictor, choice, counts)
+        if found.peak.missing(predictor.capacity) > 0:
+            too_large.append(found)
+        else:
+            fitting.append(found)
+    counts.fitting = len(fitting)
+    fastest = _fastest(predictor, fitting)
+    nearest = sorted(too_large, key=lambda found: found.peak.total)
+    near = []
+    if fastest:
+        near = list(_near_misses(predictor, fastest[0], fitting + too_large))
+    return SearchResult(fastest + nearest, near, counts)
 
 
-def search(predictor: LayoutPredictor, processes: int = 1) -> SearchResult:
-    """Predict every allowed layout, then the neighbors of the best, and the best of all with their whole model.
-
-    Args:
-        processes: that trace at the same time.
-    """
-    choices = predictor.base_choices()
-    predict = predictor.predict
-    # Processes that have nothing to trace would only cost their start.
-    processes = min(processes, len(choices))
-    with _mapping(processes) as predict_all:
-        # 1. All layouts; those that do not fit again with recomputing, which costs a
-        #    second forward.
-        found = predict_all(predict, choices)
-        recomputing = _with_recomputing(found)
-        found |= predict_all(predict, recomputing)
-
-        # 2. The neighbors of the best.
-        nearby = predictor.neighbors(found)
-        found |= predict_all(predict, nearby)
-
-        # 3. The best of all, with the whole model.
-        finalists = _best(found, _FINALISTS)
-        whole = predict_all(predictor.predict_whole, finalists)
-    for choice in whole:
-        del found[choice]
-    in_order = sorted(whole.values(), key=_rank_key)
-    in_order += sorted(found.values(), key=_rank_key)
-    return SearchResult(in_order)
+def _possible_choices(
+    predictor: LayoutPredictor, counts: SearchCounts
+) -> Iterator[LayoutChoice]:
+    """Yield the layouts that are allowed and whose weights can fit."""
+    config = predictor.config
+    world_size = predictor.world_size
+    floor = MemoryFloor(config, world_size)
+    per_node = predictor.device.gpus_per_node
+    variants = len(RECOMPUTE)
+    for choice in every_choice(config, world_size, per_node):
+        if not is_allowed(config, choice, world_size):
+            counts.refused += variants
+        elif floor.peak(choice).missing(predictor.capacity) > 0:
+            counts.pruned += variants
+        else:
+            yield choice
 
 
-def _with_recomputing(found: Predictions) -> list[LayoutChoice]:
-    """Return the layouts that do not fit, with all layers recomputed."""
-    choices = []
-    for choice, prediction in found.items():
-        if prediction.time is None:
-            choices.append(replace(choice, recompute=1.0))
-    return choices
+def _least_recomputing(
+    predictor: LayoutPredictor, choice: LayoutChoice, counts: SearchCounts
+) -> LayoutPrediction:
+    """Return a layout with the least recomputing with which it fits; with all of it where none does."""
+    for tried, fraction in enumerate(RECOMPUTE, 1):
+        changed = replace(choice, recompute=fraction)
+        peak = predictor.peak(changed)
+        if peak.missing(predictor.capacity) <= 0:
+            counts.slower += len(RECOMPUTE) - tried
+            counts.too_large += tried - 1
+            break
+    else:
+        counts.too_large += len(RECOMPUTE)
+    return LayoutPrediction(changed, peak, None)
 
 
-Predictions = dict[LayoutChoice, LayoutPrediction]
-Predict = Callable[[LayoutChoice], LayoutPrediction]
-PredictAll = Callable[[Predict, Sequence[LayoutChoice]], Predictions]
+def _fastest(
+    predictor: LayoutPredictor, fitting: Sequence[LayoutPrediction]
+) -> list[LayoutPrediction]:
+    """Return the fastest, with their times."""
+    bounds = []
+    for position, found in enumerate(fitting):
+        least = predictor.least_seconds(found.choice)
+        bounds.append((least, found.peak.total, position))
+    best: list[LayoutPrediction] = []
+    for least, _, position in sorted(bounds):
+        if len(best) == BEST and least > _seconds(best[-1]):
+            break
+        found = fitting[position]
+        time = predictor.step_time(found.choice)
+        best.append(replace(found, time=time))
+        best.sort(key=_rank_key)
+        del best[BEST:]
+    return best
 
 
-@contextmanager
-def _mapping(processes: int) -> Iterator[PredictAll]:
-    """Give a function that predicts layouts, in this process or in several others."""
-    if processes <= 1:
-        yield lambda predict, choices: {one: predict(one) for one in choices}
-        return
-    # A traced world is a process group: a fork would inherit it.
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-
-        def predict_all(
-            predict: Predict, choices: Sequence[LayoutChoice]
-        ) -> Predictions:
-            predictions = pool.map(predict, choices)
-            return dict(zip(choices, predictions, strict=True))
-
-        yield predict_all
-
-
-def _best(found: Predictions, count: int) -> list[LayoutChoice]:
-    """Return the fastest layouts that fit."""
-    fitting = [one for one in found.values() if one.time is not None]
-    fastest = sorted(fitting, key=_rank_key)[:count]
-    return [prediction.choice for prediction in fastest]
+def _near_misses(
+    predictor: LayoutPredictor,
+    fastest: LayoutPrediction,
+    found: Iterable[LayoutPrediction],
+) -> Iterator[NearMiss]:
+    """Yield layouts without recomputing that would be faster than the fastest one if they fitted."""
+    faster = []
+    for prediction in found:
+        plain = replace(prediction.choice, recompute=0.0)
+        could_be_faster = predictor.least_seconds(plain) < _seconds(fastest)
+        missing = predictor.peak(plain).missing(predictor.capacity)
+        if could_be_faster and missing > 0:
+            faster.append((missing, str(plain), plain))
+    left = _NEAR
+    for missing, _, choice in sorted(faster):
+        if predictor.step_time(choice).seconds < _seconds(fastest):
+            yield NearMiss(choice, missing, changes_that_fit(predictor, choice))
+            left -= 1
+        if left == 0:
+            break
 
 
-def _largest(peaks: Sequence[PeakMemory]) -> PeakMemory:
-    return max(peaks, key=lambda peak: peak.total)
+def changes_that_fit(
+    predictor: LayoutPredictor, choice: LayoutChoice
+) -> list[LayoutChoice]:
+    """Return the layouts with one change that fit."""
+    fitting = []
+    for other in single_changes(predictor.config, choice, predictor.world_size):
+        missing = predictor.peak(other).missing(predictor.capacity)
+        if missing <= 0:
+            fitting.append(other)
+    return fitting
+
+
+def _seconds(prediction: LayoutPrediction) -> float:
+    return prediction.time.seconds if prediction.time else float("inf")
 
 
 def _rank_key(prediction: LayoutPrediction) -> tuple[float, int]:
     return prediction.seconds_per_token(), prediction.peak.total
-
-
-def _different_ranks(pipeline: int) -> list[int]:
-    """Return the ranks of a pipeline that differ: with the embedding, in the middle, with the head."""
-    return sorted({_stand_in(rank, pipeline) for rank in range(pipeline)})
-
-
-def _stand_in(rank: int, pipeline: int) -> int:
-    if rank in (0, pipeline - 1):
-        return rank
-    return 1
-
-
-def _with_depth(config: Config, depth: int) -> Config:
-    """Return the config with ``depth`` layers in each stage."""
-    stages = config.parallel.pipeline.size * config.model.num_chunks
-    model = config.model.model_copy(update={"num_layers": stages * depth})
-    return config.model_copy(update={"model": model})
-
-
-def _stage_depths(config: Config) -> list[int]:
-    """Return the number of layers of each stage."""
-    model = config.model
-    pp = config.parallel.pipeline.size
-    return [
-        len(layers) for layers in layer_ranges(model.num_layers, pp, model.num_chunks)
-    ]
-
-
-def _stages_of(config: Config, pipeline_rank: int) -> list[int]:
-    pp = config.parallel.pipeline.size
-    if pp == 1:
-        return [0]
-    kind = pipeline_schedule(config)
-    return stages_of_rank(pipeline_rank, pp, config.model.num_chunks, kind)
-
-
-def _mean_depth(config: Config, pipeline_rank: int) -> float:
-    """Return the layers of a stage of a rank."""
-    depths = _stage_depths(config)
-    own = [depths[stage] for stage in _stages_of(config, pipeline_rank)]
-    return sum(own) / len(own)
-
-
-def _renumbered(seconds: RankSeconds, config: Config, rank: int) -> RankSeconds:
-    """Return the times of a rank for another one of the middle, whose stages have other numbers."""
-    numbers = _stages_of(config, rank)
-    stages = dict(zip(numbers, seconds.stages.values(), strict=True))
-    return replace(seconds, stages=stages)

@@ -30,7 +30,7 @@ from evomesh.plan.step_time import (
     time_rank,
     trace_timeline,
 )
-from evomesh.plan.timeline import COMPUTE
+from evomesh.plan.timeline import COMPUTE, Event
 
 # Kinds of placed parts beside those of a schedule's actions.
 MICRO_BATCH = "M"
@@ -219,14 +219,20 @@ def _recorder(
     dtype = config.model.dtype.removeprefix("torch.")
 
     def record(*prefixes: str) -> StreamRecord:
+        times = StreamRecord()
+        if UPDATE in prefixes:
+            sums, gathers = traced.end_of_step()
+            simulate(sums, device, dtype, places, times)
+            update = device.memory_seconds(traced.optimizer_bytes)
+            times.occupy(COMPUTE, OPTIMIZER, times.end, update)
+            return simulate_more(gathers, times)
         events = []
         for prefix in prefixes:
             events += traced.part(prefix)
-        times = StreamRecord()
+        return simulate_more(events, times)
+
+    def simulate_more(events: Sequence[Event], times: StreamRecord) -> StreamRecord:
         simulate(events, device, dtype, places, times)
-        if UPDATE in prefixes:
-            update = device.memory_seconds(traced.optimizer_bytes)
-            times.occupy(COMPUTE, OPTIMIZER, times.end, update)
         return times
 
     return record

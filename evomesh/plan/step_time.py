@@ -51,6 +51,7 @@ from evomesh.train.stages import ModelStages
 FIRST = "first micro-batch"
 LAST = "last micro-batch"
 UPDATE = "update"
+SUMS = ("reduce_scatter", "all_reduce")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,21 @@ class RankTimeline:
             if not between_stages:
                 events.append(event)
         return events
+
+    def end_of_step(self) -> tuple[list[Event], list[Event]]:
+        """Return the last micro-batch with the sums of all gradients, and what comes after the update: gathers.
+
+        The norm needs all sums, and the update the norm.
+        """
+        update = self.part(UPDATE)
+        first_gather = 0
+        for number, event in enumerate(update, 1):
+            if not isinstance(event, Transfer):
+                continue
+            if event.call.operation in SUMS:
+                first_gather = number
+        sums = self.part(LAST) + update[:first_gather]
+        return sums, update[first_gather:]
 
 
 @dataclass(frozen=True)
@@ -267,13 +283,15 @@ def time_rank(
         backward = run(f"{FIRST}, B {stage};")
         stages[stage] = StageSeconds(forward.end, backward.end)
     first = run(FIRST)
-    last = run(LAST, UPDATE)
+    sums, gathers = traced.end_of_step()
+    last = simulate(sums, device, dtype, places)
     update = device.memory_seconds(traced.optimizer_bytes)
+    gathered = simulate(gathers, device, dtype, places)
     return RankSeconds(
         stages=stages,
         micro_batch=first.end,
         exposed=first.exposed,
-        last=last.end - first.end + update,
+        last=last.end - first.end + update + gathered.end,
         busy=first.busy,
     )
 

@@ -110,6 +110,11 @@ class Timeline:
             end = start
         return chosen
 
+    def restart(self) -> None:
+        """Forget all events; marks keep their numbers."""
+        self.events.clear()
+        self.sections.clear()
+
     def new_mark(self) -> int:
         self.marks += 1
         return self.marks
