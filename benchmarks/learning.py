@@ -41,43 +41,38 @@ BASELINE_RATES = (5e-4, 1e-3, 2e-3)
 UNTIMED_STEPS = 5
 
 
-def muon(*settings: str) -> Recipe:
-    """Return a recipe with Muon, whose learning rate is AdamW's, and more settings."""
-    return Recipe(("optimizer.type=muon", *settings))
-
-
-MUON = muon().settings
 RECIPES = {
     "evomesh": Recipe(),
     "evomesh, half the time": Recipe(time_share=0.5),
-    "Muon": muon(),
-    "Muon, half the time": Recipe(MUON, time_share=0.5),
-    "Muon of 3 iterations": muon("optimizer.ns_steps=3"),
-    "Muon, rate 4e-3": muon("adam.lr=4e-3"),
-    "Muon, linear to 0": muon("lr_scheduler.type=linear", "lr_scheduler.eta_min=0"),
-    "Muon, WSD": muon(
-        "lr_scheduler.type=wsd",
-        "lr_scheduler.decay_ratio=0.4",
-        "lr_scheduler.decay_type=1-sqrt",
-        "lr_scheduler.eta_min=0",
+    "AdamW": Recipe(("optimizer.type=adamw",)),
+    "AdamW, half the time": Recipe(("optimizer.type=adamw",), time_share=0.5),
+    "3 iterations": Recipe(("optimizer.ns_steps=3",)),
+    "rate 4e-3": Recipe(("adam.lr=4e-3",)),
+    "linear to 0": Recipe(("lr_scheduler.type=linear", "lr_scheduler.eta_min=0")),
+    "WSD": Recipe(
+        (
+            "lr_scheduler.type=wsd",
+            "lr_scheduler.decay_ratio=0.4",
+            "lr_scheduler.decay_type=1-sqrt",
+            "lr_scheduler.eta_min=0",
+        )
     ),
-    "Muon, 512 tokens a step": muon("data.micro_bsz=1"),
-    "Muon, 2048 tokens a step": muon("data.micro_bsz=4"),
-    "Muon, 512 to 2048 tokens a step": Recipe(
-        (*MUON, "data.micro_bsz=1"),
+    "512 tokens a step": Recipe(("data.micro_bsz=1",)),
+    "2048 tokens a step": Recipe(("data.micro_bsz=4",)),
+    "512 to 2048 tokens a step": Recipe(
+        ("data.micro_bsz=1",),
         phases=((0.3, ("data.micro_bsz=2",)), (0.7, ("data.micro_bsz=4",))),
     ),
-    "Muon, segments of 128, then 512": Recipe(
-        MUON,
+    "segments of 128, then 512": Recipe(
         phases=(
             (0.0, ("data.seq_len=128", "data.micro_bsz=8")),
             (0.5, ("data.seq_len=512", "data.micro_bsz=2")),
         ),
     ),
-    "Muon, bfloat16": muon("model.dtype=torch.bfloat16"),
-    "Muon, norms of queries and keys": muon("model_type=QWEN3"),
-    "Muon, one matrix for embedding and head": muon("model.tie_word_embeddings=True"),
-    "Muon, embedding begins at 0.005": muon("model.embedding_init_std=0.005"),
+    "bfloat16": Recipe(("model.dtype=torch.bfloat16",)),
+    "norms of queries and keys": Recipe(("model_type=QWEN3",)),
+    "one matrix for embedding and head": Recipe(("model.tie_word_embeddings=True",)),
+    "embedding begins at 0.005": Recipe(("model.embedding_init_std=0.005",)),
 }
 
 

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs" / "demo.py"
 # Name of a row: settings.
 RULES: dict[str, list[str]] = {
-    "AdamW": [],
+    "AdamW": ["optimizer.type=adamw"],
     "Muon, bfloat16": ["optimizer.type=muon"],
     "Muon, float32": ["optimizer.type=muon", "optimizer.ns_dtype=float32"],
     "Lion": ["optimizer.type=lion", "adam.lr=4e-4", "lr_scheduler.eta_min=4e-5"],

@@ -33,14 +33,15 @@ data = dict(
     seq_len=SEQ_LEN,
     micro_bsz=2,
     micro_num=1,
-    total_steps=1800,
-    valid_every=600,
+    total_steps=1500,
+    valid_every=500,
     pack_sample_into_one=False,
     train_folder=f"{DATA}/train",
     valid_folder=f"{DATA}/valid",
     tokenizer_path=f"{DATA}/tokenizer",
 )
 
+optimizer = dict(type="muon")  # of the hidden layers' matrices; the rest has AdamW
 adam = dict(lr=2e-3, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.05)
 lr_scheduler = dict(total_steps=data["total_steps"], warmup_ratio=0.05, eta_min=2e-4)
 hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
@@ -48,7 +49,7 @@ hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
 ckpt = dict(
     enable_save_ckpt=True,
     save_ckpt_folder="local:llm_ckpts/demo",
-    checkpoint_every=600,
+    checkpoint_every=500,
     auto_resume=True,
 )
 
