@@ -45,7 +45,7 @@ StepsOption = Annotated[
     typer.Option(
         min=1,
         help="Train for so many steps, and the chat for a sixth, to see that all works "
-        "[default: the configs', 1800 and 300].",
+        "[default: the configs', 1500 and 300].",
     ),
 ]
 
