@@ -29,6 +29,7 @@ MAX_ALERTS = 500  # the newest
 START_FACTS = ("command", "folder", "host", "device", "world_size")
 SOFTWARE_FACTS = ("evomesh", "revision", "dirty", "digest", "torch", "python")
 MAX_TYPES = 40  # types of data, validation sets, of each figure
+AT_START = "val_start/"
 PREFIXES = ("loss/", "tokens/", "acc/", "val/", "eval/")
 PLAIN_FIGURES = (
     "loss",
@@ -64,6 +65,7 @@ def payload_of(runs: Sequence[RunFiles], now: float, *, live: bool = False) -> R
 
 def _columns(run: RunFiles) -> Row:
     columns = run.columns()
+    _add_validation_at_start(columns)
     figures = _shown_figures(columns)
     figures |= _history_figures(run)
     speed = _speed(columns, run)
@@ -78,6 +80,22 @@ def _columns(run: RunFiles) -> Row:
         shown_name = redact_text(name)
         encoded[shown_name] = {"x": place, "y": values}
     return {"steps": list(places), "columns": encoded}
+
+
+def _add_validation_at_start(columns: dict[str, Column]) -> None:
+    """Make the validation before the first step the first point of each validation figure."""
+    for name in list(columns):
+        if not name.startswith(AT_START):
+            continue
+        figure = name.removeprefix(AT_START)
+        start = columns.pop(name)
+        later_name = f"val/{figure}"
+        later = columns.setdefault(later_name, Column())
+        is_known = later.steps[:1] == start.steps[:1]
+        if is_known:
+            continue
+        later.steps[:0] = start.steps
+        later.values[:0] = start.values
 
 
 def _run_entry(run: RunFiles, now: float) -> Row:

@@ -59,7 +59,7 @@ def test_token_files(browser: sync_api.Browser, tmp_path: Path) -> None:
     sync_api.expect(page.locator("#spoken")).to_have_text("length 1: documents 1")
     page.keyboard.press("Shift+ArrowRight")
     sync_api.expect(page.locator("#spoken")).to_have_text("length 2–3: documents 3")
-    sync_api.expect(page.locator("#exact")).to_contain_text("en/a.bin line 3")
+    sync_api.expect(page.locator("#exact")).to_contain_text("en/a.bin:2")
     chosen = page.locator("#packing tr.differs td").all_inner_texts()
     assert chosen[:3] == ["8", "8", "6"]  # 49 tokens
     assert chosen[4] == "1 (2.0 %)"

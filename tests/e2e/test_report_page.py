@@ -176,6 +176,8 @@ def test_what_happened_in_a_run(open_page: Open, tmp_path: Path) -> None:
         "skipped; left out: steps 2"
     )
     page.locator("#spikes summary").click()
+    sync_api.expect(page.locator("#spikes summary")).to_contain_text("step 2")
+    sync_api.expect(page.locator("#chart-loss figcaption")).to_contain_text("spikes")
     sync_api.expect(page.locator("#spikes")).to_contain_text("<b>bad</b>")
     sync_api.expect(page.locator("#samples")).to_contain_text(" <i>world</i>")
     rows = page.locator("#predictions tbody tr").all_inner_texts()

@@ -38,7 +38,7 @@ class SurveyDocument:
 
     Attributes:
         type: type of its file.
-        place: file and line, for people.
+        place: for people, file and line of a text, FILE:ROW of a token file as `evomesh ledger` takes it.
         units: ids of its tokens, or without a tokenizer hashes of its words.
         masked: tokens among them that are not targets.
         text: None for documents of token files.
@@ -154,11 +154,10 @@ class TokenFolder:
         ends = np.cumsum(lengths)
         parts = np.split(stored, ends[:-1])
         for place, ids in enumerate(parts):
-            line = rows[place] + 1
             masked = np.count_nonzero(ids < 0)
             yield SurveyDocument(
                 type=self.types[number],
-                place=f"{source.name} line {line}",
+                place=f"{source.name}:{rows[place]}",
                 units=np.abs(ids),
                 masked=int(masked),
             )

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 from evomesh.data.tokenizer import Tokenizer
 
 MOST_FREQUENT = 50
+SENTENCEPIECE_SPACE = "\u2581"
+REPLACEMENT = "\ufffd"  # of bytes that are no character
+WHITE_SPACE = str.maketrans(
+    {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+)
 UNUSED_SHOWN = 200
 RANKS = 400  # points of the curve of frequency by rank
 UNKNOWN_NAMES = ("<unk>", "[UNK]", "<UNK>", "<|unk|>")
@@ -79,7 +84,7 @@ class TokenCounts:
             share = count / total
             row = {"id": token, "count": count, "share": share}
             if tokenizer is not None:
-                row["name"] = tokenizer.token_name(token)
+                row["name"] = _readable_name(tokenizer, token)
             rows.append(row)
         return rows
 
@@ -105,7 +110,7 @@ class TokenCounts:
         inside = self.counts[:size]
         counts[: len(inside)] = inside
         unused = np.flatnonzero(counts == 0)
-        shown = [tokenizer.token_name(token) for token in unused[:UNUSED_SHOWN]]
+        shown = [_readable_name(tokenizer, token) for token in unused[:UNUSED_SHOWN]]
         outside = int(self.counts[size:].sum()) + self.beyond
         figures = {
             "vocab_size": size,
@@ -117,6 +122,19 @@ class TokenCounts:
         if unknown is not None:
             figures["unknown"] = int(counts[unknown]) / max(1, total)
         return figures
+
+
+def _readable_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token with signs for white space, or its name where it has no whole characters.
+
+    A byte-level BPE names a token by signs for its bytes, such as ``çļĦ`` for 的.
+    """
+    name = tokenizer.token_name(token)
+    if name.startswith(SENTENCEPIECE_SPACE):
+        return name  # readable, and without it the space would be lost
+    text = tokenizer.decode([token])
+    is_whole = text != "" and REPLACEMENT not in text
+    return text.translate(WHITE_SPACE) if is_whole else name
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:

@@ -93,7 +93,7 @@ class ChartView {
   fill() {
     if (this.isFilled) return;
     this.isFilled = true;
-    const text = this.sentence();
+    const text = this.chart.marks?.length ? `${this.sentence()}; ${t("marked")}` : this.sentence();
     this.caption.textContent = text;
     this.box.setAttribute("aria-label", `${this.title}. ${text}. ${this.keysText}`);
   }
@@ -112,8 +112,26 @@ class ChartView {
     this.plot = new uPlot({ width, height, legend: { live: true }, cursor: { drag: { x: true, y: false, dist: 5 }, focus: { prox: 24 } },
       scales: { x: { time: false, ...(this.chart.logX ? { distr: 3 } : {}), ...(this.chart.labels ? { range: (_, low, high) => [low - 0.6, high + 0.6] } : {}) }, y: this.log ? { distr: 3 } : {} },
       series: [{ label: t(this.chart.x || "step"), value: (_, v) => (v === null ? "–" : placeOf(this.chart, v)) }, ...lines],
-      axes: [{ ...axis, ...this.places() }, { ...axis, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) }] }, data, this.box);
+      hooks: { draw: [(plot) => this.mark(plot, color("--c3"))] },
+      axes: [{ ...axis, label: t(this.chart.x || "step"), labelSize: 16, labelFont: axis.font, size: 34, ...this.places() }, { ...axis, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) }] }, data, this.box);
     if (range && range[0] !== null) this.zoom(range);
+  }
+
+  // Steps with something to say, such as spikes, have an upright line.
+  mark(plot, stroke) {
+    const { ctx, bbox } = plot, { min, max } = plot.scales.x;
+    ctx.save();
+    ctx.strokeStyle = stroke;
+    ctx.setLineDash([3, 3]);
+    for (const step of this.chart.marks || []) {
+      if (step < min || step > max) continue;
+      const x = plot.valToPos(step, "x", true);
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+    }
+    ctx.restore();
   }
 
   // The axis of a chart with "labels" has one of them at each whole number, as far as there is room.

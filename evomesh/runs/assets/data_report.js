@@ -24,7 +24,7 @@ function readNote() {
 }
 function summary() {
   const read = payload.read, tokens = payload.tokens || {}, fertility = tokens.fertility;
-  const rows = [["documents", whole(read.of_documents)], [payload.unit, short(read.of_units)], ["files", whole(payload.files.length)], ["types", whole(payload.types.length)],
+  const rows = [["documents", whole(read.of_documents)], [payload.unit, short(read.of_units)], ["files_word", whole(payload.files.length)], ["types_word", whole(payload.types.length)],
     ["exact", percent(payload.exact.repeats / (payload.exact.looked_at || 1))], ["near", percent(payload.near.repeats / (payload.near.looked_at || 1))],
     ["fertility", fertility ? fixed(fertility.value, 2) : null], ["unused", tokens.vocab_size ? `${percent(tokens.unused / tokens.vocab_size)}` : null], ["unknown_share", tokens.unknown === undefined ? null : percent(tokens.unknown)]];
   const notes = [readNote()];
@@ -67,7 +67,9 @@ function languages() {
   if (!payload.has_languages) return section("languages", note(t("no_languages")));
   let names = null;
   try { names = new Intl.DisplayNames([language === "zh" ? "zh-CN" : "en"], { type: "language" }); } catch { /* codes will do */ }
-  const named = payload.languages.map((row) => ({ ...row, language: `${names ? names.of(row.language) : row.language} (${row.language})` }));
+  // A code that has no name is its own name.
+  const nameOf = (code) => { const name = names ? names.of(code) : code; return name === code ? code : `${name} (${code})`; };
+  const named = payload.languages.map((row) => ({ ...row, language: nameOf(row.language) }));
   return section("languages", note(t("language_note")), shareTable(named, "language", "texts"));
 }
 function tokenCounts(views) {

@@ -12,7 +12,7 @@ Object.assign(WORDS, {
   mean: ["mean", "平均"], shortest: ["shortest", "最短"], longest: ["longest", "最长"], median: ["median", "中位数"],
   script: ["script", "文字"], language: ["language", "语言"], characters: ["characters", "字符"], texts: ["texts", "文本"],
   repeats: ["repeat an earlier one", "重复前面的文档"], groups: ["groups", "组"], places: ["where", "位置"], copies: ["documents", "文档"],
-  repeated: ["of these documents, repeated", "这些文档中的重复部分"], more: ["more", "更多"],
+  repeated: ["in repeated documents", "重复文档所占部分"], files_word: ["files", "文件"], types_word: ["types", "类型"], more: ["more", "更多"],
   token: ["token", "词元"], id: ["id", "编号"], count: ["count", "次数"], vocabulary: ["vocabulary", "词表"], used: ["used ids", "用到的编号"],
   unused: ["unused", "未用"], unknown_share: ["unknown", "未知词元"], masked: ["masked", "被屏蔽"], fertility: ["bytes per token", "每词元字节数"],
   outside: ["ids outside the vocabulary", "词表之外的编号"], unused_list: ["Unused tokens (the first 200)", "未用词元（前 200 个）"],

@@ -43,17 +43,19 @@ function alerts(run) { return run.alerts.length ? tableOf(["when", "kind", "text
 function skipped(run) { return run.skipped.length ? tableOf(["step", "loss", "grad_norm"].map(t), run.skipped.map((s) => [s.step, s.loss, s.grad_norm]), [true, true, true]) : null; }
 const figureOf = (value) => (typeof value === "number" ? short(value) : value ?? "–");
 const placed = (figures, digits) => Object.entries(figures || {}).map(([name, value]) => `${t(name)} ${typeof value === "number" ? +value.toPrecision(digits) : value}`).join(", ");
-function courtOf(court) {
+function courtOf({ step, court }) {
   const list = make("ul", {}, ...court.micro_batches.map((m) => make("li", {}, `${t("rank")} ${m.rank}, ${t("micro_batch")} ${m.micro_batch}: ${t("loss")} ${figureOf(m.loss)}, ${t("grad_norm")} ${figureOf(m.grad_norm)} (${figureOf(m.suspicion)} ${t("times_others")})`,
-    ...m.documents.map((d) => make("div", {}, make("code", {}, `${d.file}:${d.row}`), ` ${t("tokens")} ${d.start}–${d.stop}`, make("span", { class: "text" }, d.text))))));
+    ...m.documents.map((d) => make("div", {}, make("code", {}, `${d.file}:${d.row}`), ` ${t("tokens")} ${d.start}..${d.stop - 1}`, make("span", { class: "text" }, d.text))))));
   const layers = court.layers.map((l) => `${l.layer}: ${t("grad_norm")} ×${figureOf(l.grad_norm_ratio)}, ${t("activations")} ×${figureOf(l.activation_ratio)}${l.not_finite ? `, ${t("not_finite")}` : ""}`);
-  return make("details", {}, make("summary", {}, t("court")), list, layers.length ? make("p", {}, `${t("layers")}: ${layers.join("; ")}`) : null);
+  return make("details", {}, make("summary", {}, `${t("step")} ${step}: ${t("court")}`), list, layers.length ? make("p", {}, `${t("layers")}: ${layers.join("; ")}`) : null);
 }
 function spikes(run) {
   if (!run.spikes.length) return null;
   const action = (s) => `${t(s.action === "skipped" ? "skipped_action" : s.action)}${s.to === undefined ? "" : ` (${t("back_to")} ${s.to})`}${s.left_out.length ? `; ${t("left_out")} ${s.left_out.join(", ")}` : ""}`;
-  const rows = run.spikes.map((s) => [s.step, date(s.time), (s.what || []).map(t).join(", "), figureOf(s.loss), figureOf(s.grad_norm), placed(s.median, 4), action(s), s.court ? courtOf(s.court) : ""]);
-  return tableOf(["step", "when", "what", "loss", "grad_norm", "median", "action", "found"].map(t), rows, [true, false, false, true, true]);
+  const rows = run.spikes.map((s) => [s.step, date(s.time), (s.what || []).map(t).join(", "), figureOf(s.loss), figureOf(s.grad_norm), placed(s.median, 4), action(s)]);
+  const table = tableOf(["step", "when", "what", "loss", "grad_norm", "median", "action"].map(t), rows, [true, false, false, true, true]);
+  // What a step consisted of needs the whole width.
+  return make("div", {}, table, ...run.spikes.filter((s) => s.court).map(courtOf));
 }
 function samples(run) {
   if (!run.samples.length) return null;
@@ -102,7 +104,8 @@ function build() {
   document.getElementById("title").textContent = `${t("report")}: ${runs.length > 2 ? `${runs.length} ${t("runs")}` : names}`;
   document.getElementById("subtitle").textContent = `${runs.map((run) => run.folder).join(", ")} · ${t("written")} ${date(payload.written)}`;
   const views = [];
-  for (const chart of CHARTS) { const series = seriesOf(chart, runs); if (series.length) views.push(new ChartView(chart, series)); }
+  const marks = runs.length === 1 ? runs[0].spikes.map((s) => s.step) : [];
+  for (const described of CHARTS) { const chart = described.marked ? { ...described, marks } : described; const series = seriesOf(chart, runs); if (series.length) views.push(new ChartView(chart, series)); }
   const grid = views.length ? section("charts", make("p", { class: "soft" }, t("drag")), make("div", { class: "charts" }, ...views.map((view) => view.figure))) : null;
   const parts = [perRun("summary", (run) => make("div", {}, cards(run), ...notes(run))), grid, perRun("time", times), perRun("starts", starts), perRun("saves", saves),
     perRun("predictions", predictions), perRun("spikes", spikes), perRun("skipped", skipped), perRun("samples", samples), perRun("alerts", alerts), perRun("data", dataTable), perRun("facts", facts), config()].filter(Boolean);

@@ -3,9 +3,9 @@
 // Accuracies and the like, which share an axis.
 const inUnit = (y) => y.every((v) => v === null || (v >= 0 && v <= 1));
 const CHARTS = [
-  { id: "loss", names: /^loss$/ }, { id: "types", names: /^loss\// }, { id: "val", names: /^val\/.*_loss$/, points: true },
+  { id: "loss", names: /^loss$/, marked: true }, { id: "types", names: /^loss\// }, { id: "val", names: /^val\/.*_loss$/, points: true },
   { id: "eval", names: /^eval\//, points: true, keeps: inUnit }, { id: "eval_other", names: /^eval\//, points: true, keeps: (y) => !inUnit(y) },
-  { id: "acc", names: /^(acc|val\/.*_acc)$/ }, { id: "lr", names: /^lr$/ }, { id: "norm", names: /^grad_norm$/ },
+  { id: "acc", names: /^(acc|val\/.*_acc)$/ }, { id: "lr", names: /^lr$/ }, { id: "norm", names: /^grad_norm$/, marked: true },
   { id: "speed", names: /^speed$/ }, { id: "tflops", names: /^tflops$/ }, { id: "memory", names: /^memory$/, factor: 2 ** -30 },
   { id: "progress", names: /^tokens\//, sums: true }, { id: "consumed", names: /^num_consumed_tokens$/ },
   { id: "seconds", names: /^(seconds|wait)$/ }, { id: "samples", names: /^num_samples_in_batch$/ }, { id: "scale", names: /^loss_scale$/, varies: true },
@@ -52,8 +52,8 @@ function seriesOf(chart, runs) {
       if (!chart.names.test(name) || figure.isEmpty) continue;
       if (chart.keeps && !chart.keeps(figure.y)) continue;
       if (chart.varies && figure.y.every((v) => v === figure.y[0])) continue;
-      const label = name.replace(/^(loss|tokens|eval)\//, "").replace(/^val\/(.*)_(loss|acc)$/, "$1");
-      const short = { speed: "tokens/s", memory: "GiB", num_consumed_tokens: t("tokens"), num_samples_in_batch: t("c_samples"), seconds: t("seconds"), wait: t("wait"), lr: t("c_lr"), grad_norm: t("c_norm"), loss: t("loss") }[name] || label;
+      const label = name.replace(/^(loss|tokens|eval)\//, "").replace(/^val\/(.*)_loss$/, "$1").replace(/^val\/(.*)_acc$/, `${t("of_validation")} $1`);
+      const short = { speed: "tokens/s", memory: "GiB", num_consumed_tokens: t("tokens"), num_samples_in_batch: t("c_samples"), seconds: t("seconds"), acc: t("of_training"), wait: t("wait"), lr: t("c_lr"), grad_norm: t("c_norm"), loss: t("loss") }[name] || label;
       found.push(new FigureSeries(runs.length > 1 ? `${run.short} · ${short}` : short, figure, chart));
     }
   }

@@ -14,7 +14,7 @@ const WORDS = {
   c_loss: ["Loss", "损失"], c_types: ["Loss by type of data", "各类数据的损失"], c_val: ["Validation loss", "验证损失"],
   c_acc: ["Accuracy", "准确率"], c_lr: ["Learning rate", "学习率"], c_norm: ["Gradient norm", "梯度范数"],
   c_speed: ["Throughput, tokens/s", "吞吐量，词元/秒"], c_tflops: ["TFLOP/s of a device", "单设备 TFLOP/s"],
-  c_memory: ["Memory of the main rank, GiB", "主进程内存，GiB"], c_progress: ["Tokens so far, by type", "各类数据累计词元"],
+  c_memory: ["Memory of the main rank, GiB", "主进程内存，GiB"], c_progress: ["Targets so far, by type", "各类数据累计目标词元"], marked: ["upright lines: spikes", "竖线：尖峰"], of_training: ["training", "训练"], of_validation: ["validation,", "验证,"],
   c_seconds: ["Seconds of a step", "每步秒数"], c_samples: ["Segments in the batch of the main rank", "主进程每批的片段数"],
   c_scale: ["Loss scale", "损失缩放"], c_consumed: ["Tokens consumed", "已用词元"],
   log: ["log scale", "对数轴"], all: ["whole range", "全部范围"], table: ["Table", "表格"], step: ["step", "步"],

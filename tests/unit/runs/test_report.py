@@ -268,6 +268,17 @@ def test_samples_by_prompt(tmp_path: Path) -> None:
         assert answer["tokens"] == 64 * answer["step"]
 
 
+def test_the_validation_before_the_first_step_is_the_first_point(
+    tmp_path: Path,
+) -> None:
+    first = step_row(0, **{"val_start/en_loss": 9.5, "val_start/cn_loss": 8.5})
+    rows = [first, step_row(1, **{"val/en_loss": 3.5})]
+    write_lines(write_run_folder(tmp_path) / "metrics.jsonl", rows)
+    entry = entry_of(tmp_path)
+    assert figure(entry, "val/en_loss") == [(0, 9.5), (1, 3.5)]
+    assert figure(entry, "val/cn_loss") == [(0, 8.5)]
+
+
 def test_evaluations_have_figures(tmp_path: Path) -> None:
     rows = [step_row(0, **{"eval/arc/acc": 0.25}), step_row(1)]
     write_lines(tmp_path / "metrics.jsonl", rows)

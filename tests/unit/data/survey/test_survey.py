@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
 from evomesh.data.survey.documents import TextFolder, TokenFolder, open_folder
-from evomesh.data.survey.frequencies import TokenCounts
+from evomesh.data.survey.frequencies import TokenCounts, _readable_name
 from evomesh.data.survey.scripts import LanguageCounts, script_of, words_of
 from evomesh.data.survey.survey import histogram_of, survey_of
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,7 +75,7 @@ def test_token_files_against_plain_counting(
     # "the cat sat": the same in another file, and its text is shown.
     (group,) = figures["exact"]["rows"]
     assert (group["size"], group["units"], group["text"]) == (3, 6, "the cat sat")
-    places = ["cn/b.bin line 2", "en/a.bin line 1", "en/a.bin line 3"]
+    places = ["cn/b.bin:1", "en/a.bin:0", "en/a.bin:2"]
     assert group["places"] == places
     texts = [" ".join(WORDS[abs(t)] for t in document) for document in documents]
     size = sum(len(text) for text in texts)
@@ -299,3 +299,31 @@ def test_a_text_folder_has_no_packs(tmp_path: Path) -> None:
     folder = open_folder(str(tmp_path / "a.jsonl"), "text", None, 0)
     assert isinstance(folder, TextFolder)
     assert "packing" not in survey_of(folder, None, None)
+
+
+def test_tokens_of_bytes_are_shown_as_text(tmp_path: Path) -> None:
+    texts = ["的 cat\n"] * 4
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        special_tokens=["<s>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    names = {
+        loaded.token_name(number): _readable_name(loaded, number)
+        for number in range(loaded.vocab_size)
+    }
+    # The bytes of 的 are one token; one of them alone is no character.
+    assert names["çļĦ"] == "的"
+    assert names["ç"] == "ç"
+    assert names["Ġcat"] == "␣cat"
+    assert names["Ċ"] == "↵"
+    assert names["<s>"] == "<s>"
