@@ -97,7 +97,10 @@ def test_peak_of_tensors_on_the_meta_device(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], recompute: float
 ) -> None:
     monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
-    of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=False))
+    # The meta device stands for CUDA.
+    *_, vocab, tokens = shape
+    chunk = min(tokens, tokens_per_chunk(vocab, on_cuda=True))
+    of = Sizes(*shape, chunk=chunk)
     training = Training(of, recompute, META)
     assert (
         sum(parameter.numel() for parameter in training.model.parameters())
@@ -117,7 +120,10 @@ def test_peak_of_the_allocator_on_cuda(
     shape: tuple[int, ...], recompute: float
 ) -> None:
     """Shapes so large that the libraries' workspaces, tens of MiB, are within the bound."""
-    of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=True))
+    # The meta device stands for CUDA.
+    *_, vocab, tokens = shape
+    chunk = min(tokens, tokens_per_chunk(vocab, on_cuda=True))
+    of = Sizes(*shape, chunk=chunk)
     before = torch.cuda.memory_allocated()
     training = Training(of, recompute, torch.device("cuda"))
     training.step()
