@@ -61,7 +61,10 @@ def open_run_data(path: str) -> RunData:
             code="EVO-RUN-003",
         )
     spikes = untrained_steps(read_spikes(folder))
-    started_in = Path(str(run.facts.get("folder", "")))
+    # The last line of a start may be damaged; a part is of one that is not.
+    recorded = [start for start in run.starts if start.facts.get("config")]
+    folder_of_start = str(recorded[-1].facts.get("folder", ""))
+    started_in = Path(folder_of_start)
     if started_in.is_dir():
         os.chdir(started_in)
     return RunData(parts, frozenset(spikes))

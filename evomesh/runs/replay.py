@@ -18,7 +18,7 @@ from typing import Any
 
 from evomesh.checkpoint.native.find import candidates
 from evomesh.config.json_codec import decode_json
-from evomesh.config.layout import axis_sizes, smallest_world
+from evomesh.config.layout import axis_sizes, layout_findings, smallest_world
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, LoadConfig
@@ -123,11 +123,24 @@ def plan_replay(run: RunFiles, step: int, layout: str, scratch: Path) -> ReplayP
 
 
 def _configs(facts: Row, layout: str) -> tuple[Config, Config]:
-    """Return the config of the run, and that in the layout of the replay."""
+    """Return the config of the run, and that in the layout of the replay.
+
+    Raises:
+        UserError: the model or the data cannot be divided so.
+    """
     record = decode_json(facts["config"])
     original = config_from_dict(record)
     _set_layout(record, layout)
-    return original, config_from_dict(record)
+    config = config_from_dict(record)
+    for finding in layout_findings(config):
+        raise UserError(
+            f"{finding.keys[0]}: {finding.found}",
+            where=f"--layout {layout}",
+            expected=finding.expected,
+            fix=finding.fix,
+            code=finding.code,
+        )
+    return original, config
 
 
 def _start_of(run: RunFiles, step: int) -> StartRecord:

@@ -113,6 +113,12 @@ def test_what_has_no_ledger_is_refused(
     run = write_run(tmp_path)
     result = CliRunner().invoke(app, ["ledger", str(run), "--step", "1", "--set", "a=1"])  # fmt: skip
     assert result.exit_code == 2 or isinstance(result.exception, UserError)
+    # A damaged start does not hide the others: its folder is not that of this test.
+    with (run / HISTORY_FILE).open("a") as file:
+        file.write('{"event": "start", "folder": "/gone"}\n')
+    monkeypatch.chdir("/")
+    assert ledger(run, "--step", "1")
+    assert Path.cwd() == tmp_path
     (run / "history.jsonl").unlink()
     with pytest.raises(UserError, match="how the run was started"):
         open_run_data(str(run))

@@ -60,6 +60,8 @@ def test_the_layout_keeps_the_number_of_data_parallel_ranks(tmp_path: Path) -> N
     assert ranks_of_replay(run, 3, "tensor=2,pipeline=2") == 8
     with pytest.raises(UserError, match="in the layout"):
         ranks_of_replay(run, 3, "tensors=2")
+    with pytest.raises(UserError, match=r"parallel\.tensor\.size: 3 does not divide"):
+        ranks_of_replay(run, 3, "tensor=3")
 
 
 def test_what_a_replay_writes_stays_apart(
