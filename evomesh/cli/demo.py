@@ -31,7 +31,7 @@ CHECKPOINTS = "llm_ckpts/demo"
 CHAT_CHECKPOINTS = "llm_ckpts/demo_chat"
 DATA_VARIABLE = "DEMO_DATA"  # the configs read it too
 VOCAB_SIZE = 4096
-STEPS_PER_CHAT_STEP = 6  # as in the configs
+STEPS_PER_CHAT_STEP = 5  # as in the configs
 PROMPT = 'def read_file(path):\n    """'
 PROMPT_TOKENS = 80
 OTHER_RUN = "  or, for a run of another length or with other settings, another folder: evomesh demo FOLDER"
@@ -44,7 +44,7 @@ StepsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Train for so many steps, and the chat for a sixth, to see that all works "
+        help="Train for so many steps, and the chat for a fifth, to see that all works "
         "[default: the configs', 1500 and 300].",
     ),
 ]

@@ -85,11 +85,16 @@ def run_parts(starts: Iterable[StartRecord]) -> tuple[RunPart, ...]:
         if end is None:
             end = config.data.total_steps
         first = start.first_step
-        # Later starts did its last steps again, or all of them.
-        if first < end:
-            gpus = int(number_of(facts.get("world_size")) or 1)
+        if first >= end:
+            continue  # later starts did all of its steps again
+        gpus = int(number_of(facts.get("world_size")) or 1)
+        later = parts[0] if parts else None
+        if later is not None and later.config == config and later.gpus == gpus:
+            # A resume changes nothing: its steps are read like those before it.
+            parts[0] = replace(later, steps=range(first, later.steps.stop))
+        else:
             parts.insert(0, RunPart(config, gpus, range(first, end)))
-            end = first
+        end = first
     if parts and end:
         # What was before the first start that is recorded.
         first_part = parts[0]

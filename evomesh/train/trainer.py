@@ -404,7 +404,7 @@ class Trainer:
         adam_beta2 = beta2(state.step_count, config.beta2_scheduler, config.adam)
         loss_scale = run.scaler.scale
         if step == self.examined_step:
-            examine_step(self.run, step, batch, quietly=self.examined_step is not None)
+            examine_step(self.run, step, batch, quietly=True)
         is_profiled = config.grad_profiling.is_due(step)
         output = train_step(
             batch,

@@ -13,6 +13,7 @@ import pytest
 from evomesh.cli import demo
 from evomesh.cli.config import shipped_configs
 from evomesh.cli.demo import _enter, _length, run_until_its_end
+from evomesh.config.loader import load_config
 from evomesh.errors import UserError
 
 # Waits for a signal, and ends with its number.
@@ -55,7 +56,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         _enter(file)
 
 
-def test_the_chat_of_a_short_run_has_a_sixth_of_the_steps() -> None:
+def test_the_chat_of_a_short_run_has_as_large_a_share_of_the_steps_as_in_the_configs() -> (
+    None
+):
+    known = {path.stem: str(path) for path in shipped_configs()}
+    steps, chat_steps = (
+        load_config(known[name]).config.data.total_steps for name in demo.CONFIGS
+    )
+    assert steps == demo.STEPS_PER_CHAT_STEP * chat_steps
     assert "data.total_steps=20" in _length("demo", 20)
     assert "lr_scheduler.total_steps=4" in _length("demo_chat", 20)
     assert "ckpt.checkpoint_every=1" in _length("demo_chat", 1)

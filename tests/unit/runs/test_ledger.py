@@ -15,7 +15,8 @@ from evomesh.config.record import config_to_dict
 from evomesh.errors import UserError
 from evomesh.monitor.history import HISTORY_FILE
 from evomesh.monitor.spikes import SPIKES_FILE
-from evomesh.runs.ledger import open_run_data, untrained_steps
+from evomesh.runs.ledger import open_run_data, run_parts, untrained_steps
+from evomesh.runs.read import StartRecord
 from tests.support.poison import POISONED, STEP, write_poisoned_run
 from tests.support.run_folders import write_lines, write_run_folder
 
@@ -81,6 +82,20 @@ def test_a_step_has_the_ranks_of_the_start_that_did_it(
     assert {line["rank"] for line in after} == {0, 1}
     alone = ledger(run, "--step", str(STEP + 1), "--gpus", "4", "--json")
     assert {json.loads(line)["rank"] for line in alone} == {0, 1, 2, 3}
+
+
+def test_starts_that_read_alike_are_one_part(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    start, *_ = (run / HISTORY_FILE).read_text().splitlines()
+    # A resume, a rollback to step 2, and a start that found all steps done.
+    sizes = {0: 2, 5: 2, 2: 2, STEP: 1, 40: 1}
+    starts = [
+        StartRecord({**json.loads(start), "step": step, "world_size": ranks})
+        for step, ranks in sizes.items()
+    ]
+    parts = run_parts(starts)
+    steps = [(part.gpus, part.steps) for part in parts]
+    assert steps == [(2, range(STEP)), (1, range(STEP, 40))]
 
 
 def test_steps_that_a_spike_left_out_are_not_used(
