@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,6 +178,13 @@ def _open_valid_sets(
     return sets
 
 
+def _why_bytes_are_unknown(record: Mapping[str, Any]) -> str:
+    schema = record.get("options", {}).get("schema")
+    if schema is not None:
+        return f"of records with the schema {schema} no bytes are counted"
+    return "its fingerprint has no text_bytes: tokenize the texts again with evomesh tokenize"
+
+
 def _text_bytes(name: str, sources: Sequence[BinDataset]) -> int | None:
     """Return the bytes of the texts of a set, None if they are not known, which is logged."""
     total = 0
@@ -185,7 +192,7 @@ def _text_bytes(name: str, sources: Sequence[BinDataset]) -> int | None:
         record = read_fingerprint(source.path) or {}
         reason = ""
         if "text_bytes" not in record:
-            reason = "its fingerprint has no text_bytes: tokenize the texts again with evomesh tokenize"
+            reason = _why_bytes_are_unknown(record)
         elif len(source) < len(source.rows):
             reason = "data.valid_min_length leaves documents out"
         if reason:

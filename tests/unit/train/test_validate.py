@@ -68,6 +68,17 @@ def test_bits_per_byte(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "tokenize the texts again" in caplog.text
 
 
+def test_conversations_need_not_be_tokenized_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = {"options": {"schema": "messages"}}
+    (folder / "cn/c.bin.json").write_text(json.dumps(record))
+    caplog.set_level(logging.INFO, "evomesh")
+    open_sets(folder)
+    assert "records with the schema messages" in caplog.text
+    assert "again" not in caplog.text
+
+
 def test_none_where_documents_are_left_out(folder: Path) -> None:
     names = validation_figures(open_sets(folder, valid_min_length=3))
     assert "val/en_loss" in names and "val/en_bpb" not in names
