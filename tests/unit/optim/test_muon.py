@@ -18,6 +18,7 @@ from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
 from evomesh.errors import UserError
 from evomesh.models.registry import build_model
+from evomesh.optim import muon
 from evomesh.optim.groups import is_hidden_matrix
 from evomesh.optim.orthogonal import orthogonalize, update_directions
 from evomesh.optim.zero import ZeroOptimizer
@@ -68,7 +69,7 @@ def test_equals_torch_muon(
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
     ours, theirs = parameters(), parameters()
     optimizer = optimizer_of(ours, momentum=momentum, nesterov=nesterov, ns_steps=steps)
-    muon = torch.optim.Muon(
+    torch_muon = torch.optim.Muon(
         theirs.values(),
         lr=RATE,
         weight_decay=DECAY,
@@ -83,9 +84,38 @@ def test_equals_torch_muon(
                 gradient = draw(*parameter.shape, seed=10 * step + number)
                 parameter.grad = gradient
         optimizer.step(RATE, 0.95, 1.0)
-        muon.step()
+        torch_muon.step()
     for name, weight in ours.items():
         assert distance(weight.detach(), theirs[name].detach()) < 1e-12, name
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_small_matrices_are_taken_together_up_to_a_size(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Five alike matrices: any number of them at once gives each the direction that it has alone."""
+    taken = []
+
+    def update(matrices: Tensor, packed_rows: tuple[int, ...], steps: int) -> Tensor:
+        taken.append(len(matrices))
+        return update_directions(matrices, packed_rows, steps)
+
+    monkeypatch.setattr(muon, "MOST_ELEMENTS", most * 12 * 7)
+    monkeypatch.setattr(muon, "update_directions", update)
+    weights = {
+        f"layers.{number}.wo.weight": nn.Parameter(draw(12, 7, seed=number))
+        for number in range(5)
+    }
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = optimizer_of(weights, nesterov=False)
+    for number, weight in enumerate(weights.values()):
+        weight.grad = draw(12, 7, seed=9 + number)
+    optimizer.step(RATE, 0.95, 1.0)
+    assert taken == {1: [1] * 5, 2: [2] * 3, 3: [3] * 2, 100: [5]}[most]
+    for number, (name, weight) in enumerate(weights.items()):
+        alone = update_directions(draw(12, 7, seed=9 + number), (), 5)
+        expected = before[name] * (1 - RATE * DECAY) - RATE * alone
+        assert distance(weight.detach(), expected) < 1e-13, name
 
 
 def test_float64_equals_the_formula() -> None:
