@@ -90,15 +90,15 @@ def test_configs_are_found_without_a_checkout(unpacked: Path, tmp_path: Path) ->
 
 def test_the_demo_runs_without_a_checkout(unpacked: Path, tmp_path: Path) -> None:
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    finished = run(unpacked, tmp_path, "demo", "try", "--steps", "12", *settings)
+    finished = run(unpacked, tmp_path, "demo", "try", "--steps", "10", *settings)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "of 12 steps" in finished.stdout
+    assert "of 10 steps" in finished.stdout
     last = finished.stdout.splitlines()[-1]
     assert last == "to ask more: cd try && evomesh chat --ckpt llm_ckpts/demo_chat"
     saved = {path.parent for path in tmp_path.rglob("commit.json")}
     checkpoints = tmp_path / "try" / "llm_ckpts"
     assert saved == {
-        checkpoints / "demo" / "step-00000012",
+        checkpoints / "demo" / "step-00000010",
         checkpoints / "demo_chat" / "step-00000002",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"try"}
