@@ -31,16 +31,19 @@ def top(
         bool, typer.Option("--once", help="Print once and end; so does a pipe.")
     ] = False,
 ) -> None:
-    """Show a run while it trains: progress, loss, speed, saves, alerts and each rank. Ends with q or Ctrl-C."""
-    from evomesh.config.user import expand_home
-    from evomesh.monitor.overview import find_run
+    """Show a run while it trains: progress, loss, speed, saves, alerts and each rank.
 
-    folder = find_run(expand_home(run))
+    Waits for a run that has not begun yet. Ends with q or Ctrl-C.
+    """
+    from evomesh.config.user import expand_home
+    from evomesh.monitor.overview import find_run, wait_for_run
+
+    path = expand_home(run)
     if once or not sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        print("\n".join(frame(folder, width, None, uses_color())))
+        print("\n".join(frame(find_run(path), width, None, uses_color())))
         return
-    watch(folder)
+    watch(wait_for_run(path, EVERY_S))
 
 
 def frame(folder: Path, width: int, height: int | None, in_color: bool) -> list[str]:

@@ -9,6 +9,8 @@ import typer
 
 from evomesh.errors import UserError
 
+LOOK_EVERY_S = 0.5  # for a run that has not begun
+
 
 def watch(
     runs: Annotated[
@@ -29,10 +31,13 @@ def watch(
         int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")
     ] = 7870,
 ) -> None:
-    """Serve the page of `evomesh report` and keep it up to date while a run trains. Ends with Ctrl-C."""
-    from evomesh.runs.read import find_runs
+    """Serve the page of `evomesh report` and keep it up to date while a run trains.
 
-    folders = find_runs(runs or ["RUN"])
+    Waits for a run that has not begun yet. Ends with Ctrl-C.
+    """
+    from evomesh.config.user import expand_home
+    from evomesh.monitor.overview import wait_for_run
+
     try:
         from evomesh.runs.watch import RunWatch, create_watch_app
         from evomesh.serve.http_server import bind, create_server
@@ -52,8 +57,11 @@ def watch(
             f"warning: who reaches {host} can read this page; it needs no key",
             file=sys.stderr,
         )
-    for folder in folders:
-        print(folder)
+    folders = []
+    for name in runs or ["RUN"]:
+        folder = wait_for_run(expand_home(name), LOOK_EVERY_S)
+        print(folder, flush=True)
+        folders.append(folder)
     url_host = f"[{host}]" if ":" in host else host
     print(f"page: http://{url_host}:{listening.getsockname()[1]}/", flush=True)
     served = RunWatch(folders)

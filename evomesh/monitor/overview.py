@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -134,6 +136,25 @@ def find_run(path: Path) -> Path:
         fix="the log of a run names its folder: grep 'run folder:'",
         code="EVO-RUN-001",
     )
+
+
+def wait_for_run(path: Path, every_s: float) -> Path:
+    """Return the run folder that a path means, once it is there; say on stderr if there is none yet.
+
+    Args:
+        every_s: seconds between two looks.
+    """
+    has_notified = False
+    while True:
+        try:
+            return find_run(path)
+        except UserError:
+            if not has_notified:
+                place = path.absolute()
+                line = f"no run in {place} yet: waiting for one; Ctrl-C ends this"
+                print(line, file=sys.stderr, flush=True)
+                has_notified = True
+            time.sleep(every_s)
 
 
 def _is_run(folder: Path) -> bool:

@@ -246,7 +246,7 @@ def _summary(
     summary: Row = {
         "state": overview.state,
         "steps": len(run.rows),
-        "next_step": last.get("step", -1) + 1,
+        "next_step": _steps_done(run, last),
         "total": _total_steps(run),
         "tokens": last.get("num_consumed_tokens"),
         "skipped": last.get("inf_nan_skip_batches"),
@@ -263,6 +263,13 @@ def _summary(
         summary["rollbacks"] = rollbacks
         summary["restart_cost"] = sum(start.cost for start in account.starts)
     return summary
+
+
+def _steps_done(run: RunFiles, last_row: Row) -> int:
+    """Return how many steps are done: the last ones may have no row, if none of their batches was used."""
+    by_rows = int(last_row.get("step", -1)) + 1
+    by_ranks = max((rank.step for rank in run.ranks), default=0)
+    return max(by_rows, by_ranks)
 
 
 def _total_steps(run: RunFiles) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx
 import pytest
@@ -71,6 +74,24 @@ def test_another_host_name_is_refused(tmp_path: Path) -> None:
         for path in ("/", "/events"):
             assert httpx.get(url + path, headers=strange).status_code == 400
         assert httpx.get(url + "/metrics.jsonl").status_code == 404
+
+
+def test_the_command_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "evomesh", "watch", "RUN", "--port", "0"]
+    watching_it = subprocess.Popen(
+        words, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True
+    )
+    try:
+        assert watching_it.stderr is not None and watching_it.stdout is not None
+        said = watching_it.stderr.readline()
+        assert said.startswith(f"no run in {tmp_path / 'RUN'} yet: waiting for one")
+        write_run_folder(tmp_path / "RUN" / "demo" / "run")
+        assert watching_it.stdout.readline() == "RUN/demo/run\n"
+        url = watching_it.stdout.readline().removeprefix("page: ").strip()
+        assert "demo/run" in httpx.get(url, timeout=30).text
+    finally:
+        watching_it.terminate()
+        watching_it.wait()
 
 
 @needs_browser

@@ -2,9 +2,9 @@
 // Texts of the page of a prediction: [English, Chinese].
 Object.assign(WORDS, {
   plan_report: ["Prediction", "预测"], summary: ["Summary", "概要"], parts: ["What a step is", "一步的构成"], timeline: ["Timeline of a step", "一步的时间线"],
-  memory: ["Memory", "显存"], groups: ["Who talks to whom", "通信关系"], layouts: ["Layouts", "并行布局"],
-  gpus: ["GPUs", "GPU 数"], parameters: ["parameters", "参数量"], tokens: ["tokens of a step", "每步词元"], step_time: ["a step", "一步"],
-  speed: ["tokens/s and GPU", "每 GPU 词元/秒"], micro_batches: ["micro-batches", "微批数"], cost: ["cost of 1e9 tokens", "每十亿词元费用"], ranks_shown: ["ranks of a pipeline", "流水线进程数"],
+  memory: ["Memory", "显存"], groups: ["Who talks to whom", "通信关系"], layouts: ["Layouts", "并行方式"],
+  gpus: ["GPUs", "GPU 数"], parameters: ["parameters", "参数量"], tokens: ["tokens of a step", "每步 token"], step_time: ["a step", "一步"],
+  speed: ["tokens/s and GPU", "每 GPU token/秒"], micro_batches: ["micro-batches", "微批数"], cost: ["cost of 1e9 tokens", "每十亿 token 费用"], ranks_shown: ["ranks of a pipeline", "流水线进程数"],
   "matrix products": ["matrix products", "矩阵乘"], attention: ["attention", "注意力"], elementwise: ["elementwise", "逐元素运算"], optimizer: ["update of the optimizer", "优化器更新"],
   "waiting for collectives": ["waiting for collectives", "等待集合通信"], "waiting for other stages": ["waiting for other stages", "等待其他阶段"],
   "reducing, updating, gathering": ["reducing, updating, gathering", "归约、更新、聚集"],
@@ -28,5 +28,5 @@ Object.assign(WORDS, {
   members: ["with ranks", "成员"], operation: ["operation", "操作"], calls: ["calls", "次数"], bytes: ["a step", "每步"], busy_seconds: ["link busy, s", "链路忙碌，秒"], choose_rank: ["Rank", "进程"], node: ["node", "节点"],
   groups_note: ["The chosen rank and those with which it forms groups; a node for each frame. Bytes are those of one copy of the whole values.", "所选进程及与其同组的进程；每个框为一个节点。字节数为完整数值的一份拷贝。"], more_nodes: ["more nodes without ranks of these groups or not shown", "个其他节点未显示"],
   one_rank: ["There is one rank: it talks to nobody.", "只有一个进程，无通信。"],
-  layout: ["layout", "布局"], no_layouts: ["No layout fits.", "没有可容纳的布局。"], layouts_note: ["Seconds in which a GPU works through a million tokens, the fastest layout first.", "单个 GPU 处理一百万词元所需秒数，最快的在前。"], per_million: ["s for 1e6 tokens", "每百万词元秒数"],
+  layout: ["layout", "布局"], no_layouts: ["No layout fits.", "没有可容纳的布局。"], layouts_note: ["Seconds in which a GPU works through a million tokens, the fastest layout first.", "单个 GPU 处理一百万 token 所需秒数，最快的在前。"], per_million: ["s for 1e6 tokens", "每百万 token 秒数"],
 });

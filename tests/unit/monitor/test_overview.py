@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from evomesh.monitor.overview import (
     find_run,
     last_objects,
     read_overview,
+    wait_for_run,
 )
 from evomesh.monitor.status import RankStatus, encode
 
@@ -92,3 +94,23 @@ def test_what_is_not_a_run_is_refused(name: str, words: str, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=words):
         find_run(tmp_path / name)
+
+
+def test_a_run_that_has_not_begun_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "RUN" / "demo" / "01-31-12.00.00"
+
+    def begin() -> None:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("{}\n")
+
+    later = threading.Timer(0.1, begin)
+    later.start()
+    assert wait_for_run(Path("RUN"), 0.005) == Path("RUN/demo/01-31-12.00.00")
+    line = f"no run in {tmp_path / 'RUN'} yet: waiting for one; Ctrl-C ends this\n"
+    assert capsys.readouterr().err == line
+    assert wait_for_run(folder, 0.005) == folder
+    assert capsys.readouterr().err == ""
+    later.join()

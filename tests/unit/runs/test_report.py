@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from evomesh.cli.app import app
 from evomesh.errors import UserError
+from evomesh.monitor.status import FOLDER, RankStatus, encode
 from evomesh.runs.page import render_page
 from evomesh.runs.payload import payload_of, reduce_points
 from evomesh.runs.read import read_run
@@ -63,6 +64,15 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert saves == [(2, 2.0, False), (5, 1.5, True)]
     assert entry["summary"]["restarts"] == 1
     assert entry["summary"]["restart_cost"] == 30
+
+
+def test_steps_at_the_end_without_figures_count_as_done(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "run")
+    status = RankStatus(0, phase="done", step=7, total=7)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / FOLDER / "rank-00000.jsonl").write_bytes(encode(status))
+    summary = entry_of(folder)["summary"]
+    assert (summary["steps"], summary["next_step"], summary["total"]) == (5, 7, 7)
 
 
 def _write_history(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
