@@ -6,7 +6,7 @@
 
 RUN is a run folder, such as that of the demo (`make train`). Writes report.png (light), report-dark.png,
 report-narrow.png (400 px wide) and report-print.png (as it is printed). Of a data folder it writes data-report.png and
-data-report-dark.png; of a config, planned as a pipeline of 8 stages on 64 H100, plan-timeline.png and
+data-report-dark.png; of a config, planned as a pipeline of 8 stages on 64 H100, plan-timeline.png, plan-memory.png and
 plan-groups.png.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
+from evomesh.cli.plan_page import memory_of_ranks
 from evomesh.config.data import DataConfig
 from evomesh.config.loader import load_config
 from evomesh.data.survey.documents import open_folder
@@ -86,16 +87,27 @@ def plan_page(config: str) -> str:
     device = load_device("H100")
     spans = predict_spans(settings, PLAN_GPUS, device)
     name = Path(config).name
-    figures = PlanFigures(name, settings, PLAN_GPUS, device, spans, peaks=[])
+    memory = memory_of_ranks(settings, PLAN_GPUS, spans)
+    figures = PlanFigures(name, settings, PLAN_GPUS, device, spans, memory)
     return render_plan_page(plan_payload(figures))
 
 
 def take_sections(browser: Browser, page_file: Path, folder: Path) -> None:
-    """Take the timeline and the groups of a plan."""
+    """Take the timeline, the memory and the groups of a plan."""
     page = browser.new_page(viewport={"width": 1000, "height": 1400}, locale="en-GB")
     page.goto(page_file.as_uri())
     page.wait_for_selector("#chart-streams .u-over")
-    page.locator("#timeline").screenshot(path=folder / "plan-timeline.png")
+    section = page.locator("#timeline").bounding_box()
+    streams = page.locator("#chart-streams").bounding_box()
+    assert section is not None
+    assert streams is not None
+    height = streams["y"] + streams["height"] - section["y"]
+    clip = {**section, "height": height}
+    page.screenshot(path=folder / "plan-timeline.png", clip=clip, full_page=True)
+    memory = page.locator("#chart-memory-0")
+    memory.scroll_into_view_if_needed()
+    page.wait_for_selector("#chart-memory-0 .u-over")
+    memory.screenshot(path=folder / "plan-memory.png")
     page.locator("#groups").screenshot(path=folder / "plan-groups.png")
     page.close()
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from evomesh.config.schema import Config
     from evomesh.plan.device import Device
-    from evomesh.plan.memory import PeakMemory
+    from evomesh.plan.memory_timeline import MemoryTimeline
     from evomesh.plan.search import SearchResult
     from evomesh.plan.step_spans import StepSpans
     from evomesh.runs.plan_payload import LayoutRow
@@ -52,7 +52,7 @@ def write_plan_page(
         gpus=subject.gpus,
         device=subject.device,
         step=spans,
-        peaks=_peaks(subject, spans),
+        memory=memory_of_ranks(subject.config, subject.gpus, spans),
         layouts=None if result is None else _layouts(result),
         price=subject.price,
     )
@@ -62,18 +62,20 @@ def write_plan_page(
     console.print(f"wrote {out} ({megabytes:.1f} MB)", highlight=False)
 
 
-def _peaks(subject: PageSubject, spans: StepSpans) -> list[PeakMemory]:
-    """Return the peak of each rank of the pipeline; none for a custom model."""
+def memory_of_ranks(
+    config: Config, gpus: int, spans: StepSpans
+) -> list[MemoryTimeline]:
+    """Return the memory of each rank of the pipeline over a step; none for a custom model."""
     from evomesh.config.size import parameter_count
-    from evomesh.plan.memory import peak_memory
+    from evomesh.plan.step_memory import trace_step_memory
 
-    if parameter_count(subject.config.model) is None:
+    if parameter_count(config.model) is None:
         return []
-    peaks = []
+    timelines = []
     for rank in spans.ranks:
-        peak = peak_memory(subject.config, subject.gpus, rank.rank)
-        peaks.append(peak)
-    return peaks
+        timeline = trace_step_memory(config, gpus, rank.rank)
+        timelines.append(timeline)
+    return timelines
 
 
 def _layouts(result: SearchResult) -> list[LayoutRow]:

@@ -21,7 +21,13 @@ CONTENT_POLICY = (
 
 RUN_SCRIPTS = ("charts.js", "run_figures.js", "report.js")
 DATA_SCRIPTS = ("charts.js", "data_words.js", "data_report.js")
-PLAN_SCRIPTS = ("charts.js", "plan_words.js", "timeline.js", "plan_report.js")
+PLAN_SCRIPTS = (
+    "charts.js",
+    "plan_words.js",
+    "timeline.js",
+    "memory_chart.js",
+    "plan_report.js",
+)
 
 
 def render_page(payload: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from evomesh.config.schema import Config
 from evomesh.config.size import parameter_count
 from evomesh.plan.device import Device
 from evomesh.plan.group_traffic import groups_of, step_traffic
-from evomesh.plan.memory import RESERVED, PeakMemory
+from evomesh.plan.memory_timeline import MemoryTimeline
 from evomesh.plan.step_spans import (
     PlacedPart,
     RankSpans,
@@ -34,7 +34,7 @@ class PlanFigures:
 
     Attributes:
         name: of the config.
-        peaks: by rank of the pipeline; empty for a custom model.
+        memory: of each rank of the pipeline over the step; empty for a custom model.
         layouts: rows of a search, the fastest first; None without one.
     """
 
@@ -43,7 +43,7 @@ class PlanFigures:
     gpus: int
     device: Device
     step: StepSpans
-    peaks: Sequence[PeakMemory]
+    memory: Sequence[MemoryTimeline]
     layouts: Sequence[LayoutRow] | None = None
     price: float | None = None
 
@@ -74,7 +74,6 @@ def plan_payload(figures: PlanFigures) -> Row:
         "device": device.name,
         "per_node": device.gpus_per_node,
         "capacity": int(device.memory_gib * 2**30),
-        "reserved": RESERVED,
         "parameters": parameter_count(config.model),
         "tokens": step.time.tokens,
         "micro_batches": config.data.micro_num,
@@ -85,8 +84,28 @@ def plan_payload(figures: PlanFigures) -> Row:
         "ranks": [_rank(rank) for rank in step.ranks],
         "traffic": _traffic(figures),
         "groups": [asdict(axis) for axis in groups],
-        "peaks": [asdict(peak) for peak in figures.peaks],
+        "memory": [_memory(timeline) for timeline in figures.memory],
         "layouts": layouts,
+    }
+
+
+def _memory(timeline: MemoryTimeline) -> Row:
+    """Return the bytes of a rank by kind, without kinds that it never has."""
+    series = {}
+    for kind, nbytes in zip(timeline.kinds, timeline.nbytes, strict=True):
+        if any(nbytes):
+            series[kind] = as_text(np.asarray(nbytes))
+    parts = []
+    for part in timeline.parts:
+        parts.append([part.name, part.begin, part.end])
+    return {
+        "positions": list(timeline.positions),
+        "bytes": series,
+        "peak": timeline.peak,
+        "phase": timeline.peak_part,
+        "parts": parts,
+        "micro_batches": timeline.micro_batches,
+        "outside": timeline.outside,
     }
 
 

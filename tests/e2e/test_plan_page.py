@@ -11,7 +11,7 @@ import pytest
 from evomesh.config.layout import axis_sizes
 from evomesh.parallel.build import axis_members
 from evomesh.plan.device import load_device
-from evomesh.plan.memory import PeakMemory
+from evomesh.plan.memory_timeline import MemoryPart, MemoryTimeline
 from evomesh.plan.step_spans import predict_spans
 from evomesh.runs.page import render_plan_page
 from evomesh.runs.plan_payload import LayoutRow, PlanFigures, plan_payload
@@ -29,10 +29,10 @@ def test_a_pipeline_is_seen_and_used_with_keys(tmp_path: Path) -> None:
     layout = config(PARALLEL)
     device = load_device("A100")
     spans = predict_spans(layout, GPUS, device)
-    peak = PeakMemory({"weights": 30 * GIB, "moments": 10 * GIB}, "backward")
+    memory = [memory_of(rank.rank) for rank in spans.ranks]
     rows = [LayoutRow("tensor <2>", 40 * GIB, spans.time)]
     figures = PlanFigures(
-        "run.py", layout, GPUS, device, spans, [peak] * 4, rows, price=2.0
+        "run.py", layout, GPUS, device, spans, memory, rows, price=2.0
     )
     file = tmp_path / "plan.html"
     file.write_text(render_plan_page(plan_payload(figures)), "utf-8")
@@ -46,6 +46,7 @@ def test_a_pipeline_is_seen_and_used_with_keys(tmp_path: Path) -> None:
         page.locator("#chart-streams").scroll_into_view_if_needed()
         page.wait_for_selector("#chart-streams .u-over")
         check_keys_and_zoom(page, spans.ranks[0].placed[0].end)
+        check_memory(page)
         check_ranks_of_streams(page)
         check_groups(page, axis_members(axis_sizes(layout.parallel, GPUS), 5))
         bars = page.locator("#memory .bar, #layouts .bar")
@@ -70,7 +71,7 @@ def check_keys_and_zoom(page: Any, first_forward: float) -> None:
     page.keyboard.press("ArrowDown")
     sync_api.expect(spoken).to_contain_text("rank 4: ")
     page.keyboard.press("+")
-    ranges = "drawn.map((view) => view.plot.scales.x.max - view.plot.scales.x.min)"
+    ranges = "drawn.slice(0, 2).map((view) => view.plot.scales.x.max - view.plot.scales.x.min)"
     step = page.evaluate("payload.seconds * 1000")
     page.wait_for_function(f"{ranges}.every((span) => span < {0.6 * step})")
     before = page.evaluate("drawn[1].range[0]")
@@ -86,6 +87,56 @@ def check_keys_and_zoom(page: Any, first_forward: float) -> None:
     assert page.evaluate(painted) > 0.05
 
 
+def memory_of(rank: int) -> MemoryTimeline:
+    """Return the memory of a step with three levels, of which the middle one is the highest."""
+    return MemoryTimeline(
+        rank=rank,
+        kinds=("weights", "moments", "kept activations"),
+        positions=(0, 100, 200),
+        nbytes=(3 * (30 * GIB,), 3 * (10 * GIB,), (0, 25 * GIB, 5 * GIB)),
+        peak=1,
+        parts=(MemoryPart("forward", 0, 100), MemoryPart("backward", 100, 200)),
+        micro_batches=1,
+        outside={"CUDA context": GIB, "NCCL": GIB},
+    )
+
+
+def check_memory(page: Any) -> None:
+    """Look at the stack: its heights are those of the bytes, the limit is drawn, keys tell what is alive."""
+    page.locator("#memory-charts").scroll_into_view_if_needed()
+    page.wait_for_selector("#chart-memory-0 .u-over")
+    # Pixels of each color in the column in the middle of the second level, below the strip of parts.
+    column = """(() => { const plot = drawn[2].plot, { left, top, width, height } = plot.bbox;
+      const x = Math.round(plot.valToPos(150, 'x', true)), from = top + 20 * devicePixelRatio;
+      const d = plot.ctx.getImageData(x, from, 1, top + height - from).data, counts = {};
+      for (let i = 0; i < d.length; i += 4) {
+        const rgb = `${d[i]},${d[i + 1]},${d[i + 2]}`;
+        counts[rgb] = (counts[rgb] || 0) + 1;
+      }
+      return [counts, height / plot.scales.y.max]; })()"""
+    counts, pixels_of_byte = page.evaluate(column)
+    colors = {"11,99,206": 30, "139,47,176": 10, "148,98,0": 25}
+    for color, gibibytes in colors.items():
+        expected = gibibytes * GIB * pixels_of_byte
+        assert counts[color] == pytest.approx(expected, abs=2.5)
+    caption = page.locator("#chart-memory-0 figcaption").inner_text()
+    assert caption.startswith("peak 67.0 GiB, in backward: weights 30.0 GiB, ")
+    assert caption.endswith("memory of the device 80.0 GiB, to spare 13.0 GiB")
+    # The limit: a dashed line of its color at 80 GiB.
+    limit = """(() => { const plot = drawn[2].plot, { left, width } = plot.bbox;
+      const y = Math.round(plot.valToPos(payload.capacity, 'y', true));
+      const d = plot.ctx.getImageData(left, y, width, 1).data; let n = 0;
+      for (let i = 0; i < d.length; i += 4) n += d[i] === 0x8a && d[i + 1] === 0x3b && d[i + 2] === 0;
+      return n / width; })()"""
+    assert 0.4 < page.evaluate(limit) < 0.8
+    page.locator("#chart-memory-0 .plot").focus()
+    page.keyboard.press("End")
+    sync_api.expect(page.locator("#spoken")).to_have_text(
+        "event 200, backward: 47.0 GiB: weights 30.0 GiB, moments 10.0 GiB, "
+        "kept activations 5.0 GiB, CUDA, NCCL, allocator (estimated) 2.0 GiB"
+    )
+
+
 def check_ranks_of_streams(page: Any) -> None:
     """Choose a second rank: its streams come below those of the first."""
     labels = "drawn[1].rows.map((row) => row.label)"
@@ -93,6 +144,12 @@ def check_ranks_of_streams(page: Any) -> None:
     assert alone[0] == "compute"
     assert "all_reduce tp" in alone
     page.get_by_label("12", exact=True).check()
+    charts = page.locator("#memory-charts h3")
+    assert charts.all_inner_texts() == [
+        "Memory over the step, rank 0",
+        "Memory over the step, rank 12",
+    ]
+    page.wait_for_selector("#chart-memory-12 .u-over")
     both = page.evaluate(labels)
     assert both[0] == "0 compute"
     assert "12 compute" in both
@@ -122,5 +179,6 @@ def check_languages_phone_and_print(page: Any) -> None:
     heads = page.locator("h2, h3, th, dt, legend").all_inner_texts()
     assert [head for head in heads if re.search("[a-z]_[a-z]", head)] == []
     page.set_viewport_size({"width": 400, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    # Charts follow the window with its next frame.
+    page.wait_for_function("document.documentElement.scrollWidth <= 400")
     assert page.pdf().startswith(b"%PDF")

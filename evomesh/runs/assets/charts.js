@@ -58,7 +58,7 @@ const drawn = [];
 class ChartView {
   constructor(chart, series) {
     this.chart = chart; this.series = series; this.log = false; this.plot = null;
-    const title = (this.title = t(`c_${chart.id}`));
+    const title = (this.title = chart.title ?? t(`c_${chart.id}`));
     this.box = make("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${title}. ${this.keysText}` });
     this.caption = make("figcaption");
     this.details = make("details", {}, make("summary", {}, `${t("table")}: ${title}`));
@@ -166,8 +166,12 @@ class ChartView {
     if (to === null) return;
     if (x[to] < min || x[to] > max) this.zoom([x[to] - span / 2, x[to] + span / 2]);
     plot.setCursor({ left: plot.valToPos(x[to], "x"), top: 20 });
-    const values = this.series.map((s, i) => `${s.label} ${short(this.data[i + 1][to])}`);
-    document.getElementById("spoken").textContent = `${t(this.chart.x || "step")} ${placeOf(this.chart, x[to])}: ${values.join(", ")}`;
+    document.getElementById("spoken").textContent = this.describeAt(to);
+  }
+  // What is at the point with an index.
+  describeAt(i) {
+    const values = this.series.map((s, k) => `${s.label} ${short(this.data[k + 1][i])}`);
+    return `${t(this.chart.x || "step")} ${placeOf(this.chart, this.data[0][i])}: ${values.join(", ")}`;
   }
 
   close() { this.sizes.disconnect(); if (this.plot) this.plot.destroy(); }

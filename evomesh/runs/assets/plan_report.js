@@ -1,13 +1,12 @@
 "use strict";
 // The page of a prediction: a step in time, memory, groups and layouts, in two languages.
-const GIB = 2 ** 30;
-const MEMORY_KINDS = ["weights", "gradients", "masters", "moments", "kept activations", "gathered layers", "pipeline buffers"];
 const PART_COLORS = { "matrix products": 0, attention: 3, elementwise: 4, "waiting for collectives": 1, "waiting for other stages": 6, "reducing, updating, gathering": 7 };
 const AXIS_COLORS = { tp: 0, wp: 5, pp: 1, dp: 2, zero: 3, replica: 4, ends: 6, world: 7 };
 const note = (text) => make("p", { class: "soft" }, text);
-const swatch = (number) => make("span", { class: "swatch", style: `background:var(--c${number})` });
-const named = (number, text) => make("span", {}, swatch(number), text);
-const memoryColor = (kind) => (MEMORY_KINDS.includes(kind) ? MEMORY_KINDS.indexOf(kind) : 7);
+// A color by its number, or by its name such as "l4".
+const inkOf = (color) => (typeof color === "number" ? `var(--c${color})` : `var(--${color})`);
+const swatch = (color) => make("span", { class: "swatch", style: `background:${inkOf(color)}` });
+const named = (color, text) => make("span", {}, swatch(color), text);
 const size = (bytes) => (bytes >= GIB ? `${fixed(bytes / GIB, 2)} GiB` : bytes >= 2 ** 20 ? `${fixed(bytes / 2 ** 20, 1)} MiB` : `${fixed(bytes / 1024, 1)} KiB`);
 
 function cards(rows) {
@@ -16,7 +15,7 @@ function cards(rows) {
 // One bar of parts side by side; "full" is what the whole width stands for, "mark" a limit to draw.
 function stackedBar(parts, full, color, mark) {
   const label = Object.entries(parts).map(([name, value]) => `${t(name)} ${percent(value / full)}`).join(", ");
-  const pieces = Object.entries(parts).map(([name, value]) => make("span", { style: `background:var(--c${color(name)});width:${(100 * value) / full}%`, title: t(name) }));
+  const pieces = Object.entries(parts).map(([name, value]) => make("span", { style: `background:${inkOf(color(name))};width:${(100 * value) / full}%`, title: t(name) }));
   return make("div", { class: "bar stacked", role: "img", "aria-label": label }, ...pieces, mark ? make("i", { class: "mark", style: `left:${(100 * mark) / full}%` }) : null);
 }
 function legend(names, color) { return make("p", { class: "soft legend" }, ...names.map((name) => named(color(name), t(name)))); }
@@ -36,27 +35,28 @@ function timeline(views) {
   const ranks = payload.ranks.map(decodeRank), step = payload.seconds * 1000, linked = [];
   const chosen = new Set(ranks.length > 2 ? [0] : ranks.map((_, i) => i));
   const rows = () => { const shown = ranks.filter((_, i) => chosen.has(i)); return shown.flatMap((rank) => rank.streams.map((stream) => new StreamRow(rank, stream, shown.length === 1))); };
-  const overview = new TimelineView("ranks", ranks.map((rank) => new RankRow(rank)), step, linked), streams = new TimelineView("streams", rows(), step, linked);
+  const overview = new TimelineView("ranks", ranks.map((rank) => new RankRow(rank)), step, linked), streams = new TimelineView("streams", rows(), step, linked), charts = new MemoryCharts();
   const boxes = ranks.map((rank, i) => {
     const box = make("input", { type: "checkbox", value: String(i), ...(chosen.has(i) ? { checked: "" } : {}) });
-    box.onchange = () => { if (box.checked) chosen.add(i); else chosen.delete(i); streams.show(rows()); };
+    box.onchange = () => { if (box.checked) chosen.add(i); else chosen.delete(i); streams.show(rows()); for (const view of charts.show(chosen)) view.draw(); };
     return make("label", {}, box, ` ${rank.number}`);
   });
   const isPipeline = ranks.length > 1, names = [...new Set(payload.ranks.flatMap((rank) => rank.parts.flatMap((part) => part.names)))];
-  views.push(overview, streams);
+  views.push(overview, streams, ...charts.show(chosen));
   const kinds = isPipeline ? make("p", { class: "soft legend" }, named(0, t("forward")), named(1, t("backward")), named(7, t("kind_U"))) : null;
   return section("timeline", note(t("timeline_note")), overview.figure, kinds, isPipeline ? make("fieldset", { class: "choices" }, make("legend", {}, t("streams_of")), ...boxes) : null, streams.figure,
-    make("p", { class: "soft legend" }, ...names.map((name) => named(colorOf(name), whatOf(name)))));
+    make("p", { class: "soft legend" }, ...names.map((name) => named(colorOf(name), whatOf(name)))), payload.memory.length ? note(t("memory_over_note")) : null, charts.box);
 }
 function memory() {
-  if (!payload.peaks.length) return section("memory", note(t("no_memory")));
-  const totals = payload.peaks.map((peak) => Object.values(peak.kinds).reduce((a, b) => a + b, 0)), full = Math.max(payload.capacity, ...totals.map((total) => total + payload.reserved)) * 1.01;
-  const kinds = [...new Set([...MEMORY_KINDS, ...payload.peaks.flatMap((peak) => Object.keys(peak.kinds))])].filter((kind) => payload.peaks.some((peak) => peak.kinds[kind]));
-  const present = (peak) => kinds.filter((kind) => peak.kinds[kind]), barOf = (peak) => stackedBar(Object.fromEntries(present(peak).map((kind) => [kind, peak.kinds[kind]])), full, memoryColor, payload.capacity);
-  const bars = payload.peaks.map((peak, i) => [`${payload.ranks[i].rank}`, barOf(peak), fixed(totals[i] / GIB, 1), t(peak.phase)]);
-  const rows = payload.peaks.map((peak, i) => [`${payload.ranks[i].rank}`, ...kinds.map((kind) => fixed((peak.kinds[kind] || 0) / GIB, 2)), fixed(totals[i] / GIB, 2)]);
+  if (!payload.memory.length) return section("memory", note(t("no_memory")));
+  const memories = payload.memory.map(decodeMemory), peaks = memories.map((one) => Object.fromEntries(one.at(one.peak).map((bytes, k) => [one.kinds[k], bytes])));
+  const totals = memories.map((one) => one.total(one.peak)), full = Math.max(payload.capacity, ...totals) * 1.01, number = (i) => `${payload.ranks[i].rank}`;
+  const kinds = Object.keys(MEMORY_INKS).filter((kind) => peaks.some((peak) => peak[kind])), present = (peak) => kinds.filter((kind) => peak[kind]);
+  const barOf = (peak) => stackedBar(Object.fromEntries(present(peak).map((kind) => [kind, peak[kind]])), full, memoryInk, payload.capacity);
+  const bars = peaks.map((peak, i) => [number(i), barOf(peak), fixed(totals[i] / GIB, 1), t(memories[i].phase)]);
+  const rows = peaks.map((peak, i) => [number(i), ...kinds.map((kind) => fixed((peak[kind] || 0) / GIB, 2)), fixed(totals[i] / GIB, 2)]);
   const details = make("details", {}, make("summary", {}, `${t("table")}: ${t("memory")}`), tableOf([t("rank"), ...kinds.map((kind) => `${t(kind)}, GiB`), t("total")], rows, [true, ...kinds.map(() => true), true]));
-  return section("memory", note(t("memory_note")), legend(kinds, memoryColor), tableOf([t("rank"), `0 – ${fixed(full / GIB, 0)} GiB`, `${t("total")}, GiB`, t("phase")], bars, [true, false, true]), details);
+  return section("memory", note(t("memory_note")), legend(kinds, memoryInk), tableOf([t("rank"), `0 – ${fixed(full / GIB, 0)} GiB`, `${t("total")}, GiB`, t("phase")], bars, [true, false, true]), details);
 }
 
 // The ranks of an axis with a rank: those of one arithmetic sequence.
