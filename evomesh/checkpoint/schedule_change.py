@@ -112,7 +112,11 @@ def _are_same(a: float, b: float) -> bool:
     return abs(a - b) <= SAME * max(abs(a), abs(b))
 
 
-def _table(updates: int, before: Config, now: Config) -> str:
+def _table(
+    updates: int,
+    before: Config,
+    now: Config,
+) -> str:
     """Return the rates of a few steps from ``updates`` on, in both schedules; "" if they are the same."""
     end = max(before.data.total_steps, now.data.total_steps)
     steps: set[int] = set()

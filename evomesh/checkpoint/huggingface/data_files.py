@@ -7,6 +7,7 @@ mistake in the index, or in its reader, is then a difference and no common error
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +45,7 @@ class DataFiles:
         self._where = found.folder
         self._averages = averages
         self._boxes: dict[str, list[_StoredBox]] = {}
-        for record in found.files:
-            path = join(found.folder, record.name)
-            file = SafetensorsFile(found.storage, path)
+        for file in _data_files(found):
             self._add(file)
 
     def _add(self, file: SafetensorsFile) -> None:
@@ -90,6 +89,13 @@ class DataFiles:
                 code="EVO-CKPT-002",
             )
         return tensor
+
+
+def _data_files(found: Checkpoint) -> Iterator[SafetensorsFile]:
+    """Open the data files of a checkpoint."""
+    for record in found.files:
+        path = join(found.folder, record.name)
+        yield SafetensorsFile(found.storage, path)
 
 
 def _offsets(first_element: str, num_dims: int) -> Coordinates:

@@ -436,7 +436,11 @@ def _compare_with_original(
     return f"largest logit difference between {' and '.join(sides)}, both in transformers: {difference:.3g}"
 
 
-def _read_back(job: _WeightExport, folder: Path, native: ModelConfig) -> Tensor:
+def _read_back(
+    job: _WeightExport,
+    folder: Path,
+    native: ModelConfig,
+) -> Tensor:
     """Return the logits of the written folder, as evomesh reads it."""
     changes = {
         "norm_head": native.norm_head and not job.normalizes_head,

@@ -223,16 +223,18 @@ def _refuse_other_heads(folder: Path, config: ModelConfig) -> None:
         CheckpointError: with both numbers.
     """
     params = read_json(LocalStorage(), str(folder), "params.json")
-    heads = params.get("n_heads", config.num_attention_heads)
+    own_heads = config.num_attention_heads
+    heads = params.get("n_heads", own_heads)
     kv_heads = params.get("n_kv_heads") or heads
     differing = []
-    if heads != config.num_attention_heads:
-        differing.append(f"n_heads={heads}, the run's is {config.num_attention_heads}")
+    if heads != own_heads:
+        differing.append(f"n_heads={heads}, the run's is {own_heads}")
     if kv_heads != config.kv_heads:
         differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
     if differing:
+        found = "; ".join(differing)
         where = str(folder / "params.json")
-        raise CheckpointError("; ".join(differing), where=where, code="EVO-HF-012")
+        raise CheckpointError(found, where=where, code="EVO-HF-012")
 
 
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:

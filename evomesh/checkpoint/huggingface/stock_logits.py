@@ -218,12 +218,11 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
 def _add_zero_biases(weights: dict[str, Tensor], names: Iterable[str]) -> None:
     """Add the biases of attention that are off: a Llama has all of them or none."""
     for name in names:
-        if name in weights or not _is_attention_bias(name):
-            continue
-        name_of_weight = name.replace(".bias", ".weight")
-        weight = weights[name_of_weight]
-        rows = weight.shape[0]
-        weights[name] = weight.new_zeros(rows)
+        is_off = name not in weights
+        if is_off and _is_attention_bias(name):
+            name_of_weight = name.replace(".bias", ".weight")
+            weight = weights[name_of_weight]
+            weights[name] = weight.new_zeros(len(weight))
 
 
 def _llama_settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -270,11 +269,15 @@ def _weight_files(folder: Path) -> list[Path]:
     first = existing[0]
     if first.suffix != ".json":
         return [first]
-    text = first.read_text(encoding="utf-8")
-    index = json.loads(text)
-    file_of_tensor = index["weight_map"]
+    return [folder / name for name in _indexed_files(first)]
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Return the names of the files in an index of tensors, each once."""
+    text = index.read_text(encoding="utf-8")
+    file_of_tensor = json.loads(text)["weight_map"]
     names = set(file_of_tensor.values())
-    return [folder / name for name in sorted(names)]
+    return sorted(names)
 
 
 # InternLM2's module -> Llama's
@@ -309,15 +312,21 @@ def _split_wqkv(value: Tensor, config: Any) -> dict[str, Tensor]:
     Rows of ``wqkv``: for each key/value head its query heads, then the key, then the
     value.
     """
-    # [G (R + 2) H, ...] -> [G, R + 2, H, ...]: the heads of a group beside each other.
     queries = config.num_attention_heads // config.num_key_value_heads  # R
+    heads = {
+        "q_proj": queries,
+        "k_proj": 1,
+        "v_proj": 1,
+    }
+    sizes = list(heads.values())
+    # [G (R + 2) H, ...] -> [G, R + 2, H, ...]: the heads of a group beside each other.
     columns = value.shape[1:]
-    groups = value.reshape(-1, queries + 2, config.head_dim, *columns)
-    parts = torch.split(groups, [queries, 1, 1], dim=1)
-    names = ("q_proj", "k_proj", "v_proj")
+    shape = (-1, sum(sizes), config.head_dim)
+    groups = value.reshape(*shape, *columns)
+    parts = torch.split(groups, sizes, dim=1)
     projections = {}
-    for name, part in zip(names, parts, strict=True):
-        projections[name] = part.reshape(-1, *columns)
+    for name, part in zip(heads, parts, strict=True):
+        projections[name] = part.flatten(0, 2)
     return projections
 
 

@@ -51,6 +51,8 @@ TOP_MODULES = {  # theirs -> ours, outside the blocks
     "head": "head",
     "output": "head",
 }
+# What a value of ``model_config.pt`` is, where a config file may hold it.
+PLAIN_TYPES = bool | int | float | str | None
 # Added after the sum over ranks, so not sharded.
 OUTPUT_BIASES = ("out_proj.bias", "wo.bias")
 ROW_PARALLEL = (
@@ -162,11 +164,7 @@ def _list_folder(path: str) -> list[str]:
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
-    content = read_pickle(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            "is not a state dict of tensors", where=path, code="EVO-CKPT-018"
-        )
+    content = _read_dictionary(path, "a state dict of tensors")
     state = {}
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
@@ -186,18 +184,29 @@ def read_model_section(path: str) -> dict[str, Any] | None:
     file = os.path.join(path, "model_config.pt")
     if not os.path.exists(file):
         return None
-    section = read_pickle(file)
-    if not isinstance(section, dict):
-        raise CheckpointError("is not a model section", where=file, code="EVO-CKPT-018")
+    section = _read_dictionary(file, "a model section")
+    return _plain_values(section)
+
+
+def _plain_values(section: dict[Any, Any]) -> dict[str, Any]:
+    """Return the values that a config file may hold; a dtype as text."""
     plain: dict[str, Any] = {}
     for name, value in section.items():
         key = str(name)
-        is_plain = isinstance(value, bool | int | float | str)
+        is_plain = isinstance(value, PLAIN_TYPES)
         if isinstance(value, torch.dtype):
             plain[key] = str(value)
-        elif is_plain or value is None:
+        elif is_plain:
             plain[key] = value
     return plain
+
+
+def _read_dictionary(path: str, kind: str) -> dict[Any, Any]:
+    """Read a file that must hold a dictionary; ``kind`` says which, for the message."""
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"is not {kind}", where=path, code="EVO-CKPT-018")
+    return content
 
 
 def family_of(folder: InternEvoFolder) -> InternEvoFamily:

@@ -195,9 +195,7 @@ def describe(
 
 def signature(local: Mapping[str, LocalTensor]) -> str:
     """Return a hash that changes when the layout of this rank's tensors does."""
-    return sha256(
-        canonical([TensorBoxes.of(tensor).to_json() for tensor in local.values()])
-    )
+    return sha256(canonical(_boxes_to_json(local)))
 
 
 def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
@@ -208,7 +206,7 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
             do not cover it exactly once.
     """
     # 1. Rank 0 learns the boxes of all ranks.
-    message = [TensorBoxes.of(tensor).to_json() for tensor in local.values()]
+    message = _boxes_to_json(local)
     gathered = exchange.gather(message)
 
     # 2. It decides for all; an error is its answer too, so that no rank waits for one
@@ -216,10 +214,7 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     answers: list[dict[str, Any]] | None = None
     tensors: dict[str, TensorType] = {}
     if gathered is not None:
-        held = []
-        for rows in gathered:
-            boxes_of_rank = [TensorBoxes.from_json(value) for value in rows]
-            held.append(boxes_of_rank)
+        held = list(map(_boxes_from_json, gathered))
         try:
             owned_by_rank, tensors = assign(held)
             answers = [{"owned": owned} for owned in owned_by_rank]
@@ -236,6 +231,15 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
         part = OwnedPart(*fields)
         own_parts.append(part)
     return SavePlan(own_parts, tensors)
+
+
+def _boxes_to_json(local: Mapping[str, LocalTensor]) -> list[Any]:
+    """Return what a rank holds of each tensor, as a message."""
+    return [TensorBoxes.of(tensor).to_json() for tensor in local.values()]
+
+
+def _boxes_from_json(rows: Iterable[Any]) -> list[TensorBoxes]:
+    return [TensorBoxes.from_json(row) for row in rows]
 
 
 # For each rank, the boxes of the tensors that it holds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -246,6 +247,10 @@ def place_in_files(item: ReadItem) -> tuple[int, int]:
     return item.piece.file, item.piece.start
 
 
+# The start and end of each.
+ByteRanges = list[tuple[int, int]]
+
+
 class PieceReader:
     """Reads pieces; the file of the last one stays open.
 
@@ -255,12 +260,7 @@ class PieceReader:
 
     def __init__(self, checkpoint: Checkpoint, items: Iterable[ReadItem]) -> None:
         self._checkpoint = checkpoint
-        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of bytes, by file
-        for item in items:
-            piece = item.piece
-            ranges = self._ranges.setdefault(piece.file, [])
-            end = piece.start + item.size
-            ranges.append((piece.start, end))
+        self._ranges = _ranges_by_file(items)
         self._file: int | None = None
         self._reader: StorageReader | None = None
 
@@ -283,6 +283,17 @@ class PieceReader:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+def _ranges_by_file(items: Iterable[ReadItem]) -> dict[int, ByteRanges]:
+    """Return the ranges that will be read of each file, by its number."""
+    ranges_by_file: dict[int, ByteRanges] = defaultdict(list)
+    for item in items:
+        piece = item.piece
+        end = piece.start + item.size
+        ranges = ranges_by_file[piece.file]
+        ranges.append((piece.start, end))
+    return ranges_by_file
 
 
 def _open(checkpoint: Checkpoint, item: ReadItem) -> StorageReader:

@@ -64,15 +64,17 @@ def find_replicas(items: Iterable[ReadItem], exchange: Exchange) -> list[Replica
     """
     items_of_tensor: dict[str, list[ReadItem]] = {}
     for item in items:
-        items_of_tensor.setdefault(item.record.name, []).append(item)
+        of_tensor = items_of_tensor.setdefault(item.record.name, [])
+        of_tensor.append(item)
     wanted = list(items_of_tensor.values())
-    keys = [key_of_items(items_of_one) for items_of_one in wanted]
+    keys = list(map(key_of_items, wanted))
     groups = []
     for members, positions in find_members(keys, exchange):
         in_group = []
         for position in positions:
             in_group += wanted[position]
-        group = ReplicaGroup(members, sorted(in_group, key=place_in_files))
+        in_group.sort(key=place_in_files)
+        group = ReplicaGroup(members, in_group)
         groups.append(group)
     return groups
 

@@ -62,6 +62,16 @@ class Replicas(NamedTuple):
     members: list[int]
     positions: list[int]
 
+    def to_json(self) -> list[Any]:
+        """Return a message of them, which stays short with many members."""
+        return [to_runs(self.members), self.positions]
+
+    @classmethod
+    def from_json(cls, message: list[Any]) -> Replicas:
+        """Take back what ``to_json`` made."""
+        runs, positions = message
+        return cls(from_runs(runs), positions)
+
 
 def key_of(value: Any) -> str:
     """Return a hash of what a rank wants: the description itself would be a large message."""
@@ -81,10 +91,11 @@ def find_members(keys: Sequence[str], exchange: Exchange) -> list[Replicas]:
     if keys_by_rank is not None:
         answers = []
         for groups in group_by_members(keys_by_rank):
-            answer = [[to_runs(group.members), group.positions] for group in groups]
+            answer = [group.to_json() for group in groups]
             answers.append(answer)
-    answer = exchange.scatter(answers)
-    return [Replicas(from_runs(runs), positions) for runs, positions in answer]
+    messages = exchange.scatter(answers)
+    own_groups = map(Replicas.from_json, messages)
+    return list(own_groups)
 
 
 def group_by_members(keys_by_rank: Sequence[Sequence[str]]) -> list[list[Replicas]]:
@@ -176,13 +187,17 @@ def split_into_chunks(items: Sequence[Item], limit: int) -> list[Chunk[Item]]:
     for item in items:
         start = -(-end // ALIGNMENT) * ALIGNMENT
         if held and start + item.size > limit:
-            chunks.append(Chunk(tuple(held), tuple(starts), end))
-            held, starts, start = [], [], 0
+            chunk = Chunk(tuple(held), tuple(starts), end)
+            chunks.append(chunk)
+            held = []
+            starts = []
+            start = 0
         held.append(item)
         starts.append(start)
         end = start + item.size
     if held:
-        chunks.append(Chunk(tuple(held), tuple(starts), end))
+        last = Chunk(tuple(held), tuple(starts), end)
+        chunks.append(last)
     return chunks
 
 
@@ -226,8 +241,11 @@ class ReplicaRing(Generic[Item]):
         for chunk in self._chunks:
             largest = max(largest, chunk.size)
         buffer = torch.empty(largest, dtype=torch.uint8)
-        other = torch.empty(largest, dtype=torch.uint8)
-        rounds = -(-len(self._chunks) // self._size)
+        other = torch.empty_like(buffer)
+        # Each member reads one chunk in a round, in the last one perhaps none.
+        num_chunks = len(self._chunks)
+        num_members = self._size
+        rounds = -(-num_chunks // num_members)
         for number in range(rounds):
             self._run_round(source, number, buffer, other)
         return self._error

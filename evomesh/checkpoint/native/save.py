@@ -278,7 +278,12 @@ class CheckpointWriter:
         line = f"step {step} is already committed in {folder}, not rewritten"
         self._report(line, is_known_to_all=True)
 
-    def _decide_attempt(self, step: int, snapshot: bool, layout: str) -> _SaveDecision:
+    def _decide_attempt(
+        self,
+        step: int,
+        snapshot: bool,
+        layout: str,
+    ) -> _SaveDecision:
         """Let rank 0 choose attempt and folder, and whether a new plan is needed.
 
         Args:
