@@ -70,9 +70,10 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
 
 def _number_rows(ids: NDArray[Any], labels: NDArray[Any]) -> list[str]:
     """Return a row of ids and one of labels, in which "." stands for a token without a target."""
-    is_target = labels != IGNORE
     shown_ids = ids.astype(str)
-    shown_labels = np.where(is_target, labels.astype(str), ".")
+    is_target = labels != IGNORE
+    all_labels = labels.astype(str)
+    shown_labels = np.where(is_target, all_labels, ".")
     return [
         "  tokens " + " ".join(shown_ids),
         "  labels " + " ".join(shown_labels),

@@ -231,7 +231,8 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if config.remainder == "carry":
         streams = [sources]
     plans = [make_plan(stream, config, shared) for stream in streams]
-    if not any(map(len, plans)):
+    has_packs = any(map(len, plans))
+    if not has_packs:
         refuse_empty(config, sources)
 
     # 3. Report what each file contributes.

@@ -149,7 +149,10 @@ class MixedSampler:
         return packs, after
 
     def draw(
-        self, drawn: int, counts: Sequence[int], size: int
+        self,
+        drawn: int,
+        counts: Sequence[int],
+        size: int,
     ) -> tuple[NDArray[np.int64], list[int]]:
         """Return packs ``[drawn, drawn + size)`` of the mixture, and the counts after them.
 

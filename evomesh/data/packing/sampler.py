@@ -173,7 +173,8 @@ class PackSampler:
         else:
             epoch, start = self._start_of_step(position, size)
             offset = start + size
-        return SamplerPosition(position.step + 1, epoch, offset, consumed)
+        next_step = position.step + 1
+        return SamplerPosition(next_step, epoch, offset, consumed)
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of all packs in pass ``epoch``."""

@@ -149,7 +149,11 @@ class StagedCorpus:
             stages.append(stage)
         unit = dp_size if self.config.order == "xtuner" else 1
         return StagedSampler(
-            stages, list(sources.items()), self.config.seed, self.config.order, unit
+            stages,
+            list(sources.items()),
+            self.config.seed,
+            self.config.order,
+            unit,
         )
 
     def _sampler_of(

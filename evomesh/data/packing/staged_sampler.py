@@ -136,8 +136,9 @@ class StagedSampler:
         sampler = stage.sampler
         cursors = list(entered.cursors)
         if isinstance(sampler, MixedSampler):
+            size = stage.global_batch
             counts = [cursors[source].consumed for source in stage.sources]
-            packs, after = sampler.draw(entered.drawn, counts, stage.global_batch)
+            packs, after = sampler.draw(entered.drawn, counts, size)
             for source, count in zip(stage.sources, after, strict=True):
                 cursors[source] = SamplerPosition(consumed=count)
         else:
@@ -145,7 +146,8 @@ class StagedSampler:
             packs, cursor = sampler.take(cursors[source])
             cursors[source] = cursor
         numbered_over_all_stages = packs + stage.first_pack
-        return numbered_over_all_stages, self._moved(entered, cursors)
+        after_step = self._moved(entered, cursors)
+        return numbered_over_all_stages, after_step
 
     def seek(self, step: int) -> SamplerPosition:
         """Return the position before step ``step`` of a run that began at step 0."""
@@ -259,22 +261,20 @@ class StagedSampler:
         if "stages" not in state:
             return self._resume_unstaged(state)
         for key in ("seed", "order"):
-            if state[key] != getattr(self, key):
-                raise _other_data(key, state[key], getattr(self, key))
+            before = state[key]
+            now = getattr(self, key)
+            if before != now:
+                raise _other_data(key, before, now)
         self._check_stages(state)
         self._set_unit(int(state["unit"]))
+        stored_cursors = state["cursors"]
         cursors = []
         for name, packs in self.sources:
-            stored = state["cursors"].get(name, {"packs": packs})
+            stored = stored_cursors.get(name, {"packs": packs})
             if stored["packs"] != packs:
                 raise _other_data(f"packs of {name}", stored["packs"], packs)
-            cursors.append(
-                SamplerPosition(
-                    epoch=stored.get("epoch", 0),
-                    offset=stored.get("offset", 0),
-                    consumed=stored.get("consumed", 0),
-                )
-            )
+            cursor = _cursor_from_json(stored)
+            cursors.append(cursor)
         return StagedPosition(**state["position"], cursors=tuple(cursors))
 
     def _check_stages(self, state: Mapping[str, Any]) -> None:
@@ -338,6 +338,15 @@ class StagedSampler:
             drawn=consumed,
             cursors=tuple(cursors),
         )
+
+
+def _cursor_from_json(stored: Mapping[str, int]) -> SamplerPosition:
+    """Return a stored position in a source; of a source that nothing was drawn from, its start."""
+    return SamplerPosition(
+        epoch=stored.get("epoch", 0),
+        offset=stored.get("offset", 0),
+        consumed=stored.get("consumed", 0),
+    )
 
 
 def _drawn_packs(sampler: MixedSampler, start: int, packs: int) -> list[int]:

@@ -70,11 +70,12 @@ def tokenize_files(
         pending: deque[tuple[Future[EncodedTexts], int]] = deque()
 
         def write_oldest() -> None:
-            encoded, position = pending.popleft()
-            documents = encoded.result().documents
+            encoding, position = pending.popleft()
+            encoded = encoding.result()
+            documents = encoded.documents
             if prefix or suffix:
                 documents = [prefix + ids + suffix for ids in documents]
-            writer.write(documents, text_bytes=encoded.result().text_bytes)
+            writer.write(documents, text_bytes=encoded.text_bytes)
             if progress:
                 progress(position, writer.documents, writer.tokens)
 

@@ -23,7 +23,7 @@ from evomesh.data.records.source_files import (
 )
 from evomesh.data.survey.scripts import words_of
 from evomesh.data.token_files.bin_dataset import BinDataset, evenly_spaced
-from evomesh.data.token_files.folders import TokenFile, find_bins, walk
+from evomesh.data.token_files.folders import find_bins, walk
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
@@ -97,28 +97,33 @@ class TokenFolder:
     has_tokens = True
 
     def __init__(self, path: str, max_tokens: int) -> None:
-        self._is_folder = expand_home(path).is_dir()
-        self.sources: list[BinDataset] = []
-        self.types: list[str] = []
-        self.files: list[dict[str, object]] = []
-        for file in find_bins(path):
-            self._open(file)
-        self.tokens = sum(source.tokens for source in self.sources)
-        self.is_complete = max_tokens == 0 or self.tokens <= max_tokens
+        self._open(path)
+        tokens = sum(source.tokens for source in self.sources)
+        self.tokens = tokens
+        self.is_complete = max_tokens == 0 or tokens <= max_tokens
         share = 1.0
         if not self.is_complete:
-            share = max_tokens / self.tokens
+            share = max_tokens / tokens
         self._select(share)
 
-    def _open(self, file: TokenFile) -> None:
-        source = BinDataset(file.path, name=file.name)
-        kind = file.type
-        if not self._is_folder:
-            kind = file.path.name
-        self.sources.append(source)
-        self.types.append(kind)
-        row = file_row(file.name, kind, source.size)
-        self.files.append(row)
+    def _open(self, path: str) -> None:
+        """Open the file, or all files of the folder."""
+        is_folder = expand_home(path).is_dir()
+        sources = []
+        types = []
+        rows = []
+        for file in find_bins(path):
+            source = BinDataset(file.path, name=file.name)
+            kind = file.type
+            if not is_folder:
+                kind = file.path.name
+            row = file_row(file.name, kind, source.size)
+            sources.append(source)
+            types.append(kind)
+            rows.append(row)
+        self.sources = sources
+        self.types = types
+        self.files = rows
 
     def _select(self, share: float) -> None:
         """Choose the documents that are read."""

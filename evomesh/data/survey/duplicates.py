@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -31,7 +31,6 @@ LARGEST = np.uint64(2**64 - 1)
 Numbers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Signatures = NDArray[np.uint32]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,7 @@ class SignatureMaker:
     """The hash functions of all signatures: multiply and add in 64 bits, of which the upper 32 are used."""
 
     def __init__(self) -> None:
-        generator = np.random.default_rng(SEED)
-        size = 2 * PERMUTATIONS * np.uint64(0).itemsize
-        content = generator.bytes(size)
-        numbers = np.frombuffer(content, np.uint64)
+        numbers = _random_numbers(2 * PERMUTATIONS)
         columns = numbers.reshape(-1, 1)
         factors, terms = np.split(columns, 2)
         self._factors = factors | np.uint64(1)  # an odd factor loses nothing
@@ -208,6 +204,26 @@ class SignatureMaker:
         return upper.astype(np.uint32)
 
 
+def _random_numbers(count: int) -> Hashes:
+    """Return numbers of 64 random bits, always the same."""
+    generator = np.random.default_rng(SEED)
+    size = count * np.uint64(0).itemsize
+    content = generator.bytes(size)
+    return np.frombuffer(content, np.uint64)
+
+
+class _SignedDocument(NamedTuple):
+    """A document and its signature.
+
+    Attributes:
+        number: among those that are read.
+    """
+
+    number: int
+    tokens: int
+    signature: Signatures
+
+
 class NearDuplicates:
     """Finds documents with most of their shingles in common, among different ones.
 
@@ -220,9 +236,7 @@ class NearDuplicates:
         self._maker = SignatureMaker()
         self._stride = 1
         self._seen: set[tuple[int, int]] = set()
-        self._signatures: list[Signatures] = []
-        self._numbers: list[int] = []
-        self._tokens: list[int] = []
+        self._signed: list[_SignedDocument] = []
 
     def add(self, number: int, content: bytes, units: Numbers) -> None:
         """Note a document; ``number`` counts those that are read from 0."""
@@ -232,33 +246,32 @@ class NearDuplicates:
         if digest in self._seen:
             return
         self._seen.add(digest)
-        self._signatures.append(self._maker.signature(units))
-        self._numbers.append(number)
-        self._tokens.append(len(units))
-        if len(self._numbers) > self._limit:
+        signature = self._maker.signature(units)
+        document = _SignedDocument(number, len(units), signature)
+        self._signed.append(document)
+        if len(self._signed) > self._limit:
             self._halve()
 
     def _halve(self) -> None:
+        """Keep every second document."""
         self._stride *= 2
-        numbers = np.array(self._numbers)
-        rest = numbers % self._stride
-        is_kept = rest == 0
-        kept = np.flatnonzero(is_kept).tolist()
-        self._signatures = _chosen(self._signatures, kept)
-        self._numbers = _chosen(self._numbers, kept)
-        self._tokens = _chosen(self._tokens, kept)
+        kept = []
+        for document in self._signed:
+            if document.number % self._stride == 0:
+                kept.append(document)
+        self._signed = kept
 
     def figures(self) -> DuplicateFigures:
         """Return the groups of similar documents: each is similar to another of its group."""
-        leader = list(range(len(self._numbers)))
+        leader = list(range(len(self._signed)))
         for first, second in self._similar_pairs():
             one = _leader_of(leader, first)
             other = _leader_of(leader, second)
             leader[max(one, other)] = min(one, other)
         groups = self._groups(leader)
         return DuplicateFigures(
-            looked_at=len(self._numbers),
-            looked_at_tokens=sum(self._tokens),
+            looked_at=len(self._signed),
+            looked_at_tokens=sum(document.tokens for document in self._signed),
             share=1 / self._stride,
             groups=_largest_first(groups),
         )
@@ -273,14 +286,16 @@ class NearDuplicates:
         return [self._group(places) for places in several]
 
     def _group(self, places: list[int]) -> DuplicateGroup:
-        numbers = [self._numbers[place] for place in places]
-        repeated = [self._tokens[place] for place in places[1:]]
-        return DuplicateGroup(numbers, sum(repeated))
+        documents = [self._signed[place] for place in places]
+        numbers = [document.number for document in documents]
+        repeated = sum(document.tokens for document in documents[1:])
+        return DuplicateGroup(numbers, repeated)
 
     def _similar_pairs(self) -> Iterator[tuple[int, int]]:
-        if not self._signatures:
+        if not self._signed:
             return
-        table = np.stack(self._signatures)
+        signatures = [document.signature for document in self._signed]
+        table = np.stack(signatures)
         for columns in np.split(table, BANDS, axis=1):
             band = np.ascontiguousarray(columns)
             for places in _equal_rows(band):
@@ -293,10 +308,6 @@ class NearDuplicates:
                 similar = others[similarity >= SIMILAR]
                 for other in similar.tolist():
                     yield first, other
-
-
-def _chosen(values: list[Value], places: list[int]) -> list[Value]:
-    return [values[place] for place in places]
 
 
 def _equal_rows(rows: Signatures) -> Iterator[Numbers]:
