@@ -150,9 +150,11 @@ class LinkServer:
 
     def _greet(self, link: Link, greeting: Message) -> None:
         """Take the host's name from its first message, or close the link where the token is not ours."""
-        shown = str(greeting.get("token", "")).encode()
+        token = str(greeting.get("token", ""))
+        shown = token.encode()
         expected = self._token.encode()
-        if not hmac.compare_digest(shown, expected):
+        is_ours = hmac.compare_digest(shown, expected)
+        if not is_ours:
             link.close()
             return
         host = str(greeting.get("host", ""))

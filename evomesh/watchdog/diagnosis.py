@@ -8,10 +8,11 @@ that of its previous step.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from evomesh.watchdog.process_state import DISK_WAIT
 from evomesh.watchdog.ring import CollectiveEntry, Frame, Place, RingState
@@ -202,6 +203,17 @@ def _odd_order(running: list[RankReport], must_differ: bool) -> Suspect | None:
     return _late(running)
 
 
+_EnteredCall = tuple[RankReport, CollectiveEntry]
+
+
+class _Mismatch(NamedTuple):
+    """A rank, its collective, and that of most others in its place."""
+
+    report: RankReport
+    called: CollectiveEntry
+    expected: CollectiveEntry
+
+
 def _deviation(
     entries: Sequence[CollectiveEntry],
 ) -> tuple[CollectiveEntry, CollectiveEntry] | None:
@@ -219,15 +231,14 @@ def _deviation(
     return None
 
 
-def _first_mismatch(
-    running: list[RankReport],
-) -> tuple[RankReport, CollectiveEntry, CollectiveEntry] | None:
-    """Return a rank, its collective and that of most others under one number of one group."""
+def _first_mismatch(running: list[RankReport]) -> _Mismatch | None:
+    """Return the first mismatch under one number of one group."""
     # Ranks that run the same code meet in the same collective under each number.
-    calls: dict[tuple[str, int], list[tuple[RankReport, CollectiveEntry]]] = {}
+    calls: dict[tuple[str, int], list[_EnteredCall]] = defaultdict(list)
     for report in running:
         for entry in report.ring.entries:
-            same_call = calls.setdefault((entry.group, entry.number), [])
+            call = (entry.group, entry.number)
+            same_call = calls[call]
             same_call.append((report, entry))
     by_number = sorted(calls, key=lambda call: call[1])
     for call in by_number:
@@ -237,9 +248,7 @@ def _first_mismatch(
     return None
 
 
-def _other_kind(
-    same_call: Sequence[tuple[RankReport, CollectiveEntry]],
-) -> tuple[RankReport, CollectiveEntry, CollectiveEntry] | None:
+def _other_kind(same_call: Sequence[_EnteredCall]) -> _Mismatch | None:
     """Return the first rank whose kind of collective is not the most frequent, its entry and a usual one."""
     kinds = Counter(entry.kind for _, entry in same_call)
     usual_kind, _ = kinds.most_common(1)[0]
@@ -252,7 +261,7 @@ def _other_kind(
             unusual = (report, entry)
     if unusual is None or usual is None:
         return None
-    return (*unusual, usual)
+    return _Mismatch(*unusual, usual)
 
 
 def _late(running: list[RankReport]) -> Suspect | None:

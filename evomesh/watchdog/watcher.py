@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evomesh.errors import EXIT_RESTART
 from evomesh.watchdog import ring
@@ -233,6 +233,13 @@ class HostWatcher:
         remove_record(self._folder)
 
 
+class _HostReports(NamedTuple):
+    """The newest reports of another host."""
+
+    received_at: float
+    reports: list[RankReport]
+
+
 class Watcher:
     """The loop of the process; see the module."""
 
@@ -244,9 +251,8 @@ class Watcher:
         if options.serves:
             self.server = LinkServer(options.token)
         self._leader: Link | None = None
-        self._remote: dict[str, tuple[float, list[RankReport]]] = {}
+        self._remote: dict[str, _HostReports] = {}
         self._suspected_at: float | None = None
-        self._suspected: tuple[int, int] | None = None
 
     def run(self) -> None:
         """Watch until the ranks of this host have ended."""
@@ -302,7 +308,7 @@ class Watcher:
         now = time.monotonic()
         for host, message in self.server.receive():
             reports = [report_from_json(value) for value in message.get("reports", [])]
-            self._remote[host] = now, reports
+            self._remote[host] = _HostReports(now, reports)
         found = []
         for received_at, reports in self._remote.values():
             if now - received_at < REMOTE_AGE_S:
@@ -316,17 +322,15 @@ class Watcher:
         suspect = find_suspect(reports, self.options.limits, is_complete)
         now = time.monotonic()
         if suspect is None:
-            self._suspected = None
+            self._suspected_at = None
             return None
         # Who is suspected may change with the stacks: that another process makes no
         # progress either is what counts.
-        if self._suspected is None:
-            self._suspected = suspect.report.rank, suspect.report.ring.events
+        if self._suspected_at is None:
             self._suspected_at = now
             self.ranks.ask_for_stacks()
             self._tell({"stacks": True})
             return None
-        assert self._suspected_at is not None
         if now - self._suspected_at < STACKS_S:
             return None
         verdict = self._verdict(suspect, reports)
@@ -366,7 +370,8 @@ def is_able(report: RankReport) -> bool:
 def report_to_json(report: RankReport) -> dict[str, Any]:
     """Return a report as it is sent to another host; the order of collectives only once it may matter."""
     state = report.ring
-    if report.stalled_s < FROZEN_S and not state.has_failed_collective:
+    is_stalled = report.stalled_s >= FROZEN_S
+    if not is_stalled and not state.has_failed_collective:
         state = replace(state, entries=())
     value = dict(vars(report))
     value["ring"] = ring.as_json(state)
@@ -381,10 +386,14 @@ def report_from_json(value: dict[str, Any]) -> RankReport:
     fields["ring"] = ring.from_json(value["ring"])
     stacks = value["stacks"]
     if stacks is not None:
-        main = _stack_from_json(stacks["main"])
-        others = map(_stack_from_json, stacks["others"])
-        fields["stacks"] = Stacks(main, tuple(others))
+        fields["stacks"] = _stacks_from_json(stacks)
     return RankReport(**fields)
+
+
+def _stacks_from_json(stacks: dict[str, Any]) -> Stacks:
+    main = _stack_from_json(stacks["main"])
+    others = map(_stack_from_json, stacks["others"])
+    return Stacks(main, tuple(others))
 
 
 def _stack_from_json(calls: list[dict[str, Any]]) -> tuple[Call, ...]:
