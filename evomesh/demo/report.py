@@ -33,11 +33,12 @@ COLUMNS = ("set", "tokens", "this model", "bigram", "unigram", "bits per byte")
 
 def read_metrics(run_folder: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Return the metrics of all training steps and those of the last validation of a run."""
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    file = run_folder / "metrics.jsonl"
+    text = file.read_text()
     steps = []
     validation: dict[str, float] = {}
-    for row in rows:
+    for line in text.splitlines():
+        row = json.loads(line)
         if "loss" in row:
             steps.append(row)
         is_validation = any(key.startswith("val/") for key in row)
@@ -72,16 +73,22 @@ def _compare_losses(config: Config, validation: dict[str, float]) -> tuple[bool,
     for column in COLUMNS:
         justify: JustifyMethod = "left" if column == "set" else "right"
         table.add_column(column, justify=justify)
+
     is_best = True
     for valid in build_valid_data(config.data, vocab_size):
         held_out = held_out_pairs(valid)
         unigram, bigram = count_models.losses(held_out)
         demo = validation[f"val/{valid.name}_loss"]
         is_best &= demo < min(unigram, bigram)
-        losses = [f"{loss:.3f}" for loss in (demo, bigram, unigram)]
         bits_per_byte = validation[f"val/{valid.name}_bpb"]
-        targets = f"{len(held_out.following):,}"
-        table.add_row(valid.name, targets, *losses, f"{bits_per_byte:.3f}")
+        table.add_row(
+            valid.name,
+            f"{len(held_out.following):,}",
+            f"{demo:.3f}",
+            f"{bigram:.3f}",
+            f"{unigram:.3f}",
+            f"{bits_per_byte:.3f}",
+        )
     return is_best, table
 
 

@@ -84,7 +84,8 @@ def read_texts() -> DemoTexts:
 
 def _read_documents() -> Iterator[DemoDocument]:
     """Yield the standard library's modules and the topics of Python's built-in help."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+    stdlib = sysconfig.get_path("stdlib")
+    library = Path(stdlib)
     for package in PACKAGES:
         folder = library / package
         for path in sorted(folder.glob("*.py")):
