@@ -1,4 +1,4 @@
-"""Tables of plain text, for the log."""
+"""Tables of plain text, for the log and for what is not a terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of equally many cells as lines, each column as wide as its widest cell."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    # Transposing twice goes from rows to columns and back.
+    padded_columns = []
+    columns = zip(*rows, strict=True)
+    for column in columns:
+        width = max(map(len, column))
+        padded = [cell.ljust(width) for cell in column]
+        padded_columns.append(padded)
     lines = []
-    for cells in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        line = "  ".join(padded)
+    padded_rows = zip(*padded_columns, strict=True)
+    for cells in padded_rows:
+        line = "  ".join(cells)
         lines.append(line.rstrip())
     return "\n".join(lines)

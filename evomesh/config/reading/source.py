@@ -393,8 +393,9 @@ def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     # anything else is replaced.
     out = dict(below)
     for key, value in above.items():
-        known = out.get(key)
-        if isinstance(known, dict) and isinstance(value, dict):
+        known: Any = out.get(key)
+        are_sections = isinstance(known, dict) and isinstance(value, dict)
+        if are_sections:
             merged = merge_values(known, value)
             out[key] = merged
         else:

@@ -100,7 +100,10 @@ def _strings_in(value: ast.expr) -> list[str]:
 
 
 def run_file(
-    path: str, overrides: Sequence[Override], *, above: tuple[Path, ...] = ()
+    path: str,
+    overrides: Sequence[Override],
+    *,
+    above: tuple[Path, ...] = (),
 ) -> XTunerFile:
     """Execute the config at ``path``; overrides of names that it has take part in the execution.
 
