@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,22 @@ def make_batch(config: Config, step: int, dp_rank: int, dp_size: int) -> Batch:
     return batch
 
 
+class _ParityPack(NamedTuple):
+    """Ids, labels and positions [T], and the bounds [K] of a pack's segments."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    bounds: Tensor
+
+
 def _pack(
-    vocab_size: int, tokens: int, step: int, index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, labels and positions [T] and the bounds [K] of one pack."""
+    vocab_size: int,
+    tokens: int,
+    step: int,
+    index: int,
+) -> _ParityPack:
+    """Draw one pack."""
     # One seed for each pack of each step: a rank draws its packs and no others, and they
     # are the same in every layout.
     draw = torch.Generator()
@@ -56,7 +69,7 @@ def _pack(
     # All packs have as many bounds, the last of which repeat the end.
     padded_bounds = torch.full((MOST_SEGMENTS + 1,), tokens, dtype=torch.int32)
     padded_bounds[: len(bounds)] = torch.tensor(bounds)
-    return ids, labels, positions, padded_bounds
+    return _ParityPack(ids, labels, positions, padded_bounds)
 
 
 def _segment_bounds(tokens: int, index: int, draw: torch.Generator) -> list[int]:

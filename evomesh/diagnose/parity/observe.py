@@ -266,7 +266,12 @@ class _ModuleWatch:
         if event not in self.seen.order:
             self.seen.order.append(event)
 
-    def _observe(self, kind: Kind, gradient_kind: Kind, tensor: Tensor) -> None:
+    def _observe(
+        self,
+        kind: Kind,
+        gradient_kind: Kind,
+        tensor: Tensor,
+    ) -> None:
         """Keep an activation now, and its gradient once backward has it; token ids are none."""
         if tensor.is_floating_point():
             key = self._key(kind)
