@@ -229,7 +229,11 @@ def _empty_rows(rows: int, source: Tensor) -> Tensor:
     return source.new_empty(shape)
 
 
-def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def all_gather_no_grad(
+    x: Tensor,
+    axis: Axis,
+    dim: int = 0,
+) -> Tensor:
     """Concatenate the tensors of all ranks along ``dim`` in rank order, [L / n] -> [L]; not differentiable."""
     if axis.size == 1:
         return x
@@ -407,13 +411,14 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     The bucket must be contiguous, and belongs to the collective from here on: a copy
     could be as large as the model.
     """
-    group = group_name(axis)
-    if axis.size == 1:
-        return PendingCollective(bucket, None, bucket, group=group)
-    if bucket.is_cpu:
+    has_peers = axis.size > 1
+    if has_peers and bucket.is_cpu:
         rows = _as_rows(bucket, axis.size)
         return _launch_row_exchange(rows, axis, bucket.shape)
-    work = _launch_sum_(bucket, axis)
+    work = None
+    if has_peers:
+        work = _launch_sum_(bucket, axis)
+    group = group_name(axis)
     return PendingCollective(bucket, work, bucket, group=group)
 
 

@@ -203,20 +203,20 @@ class GroupExchange:
             encoded.append(data)
         # gloo scatters tensors of equal size: all are padded to that of the longest, with
         # blanks, which JSON may have at its end.
+        length = self._size_of_longest(encoded)
+        received = _blanks(length)
+        padded = None  # only rank 0 sends
+        if self.rank == 0:
+            padded = [_padded(data, received) for data in encoded]
+        dist.scatter(received, padded, src=0, group=self._group)
+        return _decode(received)
+
+    def _size_of_longest(self, encoded: list[torch.Tensor]) -> int:
+        """Return the size of rank 0's longest message."""
         sizes = map(len, encoded)
         longest = torch.tensor([max(sizes, default=0)])
         dist.broadcast(longest, src=0, group=self._group)
-        length = int(longest)
-        received = torch.full((length,), ord(" "), dtype=torch.uint8)
-        padded = None  # only rank 0 sends
-        if self.rank == 0:
-            padded = []
-            for data in encoded:
-                row = received.clone()
-                row[: len(data)] = data
-                padded.append(row)
-        dist.scatter(received, padded, src=0, group=self._group)
-        return _decode(received)
+        return int(longest)
 
     def twin(self) -> GroupExchange:
         return GroupExchange(self._timeout_s)
@@ -232,6 +232,17 @@ def _encode(message: Any) -> torch.Tensor:
 
 def _zero_bytes(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.uint8)
+
+
+def _blanks(count: int) -> torch.Tensor:
+    return torch.full((count,), ord(" "), dtype=torch.uint8)
+
+
+def _padded(data: torch.Tensor, blanks: torch.Tensor) -> torch.Tensor:
+    """Return ``data`` with blanks after it."""
+    padded = blanks.clone()
+    padded[: len(data)] = data
+    return padded
 
 
 def _decode_padded(data: torch.Tensor, size: int) -> Any:
