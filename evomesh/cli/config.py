@@ -167,13 +167,15 @@ def _print_values(loaded: LoadedConfig, values: dict[str, Any]) -> None:
     from evomesh.config.reading.draft import leaves
     from evomesh.config.reading.spellings import written_key
 
+    head = ("key", "value", "from")
     rows = []
     for resolved, value in leaves(values):
         key = written_key(resolved)
         shown = _format_value(value)
         origin = loaded.origins.get(key, "default")
-        rows.append((key, shown, origin))
-    _print_table(("key", "value", "from"), rows)
+        row = (key, shown, origin)
+        rows.append(row)
+    _print_table(head, rows)
     typer.echo()
 
 
@@ -455,21 +457,12 @@ def _format_value(value: Any) -> str:
 
 def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a rich table on a terminal, aligned plain text elsewhere."""
+    from evomesh.config.text_table import text_table
+
     if sys.stdout.isatty():
         _print_rich_table(head, rows)
-        return
-    # All cells of a column are as wide as its widest; transposing twice goes from rows
-    # to columns and back.
-    padded_columns = []
-    columns = zip(head, *rows, strict=True)
-    for column in columns:
-        width = max(map(len, column))
-        padded = [cell.ljust(width) for cell in column]
-        padded_columns.append(padded)
-    padded_rows = zip(*padded_columns, strict=True)
-    for cells in padded_rows:
-        line = "  ".join(cells)
-        typer.echo(line.rstrip())
+    else:
+        typer.echo(text_table([head, *rows]))
 
 
 def _print_rich_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

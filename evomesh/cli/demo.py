@@ -171,8 +171,10 @@ def _train(name: str, settings: Sequence[str]) -> None:
     for setting in settings:
         words += ["--set", setting]
     print(f"$ {shlex.join(words)}", flush=True)
-    code = run_until_its_end([sys.executable, "-m", *words])
-    if code == EXIT_USER_ERROR and Path(CHECKPOINTS).exists():
+    command = [sys.executable, "-m", *words]
+    code = run_until_its_end(command)
+    has_checkpoints = Path(CHECKPOINTS).exists()
+    if code == EXIT_USER_ERROR and has_checkpoints:
         print(OTHER_RUN, file=sys.stderr, flush=True)
     if code:
         sys.exit(code)
@@ -218,14 +220,19 @@ def _print_report(overrides: list[str], questions: Sequence[Question]) -> bool:
     from evomesh.config.loader import load_config
     from evomesh.demo.report import print_losses, print_shares
 
-    config = load_config("configs/demo.py", overrides).config
-    runs = Path("RUN/demo").iterdir()
-    newest = max(runs, key=lambda path: path.stat().st_mtime)
+    loaded = load_config("configs/demo.py", overrides)
     console = Console()
-    model_learned = print_losses(console, config, newest)
+    newest = _newest_run()
+    model_learned = print_losses(console, loaded.config, newest)
     chat = load_model(CHAT_CHECKPOINTS, template="auto")
     chat_learned = print_shares(console, chat, questions)
     return model_learned and chat_learned
+
+
+def _newest_run() -> Path:
+    """Return the folder of the demo's run that changed last."""
+    runs = Path("RUN/demo").iterdir()
+    return max(runs, key=lambda path: path.stat().st_mtime)
 
 
 def _print_samples(question: Question) -> None:
@@ -234,8 +241,10 @@ def _print_samples(question: Question) -> None:
     from evomesh.cli.generate import answer_message, complete_prompt
     from evomesh.cli.options import sampling_params
 
+    model = load_model(CHECKPOINTS)
     sampling = sampling_params(PROMPT_TOKENS, temperature=0.5, seed=1)
-    complete_prompt(load_model(CHECKPOINTS), PROMPT, sampling)
+    complete_prompt(model, PROMPT, sampling)
     print(f"\n> {question.text}", flush=True)
     chat = load_model(CHAT_CHECKPOINTS, template="auto")
-    answer_message(chat, question.text, sampling_params(PROMPT_TOKENS))
+    most_probable = sampling_params(PROMPT_TOKENS)
+    answer_message(chat, question.text, most_probable)

@@ -26,8 +26,9 @@ def explain(codes: CodesArgument = None) -> None:
 
     language = chosen_language(encoding=sys.stdout.encoding)
     if codes:
-        found = [look_up(code) for code in codes]
-        print("\n\n\n".join(explained(page, language) for page in found))
+        pages = map(look_up, codes)
+        texts = [explained(page, language) for page in pages]
+        print("\n\n\n".join(texts))
         return
     for area in areas():
         for page in pages_of(area).values():

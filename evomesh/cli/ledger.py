@@ -154,7 +154,10 @@ def _uses_of_step(run: RunData, step: int, rank: int | None) -> Iterator[FoundUs
 
 
 def _uses_of_document(
-    run: RunData, file: str, row: int, until: int | None
+    run: RunData,
+    file: str,
+    row: int,
+    until: int | None,
 ) -> Iterator[FoundUse]:
     """Yield each use of a document in the first ``until`` steps, or in all."""
     for part in run.parts:

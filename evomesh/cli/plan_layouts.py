@@ -73,17 +73,27 @@ def reason(better: LayoutPrediction, found: LayoutPrediction) -> str:
     assert found.time is not None
     slower = found.time.seconds / better.time.seconds - 1
     if slower < 0.0005:
-        more = (found.peak.total - better.peak.total) / GIB
-        return f"as fast, with {more:.1f} GiB more" if more >= 0.05 else "as fast"
-    before = better.time.parts()
-    now = found.time.parts()
-    growth = {}
-    for name, seconds in now.items():
-        growth[name] = seconds - before.get(name, 0.0)
-    name = max(growth, key=lambda part: growth[part])
-    text = f"{slower:.1%}: {growth[name]:.3f} s {MORE[name]}"
-    cause = _cause(name, better, found)
+        return _as_fast(better, found)
+    part, growth = _grown_most(better.time, found.time)
+    text = f"{slower:.1%}: {growth:.3f} s {MORE[part]}"
+    cause = _cause(part, better, found)
     return f"{text} ({cause})" if cause else text
+
+
+def _as_fast(better: LayoutPrediction, found: LayoutPrediction) -> str:
+    """Return what equally fast layouts differ in, where that is memory."""
+    more = (found.peak.total - better.peak.total) / GIB
+    return f"as fast, with {more:.1f} GiB more" if more >= 0.05 else "as fast"
+
+
+def _grown_most(better: StepTime, found: StepTime) -> tuple[str, float]:
+    """Return the part of a step that grew most, and by how many seconds."""
+    before = better.parts()
+    growths = {}
+    for part, seconds in found.parts().items():
+        growths[part] = seconds - before.get(part, 0.0)
+    grown_most = max(growths, key=growths.__getitem__)
+    return grown_most, growths[grown_most]
 
 
 def _cause(part: str, better: LayoutPrediction, found: LayoutPrediction) -> str:

@@ -70,7 +70,8 @@ def run_tokenize(command: Sequence[str]) -> None:
     _, *arguments = command
     position = arguments.index("--output") + 1
     output = Path(arguments[position])
-    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.parent
+    folder.mkdir(parents=True, exist_ok=True)
     shown = " ".join(command)
     print(f"evomesh {shown}", file=sys.stderr)
     # An application of one command, so that the options are read as on the command line.
