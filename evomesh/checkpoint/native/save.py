@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -77,6 +77,15 @@ class _SaveDecision:
     def from_json(value: dict[str, Any]) -> _SaveDecision:
         error = error_from_json(value.pop("error"))
         return _SaveDecision(**value, error=error)
+
+
+class _SaveJob(NamedTuple):
+    """A save that is decided: what this rank writes, and into which step folder."""
+
+    plan: SavePlan
+    items: list[WriteItem]
+    folder: str
+    record: CommitRecord
 
 
 class CheckpointWriter:
@@ -267,12 +276,12 @@ class CheckpointWriter:
         )
 
         # 4. Write, index and commit: now, or in the background from a copy.
-        items = plan.items(local)
+        job = _SaveJob(plan, plan.items(local), decision.folder, record)
         if blocking:
-            self._run_now(plan, items, decision.folder, record)
+            self._run_now(job)
             return self.wait(final=final)
-        copies = self._staging.copy(items)
-        return self._run_in_background(plan, copies, decision.folder, record)
+        copies = self._staging.copy(job.items)
+        return self._run_in_background(job._replace(items=copies))
 
     def _report_earlier(self, step: int, folder: str) -> None:
         line = f"step {step} is already committed in {folder}, not rewritten"
@@ -319,55 +328,39 @@ class CheckpointWriter:
             message = ErrorMessage.of(failure)
         return _SaveDecision(attempt, folder, replan, message)
 
-    def _run_now(
-        self,
-        plan: SavePlan,
-        items: Sequence[WriteItem],
-        folder: str,
-        record: CommitRecord,
-    ) -> None:
+    def _run_now(self, job: _SaveJob) -> None:
         # As a pending save that is over: ``wait`` treats a failure of both kinds alike.
         done: Future[str] = Future()
         try:
-            committed = self._commit(plan, items, folder, record)
+            committed = self._commit(job)
             done.set_result(committed)
         except CheckpointError as error:
             done.set_exception(error)
         self._pending = done
 
-    def _run_in_background(
-        self,
-        plan: SavePlan,
-        items: Sequence[WriteItem],
-        folder: str,
-        record: CommitRecord,
-    ) -> str:
+    def _run_in_background(self, job: _SaveJob) -> str:
         """Start a commit in the background and return the folder it writes to."""
         self._thread = self._thread or ThreadPoolExecutor(
             1, thread_name_prefix="checkpoint"
         )
-        self._pending = self._thread.submit(self._commit, plan, items, folder, record)
-        return folder
+        self._pending = self._thread.submit(self._commit, job)
+        return job.folder
 
-    def _commit(
-        self,
-        plan: SavePlan,
-        items: Sequence[WriteItem],
-        folder: str,
-        record: CommitRecord,
-    ) -> str:
+    def _commit(self, job: _SaveJob) -> str:
         """Do the part of a save that can run in the background.
 
         Write, commit, delete old checkpoints.
         """
+        folder = job.folder
+        record = job.record
         exchange = self._background_exchange
         storage, _ = self._target(record.snapshot)
         commit_together(
             storage,
             exchange,
             folder,
-            {exchange.rank: items},
-            plan.tensors,
+            {exchange.rank: job.items},
+            job.plan.tensors,
             record,
             before_publishing=self._claim.check,
         )
