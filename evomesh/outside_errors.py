@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import resource
+from pathlib import Path
 from typing import IO
 
 from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
@@ -68,6 +69,36 @@ def as_user_error(error: BaseException) -> UserError | None:
             code="EVO-SYS-006",
         )
     return None
+
+
+def not_written(
+    path: str | Path, error: OSError, *, expected: str = "", fix: str = ""
+) -> UserError:
+    """Return the message for a file or a folder of a command line that cannot be written."""
+    return UserError(
+        f"cannot be written: {error.strerror}",
+        where=str(path),
+        expected=expected,
+        fix=fix,
+        code="EVO-CLI-006",
+    )
+
+
+def not_installed(package: str, extra: str, *, where: str = "") -> UserError:
+    """Return the message for a package that is missing; ``pip install 'evomesh[EXTRA]'`` brings it."""
+    return UserError(
+        f"{package} is not installed",
+        where=where,
+        fix=f"pip install 'evomesh[{extra}]'",
+        code="EVO-CLI-007",
+    )
+
+
+def missing_module(error: ModuleNotFoundError, extra: str) -> Exception:
+    """Return the message for a module of another package; one of ours that is missing is a bug."""
+    if error.name is None or error.name.startswith("evomesh"):
+        return error
+    return not_installed(error.name, extra)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import typer
 
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
+from evomesh.outside_errors import not_written
 
 # Commands import what they need, so that `evomesh --help` is there at once.
 if TYPE_CHECKING:
@@ -252,8 +253,12 @@ def copy(
     if target.is_dir():
         target /= source.name
     if target.suffix != ".py" or not target.parent.is_dir():
-        expected = "an existing folder, or NAME.py in one"
-        raise _unwritable(target, "cannot be written", expected)
+        raise UserError(
+            "cannot be written",
+            where=str(target),
+            expected="an existing folder, or NAME.py in one",
+            code="EVO-CLI-006",
+        )
     for written in copy_with_base(source, target):
         typer.echo(str(written))
 
@@ -288,7 +293,7 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copied)
     except OSError as error:
-        raise _unwritable(target, f"cannot be written: {error.strerror}") from None
+        raise not_written(target, error) from None
     return list(copies.values())
 
 
@@ -314,19 +319,19 @@ def translate(
             code="EVO-CONFIG-014",
         )
     if out.suffix != ".py" or out.exists():
-        found = "exists already" if out.exists() else "does not end in .py"
-        raise _unwritable(out, found, expected="a new file, NAME.py")
+        raise UserError(
+            "exists already" if out.exists() else "does not end in .py",
+            where=str(out),
+            expected="a new file, NAME.py",
+            code="EVO-CLI-006",
+        )
     try:
         out.write_text(config_text(loaded), encoding="utf-8")
     except OSError as error:
-        raise _unwritable(out, f"cannot be written: {error.strerror}") from None
+        raise not_written(out, error) from None
     print(f"wrote {out}")
     for command in loaded.preparation:
         print(f"tokenize its raw data first: evomesh {' '.join(command)}")
-
-
-def _unwritable(path: Path, found: str, expected: str = "") -> UserError:
-    return UserError(found, where=str(path), expected=expected, code="EVO-CLI-006")
 
 
 def xtuner_configs() -> list[Path]:

@@ -21,7 +21,8 @@ import typer
 
 from evomesh.cli.config import shipped_configs
 from evomesh.cli.options import OverrideOption
-from evomesh.errors import EXIT_USER_ERROR, UserError
+from evomesh.errors import EXIT_USER_ERROR
+from evomesh.outside_errors import not_written
 
 if TYPE_CHECKING:
     from evomesh.demo.questions import Question
@@ -95,12 +96,8 @@ def _enter(folder: Path) -> None:
                 shutil.copyfile(known[name], copied)
         os.chdir(folder)
     except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}",
-            where=str(folder),
-            expected="a folder, or the name of a new one",
-            code="EVO-CLI-006",
-        ) from None
+        expected = "a folder, or the name of a new one"
+        raise not_written(folder, error, expected=expected) from None
 
 
 def make_dataset(folder: Path) -> None:

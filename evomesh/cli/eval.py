@@ -16,6 +16,7 @@ from evomesh.cli.options import (
 )
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
+from evomesh.outside_errors import not_installed
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.restore import LoadedModel
@@ -130,11 +131,7 @@ def _task_names(tasks: str) -> list[str]:
 def _check_before(output: str | None) -> None:
     """Refuse what would only be found after the model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "lm-evaluation-harness is not installed",
-            fix="pip install 'evomesh[eval]'",
-            code="EVO-CLI-007",
-        )
+        raise not_installed("lm-evaluation-harness", "eval")
     if output is not None and not expand_home(output).absolute().parent.is_dir():
         raise UserError(
             f"the folder of {output} does not exist",

@@ -16,7 +16,7 @@ from evomesh.cli.options import (
     EmaOption,
     TokenizerPathOption,
 )
-from evomesh.errors import UserError
+from evomesh.outside_errors import missing_module
 
 if TYPE_CHECKING:
     from evomesh.serve.load import ModelOptions
@@ -181,7 +181,7 @@ def _serve_model(
         if page:
             from evomesh.serve.page import mount_page
     except ModuleNotFoundError as error:
-        raise _explain_missing(error) from None
+        raise missing_module(error, "serve") from None
     chosen_device = device_by_name(device)
     listening = bind(host, port)
 
@@ -213,17 +213,6 @@ def _serve_model(
         _open_browser(url)
     gc.collect()  # the server exempts all that exists from the collection of garbage
     create_server(app, service.engines.end_answers).run(sockets=[listening])
-
-
-def _explain_missing(error: ModuleNotFoundError) -> Exception:
-    """Return an error that names the extra to install; a missing module of ours is a bug."""
-    if error.name is None or error.name.startswith("evomesh"):
-        return error
-    return UserError(
-        f"{error.name} is not installed",
-        fix="pip install 'evomesh[serve]'",
-        code="EVO-CLI-007",
-    )
 
 
 def _open_browser(url: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from evomesh.errors import UserError
+from evomesh.outside_errors import missing_module
 
 LOOK_EVERY_S = 0.5  # for a run that has not begun
 
@@ -43,13 +43,7 @@ def watch(
         from evomesh.serve.http_server import bind, create_server
         from evomesh.serve.load import LOOPBACK
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("evomesh"):
-            raise
-        raise UserError(
-            f"{error.name} is not installed",
-            fix="pip install 'evomesh[serve]'",
-            code="EVO-CLI-007",
-        ) from None
+        raise missing_module(error, "serve") from None
     listening = bind(host, port)
     is_local = host in LOOPBACK
     if not is_local:

@@ -14,6 +14,7 @@ import typer
 from evomesh.cli import xtuner_convert, xtuner_data
 from evomesh.cli.xtuner_train import train
 from evomesh.errors import UserError
+from evomesh.outside_errors import not_written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,12 +110,7 @@ def install_command(
         target.write_text(text)
         target.chmod(target.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}",
-            where=str(target),
-            fix="--into FOLDER",
-            code="EVO-CLI-006",
-        ) from None
+        raise not_written(target, error, fix="--into FOLDER") from None
     print(f"wrote {target}: xtuner is now evomesh xtuner")
 
 

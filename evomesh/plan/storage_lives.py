@@ -22,10 +22,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._pytree import tree_leaves
 
 from evomesh.optim.buckets import GradientBucket, ParameterBucket
@@ -186,10 +182,6 @@ class StorageLives(StorageWatch):
     def watching(self) -> Iterator[None]:
         """Write down the lives of storages in the ``with`` block."""
         with ExitStack() as stack:
-            enter = register_module_forward_pre_hook(self._enter)
-            stack.callback(enter.remove)
-            leave = register_module_forward_hook(self._leave, always_call=True)
-            stack.callback(leave.remove)
             for owner, name in _BUCKET_METHODS:
                 method = getattr(owner, name)
                 marked = self._marking_buckets(method)
@@ -335,7 +327,7 @@ class StorageLives(StorageWatch):
             if task != -1:
                 self.begin_part("backward")
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def entered(self, module: nn.Module) -> None:
         if self._forward is not None:
             return
         if torch._C._current_graph_task_id() != -1:
@@ -344,7 +336,7 @@ class StorageLives(StorageWatch):
             self._forward = ForwardPass(module, KEPT)
             self.begin_part("forward")
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def left(self, module: nn.Module) -> None:
         passing = self._forward
         if passing is None or passing.module is not module:
             return

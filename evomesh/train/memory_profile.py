@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.monitor.optional_output import OptionalOutput
@@ -104,17 +100,6 @@ class MemoryTracker(StorageWatch):
         ordered = sorted(self._alive.values(), key=lambda one: one.nbytes, reverse=True)
         return ordered[:count]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Count in the ``with`` block, with the modules' names, and the storages that FSDP2 resizes."""
-        with ExitStack() as stack:
-            enter = register_module_forward_pre_hook(self._enter)
-            stack.callback(enter.remove)
-            leave = register_module_forward_hook(self._leave, always_call=True)
-            stack.callback(leave.remove)
-            stack.enter_context(super().watching())
-            yield
-
     def made(self, tensor: Tensor, operator: Any) -> None:
         kind, module = self._place()
         self._count(tensor, kind, f"{module}: {operator}")
@@ -141,11 +126,11 @@ class MemoryTracker(StorageWatch):
             return BACKWARD, "backward"
         return OTHER, "outside the model"
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def entered(self, module: nn.Module) -> None:
         above = self._entered[-1] if self._entered else type(module).__name__
         self._entered.append(self._modules.get(id(module), above))
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def left(self, module: nn.Module) -> None:
         if self._entered:
             self._entered.pop()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomesh.config.schema import Config
-from evomesh.errors import UserError
+from evomesh.outside_errors import not_installed
 from evomesh.parallel.exchange import Exchange
 from evomesh.train.agreement import require_agreement
 from evomesh.train.early_stop import EarlyStop
@@ -81,12 +81,7 @@ def _benchmark_runner(
     config: Config, stages: ModelStages, context: RunContext
 ) -> BenchmarkRunner:
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "lm-evaluation-harness is not installed",
-            where="data.eval_every",
-            fix="pip install 'evomesh[eval]'",
-            code="EVO-CLI-007",
-        )
+        raise not_installed("lm-evaluation-harness", "eval", where="data.eval_every")
     # Imports the harness, which takes seconds.
     from evomesh.train.benchmarks import BenchmarkRunner
 

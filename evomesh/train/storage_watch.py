@@ -9,13 +9,17 @@ way: it keeps an empty storage and resizes it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,6 +49,12 @@ class StorageWatch(TorchDispatchMode):
     def failed(self, error: Exception) -> None:
         """Take note of an operator that raised; nothing by default."""
 
+    def entered(self, module: nn.Module) -> None:
+        """Take note of a forward that begins; nothing by default."""
+
+    def left(self, module: nn.Module) -> None:
+        """Take note of a forward that is over; nothing by default."""
+
     def watch(self, storage: torch.UntypedStorage) -> int:
         """Return the key of a storage, for which ``freed`` will be called once."""
         key: int = storage._cdata
@@ -68,7 +78,9 @@ class StorageWatch(TorchDispatchMode):
             self.resized(storage)
             return result
 
-        with patch.object(torch.UntypedStorage, "resize_", watched_resize), self:
+        watching_modules = _hooked(self.entered, self.left)
+        watching_resizes = patch.object(torch.UntypedStorage, "resize_", watched_resize)
+        with watching_modules, watching_resizes, self:
             yield
 
     def __torch_dispatch__(
@@ -91,6 +103,22 @@ class StorageWatch(TorchDispatchMode):
             if storage._cdata not in existing:
                 self.made(tensor, func)
         return result
+
+
+@contextmanager
+def _hooked(
+    entered: Callable[[nn.Module], None], left: Callable[[nn.Module], None]
+) -> Iterator[None]:
+    """Call ``entered`` before each forward of any module, and ``left`` after it, also where it raised."""
+    enter = register_module_forward_pre_hook(lambda module, inputs: entered(module))
+    leave = register_module_forward_hook(
+        lambda module, inputs, output: left(module), always_call=True
+    )
+    try:
+        yield
+    finally:
+        leave.remove()
+        enter.remove()
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -287,7 +287,8 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def train(rank: int, layout: Layout) -> Trained:
+def stages_of(layout: Layout) -> tuple[ModelStages, Grid]:
+    """Build this rank's stages in a layout, with their first weights."""
     grid = Grid()
     if layout.ranks > 1:
         sizes = {
@@ -299,6 +300,11 @@ def train(rank: int, layout: Layout) -> Trained:
         grid = grid_of(mode=layout.mode, **sizes)
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
+    return stages, grid
+
+
+def train(rank: int, layout: Layout) -> Trained:
+    stages, grid = stages_of(layout)
     initial = pieces(stages, grid)
     if layout.adam:
         return adam(stages, layout, grid, initial)

@@ -10,18 +10,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from torch.distributed.pipelining import schedules
 
 from evomesh.layers.loss import PLAIN
-from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import group_names, record_traffic
-from evomesh.train.stages import build_stages
 from evomesh.watchdog import ring
 from evomesh.watchdog.activity import this_process
 from evomesh.watchdog.ring import RingState
-from tests.dist.layouts import SEED, Layout, packs
-from tests.support.pool import Pool, grid_of
+from tests.dist.layouts import Layout, packs, stages_of
+from tests.support.pool import Pool
 
 NAMES = {"receive": "recv"}
 FSDP = {"zero1": {"fsdp": True}}
@@ -60,14 +57,7 @@ def innermost(folder: Path) -> str:
 
 
 def record_step(rank: int, layout: Layout) -> Recorded:
-    grid = grid_of(
-        tensor=layout.tensor,
-        mode=layout.mode,
-        pipeline=layout.pipeline,
-        weight=layout.weight,
-    )
-    stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
-    stages.initialize(SEED, grid)
+    stages, grid = stages_of(layout)
     batch = packs(0, range(layout.packs))
     found = Recorded()
 

@@ -11,14 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from evomesh.layers.loss import PLAIN
-from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import record_traffic
-from evomesh.train.stages import build_stages
-from tests.dist.layouts import SEED, Layout, T, packs
-from tests.support.pool import Pool, grid_of
+from tests.dist.layouts import Layout, T, packs, stages_of
+from tests.support.pool import Pool
 
 FLOAT64 = 8
 # Of the layouts' model: 8 query heads and 2 x 4 key and value heads of 4.
@@ -46,14 +43,7 @@ def step_traffic(
     rank: int, layout: Layout
 ) -> tuple[Counter[tuple[str, str, int]], int]:
     """(operation, axis, bytes) -> calls of one step, and this rank's stage."""
-    grid = grid_of(
-        tensor=layout.tensor,
-        mode=layout.mode,
-        pipeline=layout.pipeline,
-        weight=layout.weight,
-    )
-    stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
-    stages.initialize(SEED, grid)
+    stages, grid = stages_of(layout)
     batch = packs(0, range(layout.packs))
     # Torch agrees on shapes once.
     stages.schedule.train(

@@ -14,16 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint.native import find
 from evomesh.checkpoint.native.verify import verify
-from evomesh.storage import s3
 from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
 from tests.support.covers import covers
 from tests.support.interpreter import Interpreter, Running
+from tests.support.moto_store import moto_store
 from tests.support.runs import losses, tensor_hashes, write_run
 
 KILLS = int(os.environ.get("EVOMESH_KILLS", "40"))
@@ -179,12 +178,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of an empty bucket on a server in this process, which no kill reaches."""
     for name in ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "k")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    s3.make_client(f"http://{host}:{port}").create_bucket(Bucket="runs")
-    yield f"s3:http://{host}:{port}/runs"
-    server.stop()
+    with moto_store("runs") as address:
+        yield f"s3:http://{address}/runs"
 
 
 @covers("ckpt.async_upload_tmp_folder")

@@ -18,7 +18,7 @@ import torch
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
 from evomesh.cli.run import run
 from evomesh.errors import UserError
-from evomesh.outside_errors import as_user_error
+from evomesh.outside_errors import as_user_error, missing_module
 from tests.support.interpreter import Interpreter
 
 
@@ -140,6 +140,18 @@ def test_a_variable_that_a_library_refuses_while_it_is_loaded_is_named(
     assert as_user_error(raised(load(parse, "evomesh.x"))) is None
     monkeypatch.delenv("TORCH_LOGS")
     assert as_user_error(raised(load(parse, "torch._logging"))) is None
+
+
+def test_a_missing_package_is_a_message_and_a_missing_module_of_ours_a_bug() -> None:
+    theirs = missing_module(ModuleNotFoundError(name="uvicorn"), "serve")
+    assert isinstance(theirs, UserError)
+    assert (theirs.found, theirs.fix) == (
+        "uvicorn is not installed",
+        "pip install 'evomesh[serve]'",
+    )
+    for name in ("evomesh.serve.application", None):
+        ours = ModuleNotFoundError(name=name)
+        assert missing_module(ours, "serve") is ours
 
 
 def test_messages_of_our_own_stay_as_they_are() -> None:

@@ -22,6 +22,7 @@ from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.errors import EXIT_RESTART, UserError
+from evomesh.outside_errors import not_installed
 from evomesh.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -86,11 +87,7 @@ def _client() -> Any:
             # The package loads its modules when they are asked for, but not these.
             importlib.import_module(f"huggingface_hub.{module}")
     except ImportError:
-        raise UserError(
-            "huggingface_hub is not installed",
-            fix="pip install 'evomesh[hub]'",
-            code="EVO-CLI-007",
-        ) from None
+        raise not_installed("huggingface_hub", "hub") from None
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             "the hub is switched off, so nothing can be uploaded",

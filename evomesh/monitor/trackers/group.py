@@ -18,6 +18,7 @@ from evomesh.config.redact import redact_text
 from evomesh.config.trackers import TRACKER_TYPES, TRACKERS, custom_trackers
 from evomesh.errors import UserError
 from evomesh.monitor.trackers.tracker import TrackedRun, Tracker
+from evomesh.outside_errors import not_installed
 
 logger = logging.getLogger(__name__)
 IDS_FILE = "trackers.json"  # in the run folder: type -> id of the tracked run
@@ -43,12 +44,8 @@ def build_tracker(setting: Mapping[str, Any]) -> Tracker:
     known = TRACKER_TYPES.get(kind)
     package = known.package if known is not None else ""
     if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"the package {package} is not installed",
-            where=f"{TRACKERS}, type {kind!r}",
-            fix="pip install 'evomesh[trackers]'",
-            code="EVO-CLI-007",
-        )
+        where = f"{TRACKERS}, type {kind!r}"
+        raise not_installed(f"the package {package}", "trackers", where=where)
     try:
         tracker_class = custom_trackers.get(kind) or _import_class(kind)
         tracker: Tracker = tracker_class(**options)

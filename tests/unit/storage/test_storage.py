@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
@@ -18,6 +17,7 @@ from evomesh.storage.base import Storage, join
 from evomesh.storage.staged import StagedStorage
 from evomesh.storage.urls import open_storage
 from tests.support.covers import covers
+from tests.support.moto_store import moto_store
 
 pytestmark = covers("promise:path-forms")
 
@@ -26,15 +26,8 @@ BUCKET = "model_weights"
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = s3.make_client(
-        f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield f"{host}:{port}"
-    server.stop()
+    with moto_store(BUCKET) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

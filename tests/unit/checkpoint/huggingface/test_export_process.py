@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from evomesh.checkpoint.huggingface import start_export
@@ -32,8 +31,8 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
-from evomesh.storage.s3_client import make_client
 from tests.support.covers import covers
+from tests.support.moto_store import moto_store
 from tests.unit.checkpoint.huggingface.hf_models import (
     export,
     model_config,
@@ -75,22 +74,17 @@ def test_a_checkpoint_in_a_store(
     """The folder is local, and the checkpoint is read where it is."""
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    root = f"s3:http://{host}:{port}/bucket/ckpts"
-    keys = {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
-    make_client(f"http://{host}:{port}", keys).create_bucket(Bucket="bucket")
     config = Config(model=model_config(dtype="float32"))
     weights = dict(random_model(config.model).named_parameters())
     listener = Commits()
-    writer = CheckpointWriter(root, listener=listener)
-    writer.save(7, weights, {"train": {}}, config_to_dict(config))
     (tmp_path / "hf").mkdir()
-    job = ExportPlan(root, tmp_path / "hf").job(*listener.heard[0])
-    result = run_export(job)
-    writer.close()
-    server.stop()
+    with moto_store("bucket") as address:
+        root = f"s3:http://{address}/bucket/ckpts"
+        writer = CheckpointWriter(root, listener=listener)
+        writer.save(7, weights, {"train": {}}, config_to_dict(config))
+        job = ExportPlan(root, tmp_path / "hf").job(*listener.heard[0])
+        result = run_export(job)
+        writer.close()
     assert result.error == "" and job.checkpoint == f"{root}/step-00000007"
     exported = load_file(tmp_path / "hf" / "hf-00000007" / "model.safetensors")
     stored = weights["embedding.weight"].detach()

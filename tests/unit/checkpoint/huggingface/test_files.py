@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint.huggingface import compare_logits, output_folder
 from evomesh.checkpoint.huggingface import export as export_module
@@ -30,6 +29,7 @@ from evomesh.storage import s3
 from evomesh.storage.base import join
 from evomesh.storage.local import LocalReader, LocalStorage
 from evomesh.storage.urls import open_storage
+from tests.support.moto_store import moto_store
 from tests.unit.checkpoint.huggingface.hf_models import (
     export,
     found_in,
@@ -198,15 +198,8 @@ def test_one_layer_at_a_time_is_held(
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = s3.make_client(
-        f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield f"boto3:s3://{BUCKET}.{host}:{port}"
-    server.stop()
+    with moto_store(BUCKET) as address:
+        yield f"boto3:s3://{BUCKET}.{address}"
 
 
 @pytest.mark.slow
