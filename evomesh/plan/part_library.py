@@ -74,7 +74,12 @@ class PartLibrary:
 
     def _traced_depth(self, shape: ShardShape, layers: int) -> int:
         """Return how many layers show all that a stage has: the first ones and the last one differ."""
-        return min(layers, _leading(shape) + self._period + 1)
+        leading = _leading(shape)
+        enough = leading + self._period + 1
+        if self._period == 1 and layers > leading:
+            # A stage without layers in the middle shares the trace that has one.
+            return enough
+        return min(layers, enough)
 
     def _like(self, shape: ShardShape, layer: int, layers: int) -> int:
         """Return the traced layer that does what ``layer`` does."""

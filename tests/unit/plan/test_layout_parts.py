@@ -8,7 +8,14 @@ from evomesh.plan.device import load_device
 from evomesh.plan.layout_choice import LayoutChoice, is_allowed, with_choice
 from evomesh.plan.layout_predictor import PartsPredictor
 from evomesh.plan.memory import trace_memory
-from evomesh.plan.part_trace import shape_period
+from evomesh.plan.part_trace import (
+    ShardShape,
+    backward_of,
+    forward_of,
+    shape_period,
+    trace_parts,
+)
+from evomesh.plan.stage_shape import StageShape
 from evomesh.plan.step_time import predict_step
 
 from .test_step_time import config
@@ -103,6 +110,22 @@ def test_a_shape_is_traced_once() -> None:
     # With and without recomputing, for the whole model and for what a stage adds. The
     # stages of a pipeline of two have an end of the model each.
     assert predictor.library.num_traces <= 4
+
+
+def test_a_stage_without_layers_in_the_middle_shares_the_trace_of_deeper_ones() -> None:
+    """Three layers of sharded weights are two leading ones and a last one, each as in a trace of three."""
+    library = PartsPredictor(DEEP, WORLD, DEVICE).library
+    shape = ShardShape("mtp", 1, 2, 1, recompute=False, depth=3, is_middle=False)
+    deep = library.makeup(shape, StageShape(6, 0, is_first=True, is_last=True))
+    traces = library.num_traces
+    short = library.makeup(shape, StageShape(3, 0, is_first=True, is_last=True))
+    assert library.num_traces == traces
+    assert len(deep.layers) == 6
+    traced = trace_parts(DEEP, shape)
+    for number, (source, layer) in enumerate(short.layers):
+        for name_of in (forward_of, backward_of):
+            of_stage = source.nbytes[name_of(layer)]
+            assert of_stage == traced.nbytes[name_of(number)]
 
 
 def test_layers_of_several_kinds_repeat() -> None:
