@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from evomesh.config.folders import FolderPlace
 from evomesh.config.user import expand_home, user_name
 from evomesh.errors import UserError
 from evomesh.outside_errors import fix_for
@@ -156,8 +157,16 @@ def check_folder(folder: str | Path, key: str, expected: str = TREE) -> Path:
     Args:
         expected: what the folder should hold, for the message.
     Raises:
-        UserError: it is missing, not a folder, or not readable.
+        UserError: it is missing, not a folder, in an object store, or not readable.
     """
+    if FolderPlace.of(str(folder)).bucket:
+        raise UserError(
+            f"found {folder}, but data is read from a disk",
+            where=key,
+            expected=expected,
+            fix="copy the files to each machine before the run, or mount the bucket",
+            code="EVO-DATA-001",
+        )
     path = expand_home(folder)
     try:
         os.listdir(path)

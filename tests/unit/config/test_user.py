@@ -43,6 +43,15 @@ def test_a_number_stands_for_the_name(nobody: None) -> None:
         check_folder("nowhere", "data.train_folder")
 
 
+@pytest.mark.parametrize(
+    "url", ["s3://runs/data", "boto3:s3://runs.127.0.0.1:9000/data", "s3:http://h/b/c"]
+)
+def test_data_in_a_store_is_refused_with_what_to_do(url: str) -> None:
+    with pytest.raises(UserError, match=f"found {url}, but data is read") as refused:
+        check_folder(url, "data.train_folder")
+    assert "copy the files" in refused.value.fix
+
+
 @pytest.mark.parametrize("path", ["~/data", "~", "~no-such-user/data"])
 def test_a_home_folder_that_does_not_exist(nobody: None, path: str) -> None:
     with pytest.raises(
