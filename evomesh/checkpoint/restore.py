@@ -116,7 +116,6 @@ def load_model(
 def restore_model(
     path: str,
     device: torch.device | str = "cpu",
-    verify: bool = True,
     ema: bool = False,
 ) -> RestoredModel:
     """Build the model at ``path`` and read its weights; optimizer state is not read.
@@ -124,7 +123,6 @@ def restore_model(
     Args:
         path: a checkpoint, in any of InternEvo's path forms (``llm_ckpts``, ``llm_ckpts/49``, ``local:llm_ckpts``);
             or a Hugging Face folder of a known architecture, local or in a store, or the id of one in the hub's cache.
-        verify: hash a checkpoint's bytes first. Hugging Face folders hold no hashes.
         ema: take the moving average of the weights (``optimizer.ema``).
     Raises:
         UserError: no model there, a checkpoint that does not verify, or one that does not fit its own config.
@@ -149,7 +147,7 @@ def restore_model(
             code="EVO-CKPT-009",
         )
     reader = CheckpointReader()
-    found = reader.resolve(path, "data" if verify else "record")
+    found = reader.resolve(path, "data")
     config = config_from_dict(found.config)
     model = _build_uncompiled(config.model, device)
     source = f"step {found.step} of {path}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomesh.cli.options import OverrideOption
+from evomesh.plan.failures import DEFAULT_DEVICE_HOURS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +63,7 @@ def scale(
     config: Annotated[str, typer.Argument(help="A Python config file.")],
     ranks: RanksOption = None,
     jitter: JitterOption = "lognormal:0.02",
-    mtbf: HoursOption = 50_000.0,
+    mtbf: HoursOption = DEFAULT_DEVICE_HOURS,
     save_rate: SaveRateOption = 1.0,
     restart: RestartOption = 600.0,
     tokens: TokensOption = None,

@@ -15,7 +15,7 @@ UNITS_S = (3600, 60, 1)  # hours, minutes, seconds
 DAY_S = 86_400
 
 
-def seconds_of(text: str, where: str = "--time") -> float:
+def seconds_of(text: str) -> float:
     """Return the seconds of a time limit; infinity for one without an end.
 
     The meaning of a number depends on how many there are, and on a day in front of
@@ -29,7 +29,7 @@ def seconds_of(text: str, where: str = "--time") -> float:
         return math.inf
     match = TIME_LIMIT.fullmatch(text)
     if match is None:
-        raise _not_a_time(text, where)
+        raise _not_a_time(text)
     days, *smaller = match.groups()
     numbers = [int(number) for number in smaller if number is not None]
     # Without a day, one number or two begin with the minutes.
@@ -41,14 +41,14 @@ def seconds_of(text: str, where: str = "--time") -> float:
         seconds += number * unit
     # Slurm itself takes 0 for "no limit", which nobody means by it.
     if seconds == 0:
-        raise _not_a_time(text, where)
+        raise _not_a_time(text)
     return seconds
 
 
-def _not_a_time(text: str, where: str) -> UserError:
+def _not_a_time(text: str) -> UserError:
     return UserError(
         f"{text!r} is not a time limit",
-        where=where,
+        where="--time",
         expected=FORMS,
         fix="for a day: --time 24:00:00 or --time 1-0; for half an hour: --time 30",
         code="EVO-CLUSTER-002",

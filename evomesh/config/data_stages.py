@@ -85,7 +85,6 @@ class DataStage:
     Attributes:
         number: from 1.
         first_step, end_step: it has the steps ``[first_step, end_step)``.
-        tokens_before: tokens of the run before it.
         tokens_per_step: of all ranks.
         data: the section in force.
         end: the key that ends it: "until", "until_tokens", or "" at the end of the run.
@@ -94,7 +93,6 @@ class DataStage:
     number: int
     first_step: int
     end_step: int
-    tokens_before: int
     tokens_per_step: int
     data: DataConfig
     end: str
@@ -129,7 +127,7 @@ def resolve_data_stages(data: DataConfig, dp_size: int) -> list[DataStage]:
             missing = item.until_tokens - tokens
             end_step = step + -(-missing // per_step)
             end = "until_tokens"
-        stage = DataStage(number, step, end_step, tokens, per_step, section, end)
+        stage = DataStage(number, step, end_step, per_step, section, end)
         stages.append(stage)
         tokens += stage.tokens
         step = end_step

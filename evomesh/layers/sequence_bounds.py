@@ -112,10 +112,8 @@ def micro_batch_bounds(batch: PackedSequences, index: int) -> SequenceBounds:
     )
 
 
-def single_sequence(
-    length: int, *, start: int = 0, device: torch.device | str = "cpu"
-) -> SequenceBounds:
+def single_sequence(length: int, *, start: int = 0) -> SequenceBounds:
     """Return the bounds of one segment of ``length`` tokens whose first token has position ``start``."""
-    positions = torch.arange(start, start + length, device=device)
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    positions = torch.arange(start, start + length)
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     return SequenceBounds(positions, cu_seqlens, length)

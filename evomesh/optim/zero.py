@@ -32,6 +32,7 @@ from evomesh.optim.clip import (
     UpdateLimits,
     check_norm,
     clip_factor,
+    global_norm,
     global_norm_and_sums,
 )
 from evomesh.optim.ema import WeightEma
@@ -237,8 +238,7 @@ class ZeroOptimizer:
         self._parameters.wait()
         self._gradients.finish()
         _, counted = self._summed_gradients()
-        no_sums = _no_sums().to(self.device)
-        norm, _ = global_norm_and_sums(counted, no_sums, self.grid)
+        norm = global_norm(counted, self.grid, self.device)
         measured = profile.measure()
         for slot in self.slots:
             slot.master.grad = None

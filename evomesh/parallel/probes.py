@@ -11,8 +11,6 @@ import torch
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis
 
-SMALL_MESSAGE = 8  # bytes: one number, whose time is all latency
-
 
 @dataclass(frozen=True)
 class MessageTime:

@@ -18,8 +18,6 @@ from evomesh.plan.step_time import (
 )
 from evomesh.plan.timeline import Event, Transfer
 
-WORLD = "world"
-
 
 @dataclass(frozen=True)
 class AxisGroups:

@@ -193,16 +193,6 @@ def micro_batch_sizes(now: int) -> list[int]:
     return [now // 2, now, 2 * now]
 
 
-def base_choices(
-    config: Config, world_size: int, gpus_per_node: int
-) -> Iterator[LayoutChoice]:
-    """Yield the allowed layouts with the config's micro-batches and one chunk for each rank, without recomputing."""
-    for choice in every_choice(config, world_size, gpus_per_node):
-        is_base = choice.chunks == 1 and choice.micro_bsz == config.data.micro_bsz
-        if is_base and is_allowed(config, choice, world_size):
-            yield choice
-
-
 def single_changes(
     config: Config, choice: LayoutChoice, world_size: int
 ) -> Iterator[LayoutChoice]:

@@ -92,9 +92,6 @@ class ChainTimes:
     exposed: float
 
 
-NO_PART = TimedPart((), {})
-
-
 def time_parts(trace: PartTrace, device: Device, dtype: str) -> dict[str, TimedPart]:
     """Return the parts of a trace with the times of their kernels."""
     timed = {}

@@ -384,10 +384,8 @@ def error_response(error: ApiError) -> Response:
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
-def json_response(
-    value: object, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
 
 
 def encode_event(value: object) -> bytes:

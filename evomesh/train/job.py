@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,11 +17,9 @@ from evomesh.train.signals import StopRequest
 
 
 @contextmanager
-def reporting_early_errors(
-    launcher: str, port: int, env: Mapping[str, str] = os.environ
-) -> Iterator[None]:
+def reporting_early_errors(launcher: str, port: int) -> Iterator[None]:
     """Tell the other ranks of an error or a signal that ends this one before they have met."""
-    address = detect(env, launcher, port).address
+    address = detect(os.environ, launcher, port).address
     several = address.world_size > 1
     request = StopRequest.installed()
     if request is not None and several:

@@ -68,7 +68,6 @@ def launch(
     launcher: str = "auto",
     *,
     port: int = 8888,
-    seed: int | None = None,
     before_end: Callable[[str], None] | None = None,
     before_hang_ends: Callable[[str], None] | None = None,
 ) -> Iterator[RunContext]:
@@ -107,7 +106,7 @@ def launch(
             _agree_before_the_start(config, watch, request)
         if process.rank == 0:
             _log_layout(config, process, warnings)
-        yield _start_run(config, process, device, seed)
+        yield _start_run(config, process, device)
     except BaseException as error:
         if watch is None:
             hang_watch.close()
@@ -199,14 +198,14 @@ def _agree_before_the_start(
 
 
 def _start_run(
-    config: Config, process: ProcessInfo, device: torch.device, seed: int | None
+    config: Config, process: ProcessInfo, device: torch.device
 ) -> RunContext:
     """Build the grid, log the start lines and seed the generators."""
     rank, world_size = process.rank, process.world_size
     grid = build_grid(config.parallel, world_size, rank)
     start = start_of_new_folder(config.run, time.time())
     started = datetime.fromtimestamp(first_ranks_number(start))
-    set_seed(config.run.seed if seed is None else seed, rank)
+    set_seed(config.run.seed, rank)
     logger.info(
         f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
         f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",

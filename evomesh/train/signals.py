@@ -21,12 +21,12 @@ SECOND_CTRL_C_S = 5.0  # seconds that a second Ctrl-C leaves to the main thread
 IMPORTS_S = 20.0  # how long a rank that is stopped while it imports torch waits until it can tell the others
 
 
-def end_with_supervisor(env: Mapping[str, str] = os.environ) -> None:
+def end_with_supervisor() -> None:
     """Let the kernel send SIGTERM, on which a run saves, when the ``evomesh run`` that started this process dies.
 
     Otherwise the run would train on alone, and the next supervisor start a second one.
     """
-    if env.get(SUPERVISOR) != str(os.getppid()):
+    if os.environ.get(SUPERVISOR) != str(os.getppid()):
         return
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

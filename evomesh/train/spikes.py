@@ -33,7 +33,6 @@ SMALLEST_SPREAD = (
     0.01  # of the median: equal values before it do not make a step a spike
 )
 FIGURES = ("loss", "grad_norm")
-NO_LIMITS = UpdateLimits()
 
 SpikeAction = Literal["warned", "stopped", "skipped", "rolled back"]
 # In words, by action.

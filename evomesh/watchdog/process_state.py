@@ -19,12 +19,10 @@ class ProcessState:
     Attributes:
         state: Linux's letter; "" for a process that has ended.
         cpu_s: seconds of processor time that all its threads have used.
-        kernel_wait: the kernel's function that the main thread waits in; "" where it does not tell.
     """
 
     state: str
     cpu_s: float = 0.0
-    kernel_wait: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -45,7 +43,7 @@ def read_state(pid: int, started: int) -> ProcessState:
         return ProcessState("")  # the number has been used again
     ticks = int(fields[11]) + int(fields[12])
     seconds = ticks / os.sysconf("SC_CLK_TCK")
-    return ProcessState(fields[0], seconds, _kernel_wait(pid))
+    return ProcessState(fields[0], seconds)
 
 
 def start_time(pid: int) -> int:
@@ -62,11 +60,3 @@ def _fields(pid: int) -> list[str]:
     # The program's name, in parentheses, may hold anything.
     stat = Path(f"/proc/{pid}/stat").read_text()
     return stat.rpartition(")")[2].split()
-
-
-def _kernel_wait(pid: int) -> str:
-    try:
-        name = Path(f"/proc/{pid}/wchan").read_text().strip()
-    except OSError:
-        return ""
-    return "" if name == "0" else name

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -56,31 +55,6 @@ class SurveyDocument:
         if self.text is not None:
             return self.text.encode("utf-8", "surrogatepass")
         return np.ascontiguousarray(self.units, "<i8").tobytes()
-
-
-class SurveyFolder(Protocol):
-    """A folder whose documents are read one at a time, the same ones in each pass.
-
-    Attributes:
-        has_tokens: whether units are ids of tokens.
-        files: one row per file: name, type, bytes.
-    """
-
-    has_tokens: bool
-    files: list[dict[str, object]]
-
-    def documents(self) -> Iterator[SurveyDocument]:
-        """Yield the documents that are read."""
-        ...
-
-    def pick(self, numbers: Sequence[int]) -> dict[int, SurveyDocument]:
-        """Return documents by their numbers among those that are read."""
-        ...
-
-    @property
-    def share(self) -> float | None:
-        """Share of the documents that is read; None: not known."""
-        ...
 
 
 class TokenFolder:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from evomesh.monitor.alerts.channels import address_of
@@ -26,27 +26,18 @@ class HeartbeatSender:
         key: of the config, for the one warning that nobody answers.
         address: URL, or ``env:NAME``.
         job: sent with each heartbeat.
-        clock: a monotonic clock, in seconds.
 
     Raises:
         UserError: see ``address_of``.
     """
 
-    def __init__(
-        self,
-        key: str,
-        address: str,
-        job: str,
-        environment: Mapping[str, str] = os.environ,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        url = address_of(key, address, environment)
+    def __init__(self, key: str, address: str, job: str) -> None:
+        url = address_of(key, address, os.environ)
         self._facts = {
             "msg_type": "train_metrics",
-            "cluster": environment.get("CLUSTER_NAME", ""),
+            "cluster": os.environ.get("CLUSTER_NAME", ""),
             "job_name": job,
         }
-        self._clock = clock
         self._steps_since = 0
         self._last_sent = -math.inf
         # An old figure is worth nothing: neither a queue nor a second attempt.
@@ -56,7 +47,7 @@ class HeartbeatSender:
 
     def after_step(self, values: Mapping[str, float]) -> None:
         """Send the figures of a step if it is time; returns at once."""
-        now = self._clock()
+        now = time.monotonic()
         self._steps_since += 1
         is_time = now - self._last_sent >= EVERY_S
         if self._steps_since < EVERY_STEPS and not is_time:

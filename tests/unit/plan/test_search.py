@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from evomesh.config.size import tokens_per_step
 from evomesh.plan.device import Device, load_device
 from evomesh.plan.layout_choice import (
     LayoutChoice,
-    base_choices,
     choice_of,
     difference,
     every_choice,
@@ -38,6 +38,16 @@ DEVICE = load_device("A100")
 
 def small_device(gib: float) -> Device:
     return DEVICE.model_copy(update={"memory_gib": gib})
+
+
+def base_choices(
+    config: Config, world_size: int, gpus_per_node: int
+) -> Iterator[LayoutChoice]:
+    """The allowed layouts with the config's micro-batches and one chunk for each rank, without recomputing."""
+    for choice in every_choice(config, world_size, gpus_per_node):
+        is_base = choice.chunks == 1 and choice.micro_bsz == config.data.micro_bsz
+        if is_base and is_allowed(config, choice, world_size):
+            yield choice
 
 
 def test_every_layout_is_allowed_once_and_has_the_tokens_of_the_config() -> None:
