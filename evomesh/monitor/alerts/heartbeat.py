@@ -42,7 +42,10 @@ class HeartbeatSender:
         self._last_sent = -math.inf
         # An old figure is worth nothing: neither a queue nor a second attempt.
         self._sender = BackgroundSender[dict[str, Any]](
-            key, lambda facts: post_json(url, facts, TIMEOUT_S), capacity=1, pauses=()
+            key,
+            lambda facts: post_json(url, facts, TIMEOUT_S),
+            capacity=1,
+            pauses=(),
         )
 
     def after_step(self, values: Mapping[str, float]) -> None:
