@@ -9,10 +9,9 @@ import torch
 from evomesh.config.schema import IGNORE, Config, LossConfig, ModelConfig
 from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
-from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.stages import build_stages
+from evomesh.train.stages import build_optimizer, build_stages
 from evomesh.train.step import StepOutput, train_step
 
 
@@ -28,13 +27,7 @@ class Training:
             draw_weights(self.stages.parameters().values())
         else:
             self.stages.initialize(1, self.grid)
-        self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            self.grid,
-            self.stages.module,
-        )
+        self.optimizer = build_optimizer(config, self.stages, self.grid)
         self.optimizer.refresh_masters()
         self.scaler = LossScaler(config.grad_scaler, model.dtype)
 

@@ -19,11 +19,10 @@ from evomesh.config.schema import AdamConfig, Config, LossConfig
 from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.schedule import learning_rate
-from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.train.allocator import keep_freed_memory
-from evomesh.train.stages import build_stages
+from evomesh.train.stages import build_optimizer, build_stages
 from evomesh.train.step import train_step
 from evomesh.train.validate import validate
 
@@ -74,14 +73,7 @@ class EvomeshSide:
         self.grid = Grid()
         self.stages = build_stages(config, self.grid, MODES["mtp"], CPU)
         self.stages.initialize(seed, self.grid)
-        self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            self.grid,
-            self.stages.module,
-            config.optimizer,
-        )
+        self.optimizer = build_optimizer(config, self.stages, self.grid)
         self.scaler = LossScaler(config.grad_scaler, config.model.dtype)
         self.sets = build_valid_data(config.data, config.model.vocab_size)
         self.phase = -1

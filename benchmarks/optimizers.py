@@ -27,10 +27,9 @@ from _product import made_up
 from evomesh.config.loader import load_config
 from evomesh.config.schema import Config, LossConfig
 from evomesh.optim.scaler import LossScaler
-from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.stages import build_stages
+from evomesh.train.stages import build_optimizer, build_stages
 from evomesh.train.step import train_step
 
 ROOT = Path(__file__).parents[1]
@@ -56,14 +55,7 @@ class RuleTraining:
         self.config = config
         self.stages = build_stages(config, Grid(), MODES["mtp"], torch.device("cpu"))
         self.stages.initialize(1, Grid())
-        self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            Grid(),
-            self.stages.module,
-            config.optimizer,
-        )
+        self.optimizer = build_optimizer(config, self.stages, Grid())
         self.scaler = LossScaler(config.grad_scaler, config.model.dtype)
         data = config.data
         shape = (data.micro_num, data.packed_length)

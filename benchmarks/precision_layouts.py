@@ -22,11 +22,10 @@ import torch.distributed as dist
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
-from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.stages import build_stages
+from evomesh.train.stages import build_optimizer, build_stages
 from evomesh.train.step import train_step
 
 T, PACKS, VOCAB, WARMUP, RATE, WINDOW = 64, 4, 96, 20, 3e-3, 10
@@ -93,13 +92,7 @@ def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[flo
         config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu")
     )
     stages.initialize(seed, grid)
-    optimizer = ZeroOptimizer(
-        stages.parameters().items(),
-        config.adam,
-        config.hybrid_zero_optimizer,
-        grid,
-        stages.module,
-    )
+    optimizer = build_optimizer(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
     losses = []
     for step in range(steps):

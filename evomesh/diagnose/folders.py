@@ -53,7 +53,7 @@ class SaveFolderCheck:
     """Checks of the save folder that all ranks make together.
 
     Attributes:
-        place: of this rank.
+        places: of all ranks, in their order.
         made: the folders that rank 0 made, and so removes; the innermost first.
     """
 

@@ -30,7 +30,7 @@ from evomesh.parallel.spec import local_shard
 from evomesh.parallel.traffic import TrafficLog, record_traffic
 from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.plan.unread_values import KnownBounds, tensors_without_values
-from evomesh.train.stages import ModelStages, build_stages
+from evomesh.train.stages import ModelStages, build_optimizer, build_stages
 
 
 class TracedDevice(Enum):
@@ -143,15 +143,7 @@ def built_rank(
             mode,
             torch.device(device.value),
         )
-        optimizer = ZeroOptimizer(
-            stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            grid,
-            stages.module,
-            config.optimizer,
-            config.model.width_multiplier,
-        )
+        optimizer = build_optimizer(config, stages, grid)
         yield grid, stages, optimizer
 
 

@@ -167,11 +167,7 @@ def read_plan(path: Path) -> Row:
     try:
         value = orjson.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"cannot read it: {error.strerror or error}",
-            where=str(path),
-            code="EVO-SYS-001",
-        ) from None
+        raise _not_read(path, error) from None
     except ValueError:
         value = None
     if not isinstance(value, dict) or "gpus" not in value:
@@ -244,15 +240,19 @@ def _objects(run: RunFiles, name: str) -> list[Row]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(
-            f"cannot read it: {error.strerror or error}",
-            where=str(path),
-            code="EVO-SYS-001",
-        ) from None
+        raise _not_read(path, error) from None
     objects, unreadable = parse_lines(content.splitlines())
     if unreadable:
         run.unreadable[name] = unreadable
     return objects
+
+
+def _not_read(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read it: {error.strerror or error}",
+        where=str(path),
+        code="EVO-SYS-001",
+    )
 
 
 def parse_lines(lines: Iterable[bytes]) -> tuple[list[Row], int]:

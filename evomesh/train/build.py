@@ -52,7 +52,7 @@ from evomesh.train.questions import ModelQuestions
 from evomesh.train.report import RunReporter
 from evomesh.train.spike_start import open_spike_watch, refuse_spoiled
 from evomesh.train.spikes import SpikeRollback, SpikeWatch
-from evomesh.train.stages import ModelStages, build_stages
+from evomesh.train.stages import ModelStages, build_optimizer, build_stages
 from evomesh.train.state import TrainState
 from evomesh.train.stored_state import check_stored_state
 from evomesh.train.validate import validation_figures
@@ -197,7 +197,8 @@ def build_run(
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
     questions = ModelQuestions(config, stages, context, reader.exchange)
-    optimizer, groups = _build_optimizer(config, stages, grid)
+    optimizer = build_optimizer(config, stages, grid)
+    groups = _parameter_groups(config, optimizer)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -297,24 +298,6 @@ def _open_stream(
     stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
     stream.check()
     return stream
-
-
-def _build_optimizer(
-    config: Config, stages: ModelStages, grid: Grid
-) -> tuple[ZeroOptimizer, str]:
-    """Return the optimizer, and the table of its parameter groups."""
-    named_parameters = stages.parameters().items()
-    zero = config.hybrid_zero_optimizer
-    optimizer = ZeroOptimizer(
-        named_parameters,
-        config.adam,
-        zero,
-        grid,
-        stages.module,
-        config.optimizer,
-        config.model.width_multiplier,
-    )
-    return optimizer, _parameter_groups(config, optimizer)
 
 
 def _parameter_groups(config: Config, optimizer: ZeroOptimizer) -> str:

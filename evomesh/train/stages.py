@@ -16,6 +16,7 @@ from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, clear_padding, initialize_weights
+from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.spec import spec_of, with_spec
@@ -89,6 +90,19 @@ def build_stages(
     )
     module = nn.ModuleList(models) if len(models) > 1 else models[0]
     return ModelStages(models, schedule, module)
+
+
+def build_optimizer(config: Config, stages: ModelStages, grid: Grid) -> ZeroOptimizer:
+    """Build the optimizer of all parameters of this rank, as the config has it."""
+    return ZeroOptimizer(
+        stages.parameters().items(),
+        config.adam,
+        config.hybrid_zero_optimizer,
+        grid,
+        stages.module,
+        config.optimizer,
+        config.model.width_multiplier,
+    )
 
 
 def _refuse_missing_z_loss(name: str, model: LanguageModel) -> None:

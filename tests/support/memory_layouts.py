@@ -13,7 +13,7 @@ from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.stages import build_stages
+from evomesh.train.stages import build_optimizer, build_stages
 from evomesh.train.step import train_step
 from tests.support.live_tensors import LiveTensors
 
@@ -88,14 +88,7 @@ def measure_step(rank: int, layout: MemoryLayout) -> dict[str, int]:
         mode = MODES[config.parallel.tensor.mode]
         stages = build_stages(config, grid, mode, torch.device("cpu"))
         stages.initialize(7, grid)
-        optimizer = ZeroOptimizer(
-            stages.parameters().items(),
-            config.adam,
-            config.hybrid_zero_optimizer,
-            grid,
-            stages.module,
-            config.optimizer,
-        )
+        optimizer = build_optimizer(config, stages, grid)
         _label(tracker, optimizer, list(stages.parameters().values()))
         scaler = LossScaler(config.grad_scaler, config.model.dtype)
         for _ in range(2):

@@ -31,7 +31,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, local_shard, spec_of
-from evomesh.train.stages import ModelStages, build_stages
+from evomesh.train.stages import ModelStages, build_optimizer, build_stages
 from evomesh.train.step import StepOutput, seed_step, train_step
 
 Kind = Literal[
@@ -105,16 +105,7 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
     mode = MODES[config.parallel.tensor.mode]
     stages = build_stages(config, grid, mode, device)
     stages.initialize(config.run.seed, grid)
-    parameters = stages.parameters()
-    optimizer = ZeroOptimizer(
-        parameters.items(),
-        config.adam,
-        config.hybrid_zero_optimizer,
-        grid,
-        stages.module,
-        config.optimizer,
-        config.model.width_multiplier,
-    )
+    optimizer = build_optimizer(config, stages, grid)
     optimizer.refresh_masters()
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
