@@ -92,7 +92,11 @@ class Observations:
             self.tensors[key] = Observed(tensor.detach().clone(), spec)
 
 
-def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
+def observe(
+    config: Config,
+    grid: Grid,
+    device: torch.device,
+) -> Observations:
     """Train two steps of ``config`` on this rank of ``grid``, and return what they computed.
 
     Every rank of the grid calls it. The weights are the same in every layout.
@@ -100,25 +104,44 @@ def observe(config: Config, grid: Grid, device: torch.device) -> Observations:
     Raises:
         UserError: the model cannot be built in this layout.
     """
-    # 1. A model and an optimizer, as a run makes them.
-    torch.manual_seed(config.run.seed)
+    built = _build(config, grid, device)
+    # Hooks see the activations of the steps, and the profile their gradients.
+    seen = Observations(config.data.packed_length)
+    with _watched(built.stages, grid, seen) as clock:
+        for step in range(STEPS):
+            clock.begin(step)
+            output = _train(built, seen, step)
+            built.optimizer.wait_for_parameters()
+            _add_results(seen, step, output)
+            _add_weights(seen, step, built.stages)
+    return seen
+
+
+class _BuiltLayout(NamedTuple):
+    """What a rank trains in a layout."""
+
+    config: Config
+    grid: Grid
+    stages: ModelStages
+    optimizer: ZeroOptimizer
+    scaler: LossScaler
+
+
+def _build(
+    config: Config,
+    grid: Grid,
+    device: torch.device,
+) -> _BuiltLayout:
+    """Build model and optimizer as a run does, with their first weights."""
+    seed = config.run.seed
+    torch.manual_seed(seed)
     mode = MODES[config.parallel.tensor.mode]
     stages = build_stages(config, grid, mode, device)
-    stages.initialize(config.run.seed, grid)
+    stages.initialize(seed, grid)
     optimizer = build_optimizer(config, stages, grid)
     optimizer.refresh_masters()
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
-
-    # 2. Steps, during which hooks see the activations and the profile the gradients.
-    seen = Observations(config.data.packed_length)
-    with _watched(stages, grid, seen) as clock:
-        for step in range(STEPS):
-            clock.begin(step)
-            output = _train(config, stages, optimizer, scaler, grid, seen, step)
-            optimizer.wait_for_parameters()
-            _add_results(seen, step, output)
-            _add_weights(seen, step, stages)
-    return seen
+    return _BuiltLayout(config, grid, stages, optimizer, scaler)
 
 
 def _add_results(seen: Observations, step: int, output: StepOutput) -> None:
@@ -141,27 +164,21 @@ def _add_weights(seen: Observations, step: int, stages: ModelStages) -> None:
         seen.add(key, shard, spec_of(parameter))
 
 
-def _train(
-    config: Config,
-    stages: ModelStages,
-    optimizer: ZeroOptimizer,
-    scaler: LossScaler,
-    grid: Grid,
-    seen: Observations,
-    step: int,
-) -> StepOutput:
-    seed_step(config.run.seed, step, grid.dp.rank)
+def _train(built: _BuiltLayout, seen: Observations, step: int) -> StepOutput:
+    config = built.config
+    dp = built.grid.dp
+    seed_step(config.run.seed, step, dp.rank)
     output = train_step(
-        make_batch(config, step, grid.dp.rank, grid.dp.size),
-        schedule=stages.schedule,
-        optimizer=optimizer,
-        scaler=scaler,
-        grid=grid,
+        make_batch(config, step, dp.rank, dp.size),
+        schedule=built.stages.schedule,
+        optimizer=built.optimizer,
+        scaler=built.scaler,
+        grid=built.grid,
         loss_config=config.loss,
         data_types=["all"],
         lr=RATE,
         beta2=BETA2,
-        profile=_GradientCopies(optimizer.slots, seen, step),
+        profile=_GradientCopies(built.optimizer.slots, seen, step),
     )
     assert output is not None  # nothing asks it to stop
     return output
