@@ -118,7 +118,7 @@ def observe(
 
 
 class _BuiltLayout(NamedTuple):
-    """What a rank trains in a layout."""
+    """A layout with the model and the optimizer of one rank."""
 
     config: Config
     grid: Grid
