@@ -197,8 +197,7 @@ def build_run(
     # 3. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
     questions = ModelQuestions(config, stages, context, reader.exchange)
-    optimizer = build_optimizer(config, stages, grid)
-    groups = _parameter_groups(config, optimizer)
+    optimizer, groups = _optimizer_and_groups(config, stages, grid)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 4. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -298,6 +297,14 @@ def _open_stream(
     stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
     stream.check()
     return stream
+
+
+def _optimizer_and_groups(
+    config: Config, stages: ModelStages, grid: Grid
+) -> tuple[ZeroOptimizer, str]:
+    """Return the optimizer, and the table of its parameter groups."""
+    optimizer = build_optimizer(config, stages, grid)
+    return optimizer, _parameter_groups(config, optimizer)
 
 
 def _parameter_groups(config: Config, optimizer: ZeroOptimizer) -> str:
