@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 GIB = 2**30
+# Of a device's memory: so far a trace of one micro-batch may be from that of the step.
+_UNSURE = 0.05
 WHERE = {
     "": "its beginning",
     "forward": "forward",
@@ -343,24 +345,32 @@ def _describe_peak(
 
 
 def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
+    """Return the single changes with which the rank fits, of each kind of change the smallest."""
     from evomesh.plan.layout_choice import (
+        LayoutChoice,
         choice_of,
         difference,
+        least_changes,
         single_changes,
         with_choice,
     )
-    from evomesh.plan.memory import trace_memory
+    from evomesh.plan.memory import peak_memory, trace_memory
 
     config = prediction.config
     gpus = prediction.gpus
+    rank = prediction.rank
     now = choice_of(config, gpus)
-    changes = []
-    for choice in single_changes(config, now, gpus):
+
+    def fits(choice: LayoutChoice) -> bool:
         changed = with_choice(config, choice)
-        peak = trace_memory(changed, gpus, prediction.rank).peak()
-        if peak.missing(capacity) <= 0:
-            changes.append(difference(now, choice))
-    return changes
+        quick = trace_memory(changed, gpus, rank).peak()
+        if quick.missing(capacity) > _UNSURE * capacity:
+            return False
+        # What is named must be what a prediction of it says.
+        return peak_memory(changed, gpus, rank).missing(capacity) <= 0
+
+    several = single_changes(config, now, gpus)
+    return [difference(now, choice) for choice in least_changes(several, fits)]
 
 
 def _format_ranges(numbers: list[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +10,12 @@ from evomesh.config.layout import axis_sizes, check_world, layout_findings
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 
+# Fractions of layers to recompute. More recomputing than a layout needs to fit makes it
+# slower, and nothing better.
+RECOMPUTE = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Of a tensor axis that is to be larger, of micro-batches that are to be smaller.
+_FACTORS = (2, 4, 8)
+_MOST_TENSOR = 8
 # Stages of one rank of a pipeline.
 CHUNKS = (1, 2, 4)
 Mode = Literal["mtp", "msp", "fsp", "isp"]
@@ -195,23 +201,60 @@ def micro_batch_sizes(now: int) -> list[int]:
 
 def single_changes(
     config: Config, choice: LayoutChoice, world_size: int
-) -> Iterator[LayoutChoice]:
-    """Yield the allowed layouts that need less memory than ``choice`` by one change."""
+) -> Iterator[list[LayoutChoice]]:
+    """Yield for each thing that saves memory the allowed layouts that differ in it alone, the smallest change first."""
     sizes = axis_sizes(config.parallel, world_size)
     all_replicas = sizes.zero * sizes.replica
-    changes: list[dict[str, Any]] = [
-        {"recompute": 0.5},
-        {"recompute": 1.0},
-        {"tensor": choice.tensor * 2, "micro_num": choice.micro_num * 2},
-        {"fsdp": True},
-        {"zero": all_replicas},
-        {"micro_bsz": choice.micro_bsz // 2, "micro_num": choice.micro_num * 2},
+    several: list[list[dict[str, Any]]] = [
+        [{"recompute": fraction} for fraction in RECOMPUTE],
+        [_with_tensor(choice, factor) for factor in _FACTORS],
+        [{"fsdp": True}],
+        [{"zero": all_replicas}],
+        [_with_smaller_micro_batches(choice, factor) for factor in _FACTORS],
     ]
-    for change in changes:
-        changed = replace(choice, **change)
-        is_less = changed != choice and changed.recompute >= choice.recompute
-        if is_less and changed.micro_bsz and is_allowed(config, changed, world_size):
-            yield changed
+    for changes in several:
+        allowed = []
+        for change in changes:
+            changed = replace(choice, **change)
+            is_new = changed != choice and changed not in allowed
+            is_less = is_new and changed.recompute >= choice.recompute
+            if is_less and is_allowed(config, changed, world_size):
+                allowed.append(changed)
+        if allowed:
+            yield allowed
+
+
+def _with_tensor(choice: LayoutChoice, factor: int) -> dict[str, Any]:
+    """Return a larger tensor axis, inside a node, with the tokens of a step as before."""
+    tensor = min(choice.tensor * factor, _MOST_TENSOR)
+    larger = max(tensor // choice.tensor, 1)
+    return {
+        "tensor": choice.tensor * larger,
+        "micro_num": choice.micro_num * larger,
+    }
+
+
+def _with_smaller_micro_batches(choice: LayoutChoice, factor: int) -> dict[str, Any]:
+    if choice.micro_bsz % factor:
+        return {}
+    return {
+        "micro_bsz": choice.micro_bsz // factor,
+        "micro_num": choice.micro_num * factor,
+    }
+
+
+def least_changes(
+    several: Iterable[list[LayoutChoice]], fits: Callable[[LayoutChoice], bool]
+) -> Iterator[LayoutChoice]:
+    """Yield of each list of ever larger changes the first with which a layout fits."""
+    for changes in several:
+        # Where the largest does not suffice none does.
+        if not fits(changes[-1]):
+            continue
+        for change in changes:
+            if fits(change):
+                yield change
+                break
 
 
 def difference(before: LayoutChoice, after: LayoutChoice) -> str:

@@ -16,17 +16,17 @@ from typing import Protocol
 from evomesh.config.schema import Config
 from evomesh.plan.device import Device
 from evomesh.plan.layout_choice import (
+    RECOMPUTE,
     LayoutChoice,
     every_choice,
     is_allowed,
+    least_changes,
     single_changes,
 )
 from evomesh.plan.memory import PeakMemory
 from evomesh.plan.memory_floor import MemoryFloor
 from evomesh.plan.step_time import StepTime
 
-# More recomputing than a layout needs to fit makes it slower, and nothing better.
-RECOMPUTE = (0.0, 0.25, 0.5, 0.75, 1.0)
 # How many are predicted to the end.
 BEST = 10
 # Faster ones that do not fit, for which a change is named.
@@ -217,13 +217,13 @@ def _near_misses(
 def changes_that_fit(
     predictor: LayoutPredictor, choice: LayoutChoice
 ) -> list[LayoutChoice]:
-    """Return the layouts with one change that fit."""
-    fitting = []
-    for other in single_changes(predictor.config, choice, predictor.world_size):
-        missing = predictor.peak(other).missing(predictor.capacity)
-        if missing <= 0:
-            fitting.append(other)
-    return fitting
+    """Return the layouts with one change that fit, of each kind of change the smallest."""
+
+    def fits(changed: LayoutChoice) -> bool:
+        return predictor.peak(changed).missing(predictor.capacity) <= 0
+
+    several = single_changes(predictor.config, choice, predictor.world_size)
+    return list(least_changes(several, fits))
 
 
 def _seconds(prediction: LayoutPrediction) -> float:

@@ -152,12 +152,23 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
     words = " ".join(result.output.split())
     assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
+    # What is named is true.
+    named = re.search(r"fits with any of: ([^;]+) --trace", words)
+    assert named is not None
+    changes = []
+    for change in named[1].split(", "):
+        changes += ["--set", change]
+    changed = ["plan", path, *options, "--gpu-memory", "4", *changes]
+    result = CliRunner().invoke(app, changed)
+    assert "fits in 4 GiB: " in result.output
+    result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "2"])
+    words = " ".join(result.output.split())
     assert "no single change of the layout makes it fit" in words
     needed = 80 - float(spare[1])
     options += ["--gpu-memory", str(needed - 0.5)]
     result = CliRunner().invoke(app, ["plan", path, *options])
     words = " ".join(result.output.split())
-    assert "fits with any of: model.checkpoint=0.5;" in words
+    assert "fits with any of: model.checkpoint=0.25;" in words
 
 
 @pytest.mark.slow

@@ -17,17 +17,19 @@ from evomesh.config.schema import Config
 from evomesh.config.size import tokens_per_step
 from evomesh.plan.device import Device, load_device
 from evomesh.plan.layout_choice import (
+    RECOMPUTE,
     LayoutChoice,
     choice_of,
     difference,
     every_choice,
     is_allowed,
+    least_changes,
     single_changes,
     with_choice,
 )
 from evomesh.plan.memory import GIB, PeakMemory
 from evomesh.plan.memory_floor import MemoryFloor
-from evomesh.plan.search import BEST, RECOMPUTE, search
+from evomesh.plan.search import BEST, search
 from evomesh.plan.step_time import StepTime
 from evomesh.plan.trace import hold
 
@@ -182,13 +184,26 @@ def test_weights_that_are_ruled_out_without_a_trace_do_not_fit() -> None:
         assert 0.2 * max(sizes) < least <= max(sizes)
 
 
-def test_single_changes_save_memory() -> None:
+def test_single_changes_begin_with_the_smallest() -> None:
     start = config(vocab_size=64_000)
     now = choice_of(start, 2)
-    changes = {difference(now, choice) for choice in single_changes(start, now, 2)}
-    assert "model.checkpoint=0.5" in changes
-    assert "parallel.tensor.size=2, data.micro_num=8" in changes
-    assert "parallel.zero1.fsdp=True" in changes
+    several = list(single_changes(start, now, 2))
+    words = [[difference(now, choice) for choice in changes] for changes in several]
+    recompute, tensor, fsdp, *_ = words
+    assert recompute == [f"model.checkpoint={part}" for part in (0.25, 0.5, 0.75, 1.0)]
+    assert tensor == ["parallel.tensor.size=2, data.micro_num=8"]
+    assert fsdp == ["parallel.zero1.fsdp=True"]
+
+
+def test_the_smallest_change_that_fits_is_named() -> None:
+    start = config(vocab_size=64_000)
+    now = choice_of(start, 2)
+    several = list(single_changes(start, now, 2))
+    found = list(least_changes(several, lambda one: one.recompute >= 0.6))
+    assert [difference(now, choice) for choice in found] == ["model.checkpoint=0.75"]
+    found = list(least_changes(several, lambda _: True))
+    assert found == [changes[0] for changes in several]
+    assert list(least_changes(several, lambda _: False)) == []
 
 
 def written(tmp_path: Path, choice: LayoutChoice) -> Config:
