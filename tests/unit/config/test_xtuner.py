@@ -18,7 +18,6 @@ from tests.support.xtuner import CONFIGS, ROOT, model_folder, write_config
 
 Edit = tuple[str, str]
 MODEL = 'pretrained_model_name_or_path = "internlm/internlm2-7b"'
-CFG = "optim_wrapper.accumulative_counts"
 
 
 @pytest.fixture
@@ -509,7 +508,6 @@ def test_configs_on_top_of_others(text: str, here: Path) -> None:
 
 RAW = "internlm2_7b_w_untokenized_dataset"
 TYPES = "dict(type=template_map_fn_factory, template=prompt_template)"
-PROCESS = "load_intern_repo_untokenized_dataset"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from evomesh.errors import UserError
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
+from tests.support.stock_rope import keep_float64
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
 from tests.unit.checkpoint.huggingface.hf_models import (
     VOCAB,
@@ -55,27 +56,7 @@ def silent(line: str) -> None:
 
 @pytest.fixture
 def float64_upcasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes norm, rotary and softmax in float32 by name; here they stay in float64."""
-    from transformers.models.llama import modeling_llama
-
-    def norm(self: Any, x: Tensor) -> Tensor:
-        scaled: Tensor = self.weight * (
-            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        )
-        return scaled
-
-    def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        dim = config.hidden_size // config.num_attention_heads
-        base = config.rope_parameters["rope_theta"]
-        angles = position_ids[..., None].double() * base ** -(
-            torch.arange(0, dim, 2, dtype=torch.float64) / dim
-        )
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos(), both.sin()
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
+    keep_float64(monkeypatch)
 
 
 @torch.inference_mode()
