@@ -12,11 +12,12 @@ import argparse
 
 from evomesh.cli.run import run
 from evomesh.cli.tokenize import tokenize_conversations
+from evomesh.cli.usage import ExplainedParser
 from evomesh.data.prepare.conversations import ChatOptions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ExplainedParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

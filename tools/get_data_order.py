@@ -9,11 +9,12 @@ import argparse
 from pathlib import Path
 
 from evomesh.cli.run import run
+from evomesh.cli.usage import ExplainedParser
 from evomesh.data.token_files.folders import write_order
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ExplainedParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-folder", required=True)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from evomesh.cli.run import run
+from evomesh.cli.usage import ExplainedParser
 from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
 from evomesh.data.records.source_files import find_source_files
 from evomesh.data.tokenizer import load_tokenizer
@@ -24,7 +25,7 @@ TOKENIZER_PATHS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ExplainedParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -20,6 +20,7 @@ from evomesh.cli.options import (
     with_sampling_options,
 )
 from evomesh.cli.run import run
+from evomesh.cli.usage import single_command
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 
@@ -157,9 +158,7 @@ def shim(
 
 def shim_main() -> None:
     """Run the repository's ``generate.py``."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(shim)
-    run(app)
+    run(single_command(shim))
 
 
 def _load(

@@ -38,12 +38,7 @@ def _train_py() -> None:
 
 def train_py_app() -> typer.Typer:
     """Build the command line of train.py, which has no verbs."""
-    import typer
-
     from evomesh.cli.train import shim
+    from evomesh.cli.usage import single_command
 
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
-    app.command()(shim)
-    return app
+    return single_command(shim)

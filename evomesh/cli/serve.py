@@ -231,7 +231,6 @@ def _open_browser(url: str) -> None:
 def chat_shim() -> None:
     """Run ``python web_demo.py --ckpt DIR``, InternEvo's name for ``evomesh chat``."""
     from evomesh.cli.run import run
+    from evomesh.cli.usage import single_command
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(chat)
-    run(app)
+    run(single_command(chat))

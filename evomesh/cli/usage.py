@@ -1,17 +1,19 @@
-"""``ExplainedGroup``: commands whose errors of usage have a code, as all errors have."""
+"""Command lines whose errors of usage have a code, as all errors have: of typer and of argparse."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from evomesh.error_codes.words import chosen_language, explain_line, headlines
+from evomesh.errors import EXIT_USER_ERROR
 
 CODE = "EVO-CLI-001"
 # typer brings click along since 0.20 or imports it before: its base class is in either.
@@ -32,6 +34,34 @@ class ExplainedGroup(TyperGroup):
             return super().invoke(ctx)
 
 
+class ExplainedCommand(TyperCommand):
+    """A command line without verbs."""
+
+    def make_context(self, *args: Any, **keywords: Any) -> Any:
+        """Parse the words."""
+        with _explained():
+            return super().make_context(*args, **keywords)
+
+
+def single_command(function: Callable[..., None]) -> typer.Typer:
+    """Build the command line of a script without verbs, such as ``train.py``."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+    app.command(cls=ExplainedCommand)(function)
+    return app
+
+
+class ExplainedParser(argparse.ArgumentParser):
+    """A parser of argparse, for the commands of other systems that allow what typer does not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage, error and code, and end the process with 2."""
+        self.print_usage(sys.stderr)
+        lines = [f"{self.prog}: error: {message}", *_explanation()]
+        self.exit(EXIT_USER_ERROR, "\n".join(lines) + "\n")
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     try:
@@ -45,6 +75,10 @@ def _explained() -> Iterator[None]:
 
 def _show(print_message: Callable[..., None], file: Any = None) -> None:
     print_message(file)
+    typer.echo("\n".join(_explanation()), file=file, err=True)
+
+
+def _explanation() -> list[str]:
+    """Return what is printed below an error of usage, in the user's language."""
     language = chosen_language(encoding=sys.stderr.encoding)
-    lines = [*headlines([CODE], language), explain_line([CODE])]
-    typer.echo("\n".join(lines), file=file, err=True)
+    return [*headlines([CODE], language), explain_line([CODE])]

@@ -66,6 +66,7 @@ def run_tokenize(command: Sequence[str]) -> None:
         command: the arguments of ``evomesh``, "tokenize" first.
     """
     from evomesh.cli.tokenize import tokenize as command_line
+    from evomesh.cli.usage import single_command
 
     _, *arguments = command
     position = arguments.index("--output") + 1
@@ -74,10 +75,8 @@ def run_tokenize(command: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shown = " ".join(command)
     print(f"evomesh {shown}", file=sys.stderr)
-    # An application of one command, so that the options are read as on the command line.
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    register = app.command()
-    register(command_line)
+    # The options are read as on the command line.
+    app = single_command(command_line)
     app(arguments, standalone_mode=False)
 
 

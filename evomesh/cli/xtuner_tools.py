@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from evomesh.cli.usage import ExplainedParser
 from evomesh.config.reading.xtuner.raw_data import TEMPLATES
 from evomesh.errors import UserError
 
@@ -43,8 +43,8 @@ def process_untokenized_datasets() -> None:
     )
 
 
-def _untokenized_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _untokenized_parser() -> ExplainedParser:
+    parser = ExplainedParser(
         description="Tokenize folders of conversations, one token file for each file."
     )
     parser.add_argument("--data-folder", required=True, type=Path)
@@ -78,7 +78,7 @@ def _untokenized_parser() -> argparse.ArgumentParser:
 
 def tokenize_ftdp_datasets() -> None:
     """Tokenize the ``processed`` files of each dataset with InternLM2's template."""
-    parser = argparse.ArgumentParser(
+    parser = ExplainedParser(
         description="Tokenize DATASET/processed/*.jsonl with InternLM2's chat template."
     )
     parser.add_argument("--processed-dir", required=True, type=Path)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from evomesh.cli.usage import ExplainedParser
+
 if TYPE_CHECKING:
     from evomesh.config.loader import LoadedConfig
 
@@ -37,8 +39,8 @@ def train(context: typer.Context) -> None:
         sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ExplainedParser:
+    parser = ExplainedParser(
         prog="evomesh xtuner train",
         description="Train the model that CONFIG describes; NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT start "
         "several processes.",

@@ -7,12 +7,9 @@ Without --fp32 the weights keep the dtype they were trained in; ``evomesh conver
 
 from __future__ import annotations
 
-import typer
-
 from evomesh.cli.run import run
+from evomesh.cli.usage import single_command
 from evomesh.cli.xtuner_convert import pth_to_hf
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(pth_to_hf)
-    run(app)
+    run(single_command(pth_to_hf))

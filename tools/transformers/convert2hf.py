@@ -13,10 +13,11 @@ import argparse
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.cli.convert_hf import shard_bytes, write_folder
 from evomesh.cli.run import run
+from evomesh.cli.usage import ExplainedParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ExplainedParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

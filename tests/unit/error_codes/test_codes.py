@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from evomesh.checkpoint.native.agreement import ErrorMessage
 from evomesh.cli.app import app
+from evomesh.cli.main import train_py_app
+from evomesh.cli.usage import ExplainedParser
 from evomesh.error_codes.catalog import find_page, look_up
 from evomesh.error_codes.words import chosen_language, explained, printed
 from evomesh.errors import ConfigError, UserError
@@ -112,3 +114,24 @@ class TestExplain:
         )
         group = CliRunner().invoke(app, ["config"])
         assert "explain: " not in group.output
+
+    @pytest.mark.parametrize("language", ["en", "zh"])
+    def test_commands_of_other_systems_have_the_code_too(
+        self,
+        language: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("EVOMESH_LANG", language)
+        result = CliRunner().invoke(train_py_app(), ["--no-such"])
+        parser = ExplainedParser(prog="tokenizer.py")
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(["--no-such"])
+        assert (result.exit_code, ended.value.code) == (2, 2)
+        of_argparse = capsys.readouterr().err
+        for shown in (result.stderr, of_argparse):
+            assert shown.endswith("\n  explain: evomesh explain EVO-CLI-001\n")
+            assert ("错误" in shown) == (language == "zh")
+        usage, error, *_ = of_argparse.splitlines()
+        assert usage.startswith("usage: tokenizer.py")
+        assert error == "tokenizer.py: error: unrecognized arguments: --no-such"
