@@ -255,4 +255,5 @@ def _as_text(entry: LedgerEntry, reason: str) -> str:
 def _text(entry: LedgerEntry, lookup: StepLedger, tokenizer: Tokenizer) -> str:
     tokens = lookup.corpus.read(entry.pack).tokens
     end = entry.offset + entry.stop - entry.start
-    return tokenizer.decode(tokens[entry.offset : end].tolist())
+    own_tokens = tokens[entry.offset : end]
+    return tokenizer.decode(own_tokens.tolist())

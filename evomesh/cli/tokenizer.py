@@ -124,11 +124,11 @@ def compare(
     tokenizers = [load_tokenizer(first), load_tokenizer(second)]
     rows = measure(inputs, text_field, tokenizers, encoding)
     _print_table(rows, [first, second])
-    tokens = [sum(counts) for counts in zip(*(row.tokens for row in rows), strict=True)]
+    counts_by_tokenizer = zip(*(row.tokens for row in rows), strict=True)
+    tokens = [sum(counts) for counts in counts_by_tokenizer]
     if all(tokens):
-        typer.echo(
-            f"{second} needs {tokens[1] / tokens[0] - 1:+.1%} tokens compared with {first}"
-        )
+        more = tokens[1] / tokens[0] - 1
+        typer.echo(f"{second} needs {more:+.1%} tokens compared with {first}")
 
 
 def _describe(tokenizer: Tokenizer) -> list[str]:

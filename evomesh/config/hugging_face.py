@@ -290,7 +290,9 @@ class _ConfigReader(ConfigRecord):
 
     def _partial_rotary(self) -> float:
         key = "partial_rotary_factor"
-        return self.as_number(key, self._rope().get(key) or self.record.get(key) or 1)
+        of_rope = self._rope().get(key)
+        value = of_rope or self.record.get(key) or 1
+        return self.as_number(key, value)
 
     def _rope(self) -> dict[str, Any]:
         """Return the rotary settings: the newer spelling before the older one, InternLM's last.

@@ -84,9 +84,11 @@ class JinjaTemplate:
     def eos_ids(self) -> tuple[int, ...]:
         # Tokens that the template names, even where this conversation does not render
         # them, as with Llama 3.1's end of a message that calls a tool.
-        named = [name for name in TURN_ENDS if name in self.tokenizer.chat_template]
-        found = [*map(self.tokenizer.token_id, named), self.turn_end()]
-        return tuple(dict.fromkeys(token for token in found if token is not None))
+        tokenizer = self.tokenizer
+        named = [name for name in TURN_ENDS if name in tokenizer.chat_template]
+        found = [*map(tokenizer.token_id, named), self.turn_end()]
+        known = [token for token in found if token is not None]
+        return tuple(dict.fromkeys(known))
 
     @property
     def ending(self) -> list[int]:

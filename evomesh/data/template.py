@@ -68,7 +68,9 @@ class _GenerationTags(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        mark = self.call_method("_mark")
+        block = nodes.CallBlock(mark, [], [], body)
+        return block.set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
         text = str(caller())

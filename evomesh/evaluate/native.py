@@ -288,9 +288,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def _bounds(self, lengths: Sequence[int]) -> SequenceBounds:
         """Return the bounds of packed texts: lengths 3 and 2 have cu_seqlens 0 3 5 and positions 0 1 2 0 1."""
         device = self._device
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        cu_seqlens = ends.to(device, torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return SequenceBounds(positions.to(device), cu_seqlens.to(device), max(lengths))
+        return SequenceBounds(positions.to(device), cu_seqlens, max(lengths))
 
     def _score_targets(
         self,

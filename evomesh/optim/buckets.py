@@ -104,7 +104,9 @@ class GradientBucket:
             return self.accumulators
         for slot in self.slots:
             slot.param.grad = None
-        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
+        if len(rows) == 1:
+            return rows[0].contiguous()
+        return torch.cat(rows, dim=1)
 
     def finish(self) -> None:
         """Complete all sums and give each master its gradient."""
@@ -205,7 +207,8 @@ def allocate_accumulators(slots: Sequence[ParameterSlot]) -> Tensor | None:
         dtype=torch.float32,
         device=first.local.device,
     )
-    for slot, columns in zip(slots, torch.split(memory, sizes, dim=1), strict=True):
+    columns_by_slot = torch.split(memory, sizes, dim=1)
+    for slot, columns in zip(slots, columns_by_slot, strict=True):
         slot.accumulated_grad = columns
     return memory
 

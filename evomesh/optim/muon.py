@@ -91,7 +91,8 @@ class MatrixBatch:
 
     def stack(self, shards: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Return [places, shard]."""
-        stacked = shards[0].new_zeros((self.places, *shards[0].shape), dtype=dtype)
+        first = shards[0]
+        stacked = first.new_zeros((self.places, *first.shape), dtype=dtype)
         for place, shard in zip(stacked, shards, strict=False):
             place.copy_(shard)
         return stacked

@@ -186,4 +186,7 @@ def beta2(step: int, config: Beta2Config, adam: AdamConfig) -> float:
     """Return max(initial, 1 - n^-c), n = ``step`` + 1 (Shazeer and Stern, arXiv 1804.04235); the initial for c <= 0."""
     initial = adam.adam_beta2 if config.init_beta2 is None else config.init_beta2
     c = adam.adam_beta2_c if config.c is None else config.c
-    return initial if c <= 0 else max(initial, 1 - (step + 1) ** -c)
+    if c <= 0:
+        return initial
+    grown: float = 1 - (step + 1) ** -c
+    return max(initial, grown)

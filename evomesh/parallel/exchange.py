@@ -179,8 +179,9 @@ class GroupExchange:
 
     def _sizes_of_all(self, own_size: int) -> list[int]:
         """Return the size of each rank's message, in order of the ranks."""
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([own_size]), group=self._group)
+        own = torch.tensor([own_size])
+        sizes = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(sizes, own, group=self._group)
         return [int(size) for size in sizes]
 
     def _broadcast(self, message: Any) -> Any:

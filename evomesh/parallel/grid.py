@@ -59,9 +59,9 @@ class Grid:
     @property
     def is_main(self) -> bool:
         """Return whether this rank speaks for the run: the first of the last stage, which has the loss."""
-        return (
-            self.dp.rank == 0 and self.tp.rank == 0 and self.pp.rank == self.pp.size - 1
-        )
+        is_first = self.dp.rank == 0 and self.tp.rank == 0
+        is_last_stage = self.pp.rank == self.pp.size - 1
+        return is_first and is_last_stage
 
     @property
     def world_rank(self) -> int:

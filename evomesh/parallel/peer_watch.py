@@ -240,12 +240,12 @@ class PeerWatch:
             while not self._stopped.wait(BEAT_S if number else 0):
                 number += 1
                 self._store.set(f"alive/{self.rank}", str(number))
-                self._listen()
+                self.listen()
                 self._last_round = time.monotonic()
             self._store.set(f"alive/{self.rank}", DONE.decode())
 
-    def _listen(self) -> None:
-        """Read the heartbeats and the verdict, and decide."""
+    def listen(self) -> None:
+        """Read the heartbeats and the verdict once, and decide."""
         ranks = self._heartbeats.ranks
         present = [rank for rank in ranks if self._has_beaten(rank)]
         beats = (

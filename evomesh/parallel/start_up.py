@@ -145,10 +145,10 @@ def simulate_start(parallel: ParallelConfig, world_size: int, rank: int) -> Star
         of_checkpoints = default_exchange()
         messages = store.asked.total()
         answered = store.answered
-        watch._listen()  # the first time it asks which ranks have a heartbeat
+        watch.listen()  # the first time it asks which ranks have a heartbeat
         heard_before = second.answered
         asked_before = second.asked.total()
-        watch._listen()
+        watch.listen()
         of_checkpoints.close()
         dist.destroy_process_group()
     return StartCounts(

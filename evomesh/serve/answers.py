@@ -97,13 +97,19 @@ class ApiAnswer:
         content = {"delta": {"role": "assistant", "content": ""}}
         return self._event([self._choice_record(index, content, [], None)])
 
-    def delta_event(self, index: int, delta: TextDelta) -> dict[str, Any]:
+    def delta_event(
+        self,
+        index: int,
+        delta: TextDelta,
+    ) -> dict[str, Any]:
         """Return the event that adds a text delta to a choice."""
         content: dict[str, Any] = {"text": delta.text}
         if self.chat:
-            content = {"delta": {"content": delta.text} if delta.text else {}}
+            message = {"content": delta.text} if delta.text else {}
+            content = {"delta": message}
         finish = self.choices[index].finish
-        return self._event([self._choice_record(index, content, delta.scored, finish)])
+        choice = self._choice_record(index, content, delta.scored, finish)
+        return self._event([choice])
 
     def usage_event(self) -> dict[str, Any]:
         """Return the last event, with the usage."""

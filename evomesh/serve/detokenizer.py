@@ -308,8 +308,11 @@ class Detokenizer:
         if not taken:
             return []
         *whole, last = taken
-        own_text = text[last.offset - self._emitted_characters :]
-        return [*whole, replace(last, content=last.content[: len(own_text.encode())])]
+        start = last.offset - self._emitted_characters
+        own_text = text[start:]
+        own_bytes = len(own_text.encode())
+        shortened = replace(last, content=last.content[:own_bytes])
+        return [*whole, shortened]
 
     def _emit(self, text: str, finish: str, scored: list[ScoredToken]) -> TextDelta:
         self._held_back = self._held_back[len(text) :]

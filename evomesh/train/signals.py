@@ -175,7 +175,9 @@ def exit_code(received: signal.Signals | None) -> int:
 
 def _is_one_of_several(env: Mapping[str, str]) -> bool:
     """Return whether a launcher has started this process as one of several ranks."""
-    sizes = [env.get("WORLD_SIZE", "") if "LOCAL_RANK" in env else ""]
+    sizes = []
+    if "LOCAL_RANK" in env:
+        sizes.append(env.get("WORLD_SIZE", ""))
     if "SLURM_STEP_ID" in env:
         sizes.append(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NPROCS", ""))
     return any(size.isdigit() and int(size) > 1 for size in sizes)

@@ -174,14 +174,21 @@ class _LossSums:
         self.objectives = torch.zeros(2, dtype=torch.float64, device=device)
         self.tally = LossTally(data_types, device)
 
-    def add(self, index: int, output: LossOutput) -> None:
+    def add(
+        self,
+        index: int,
+        output: LossOutput,
+    ) -> None:
         """Add the losses of micro-batch ``index``, which is then done."""
         this_process().begin_micro_batch(index + 1)
-        self.objectives[0].add_(output.scaled_sum.detach().double() / self.scale)
+        loss = output.scaled_sum.detach().double()
+        self.objectives[0].add_(loss / self.scale)
         if output.scaled_z_loss is not None:
-            self.objectives[1].add_(output.scaled_z_loss.double() / self.scale)
+            z_loss = output.scaled_z_loss.double()
+            self.objectives[1].add_(z_loss / self.scale)
         labels = self.batch.labels[index]
-        self.tally.add(output, labels, self.batch.type_ids[index])
+        types = self.batch.type_ids[index]
+        self.tally.add(output, labels, types)
 
     def of_this_rank(self, grid: Grid) -> Tensor:
         """Return objectives [2] and tally, flat: this rank's summands of the sums over the world.

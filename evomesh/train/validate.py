@@ -70,7 +70,9 @@ def validation_figures(sets: list[ValidationSet]) -> list[str]:
 
 def _tally_batch(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
     def add(index: int, output: LossOutput) -> None:
-        tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
+        labels = batch.labels[index]
+        one_type = torch.zeros_like(batch.type_ids[index])
+        tally.add(output, labels, one_type)
 
     # Each batch counts as progress of this rank.
     with this_process().phase(Place.FORWARD_BACKWARD):

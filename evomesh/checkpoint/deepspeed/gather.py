@@ -254,7 +254,10 @@ def _from_equal_parts(
     # The groups of a rank continue one another, so a part may be in two of them.
     sources = tuple(FlatParts(tuple(groups)) for groups in flat)
     merged = _merged(shapes)
-    parts = {name: -(-math.prod(shape) // ranks) for name, shape in merged.items()}
+    parts = {}
+    for name, shape in merged.items():
+        numel = math.prod(shape)
+        parts[name] = -(-numel // ranks)
     needed = sum(parts.values())
     for rank, source in enumerate(sources):
         if source.numel != needed:

@@ -148,7 +148,8 @@ class ForeignTensor:
         """
         first = int(rows.min())
         num_rows = int(rows.max()) - first + 1
-        span = Box((first, *box.offsets[1:]), (num_rows, *box.shape[1:]))
+        offsets = (first, *box.offsets[1:])
+        span = Box(offsets, (num_rows, *box.shape[1:]))
         values = self.folder.read(name, span)
         return values[rows - first]
 

@@ -355,9 +355,17 @@ def _reorder_heads(weight: Tensor, config: ModelConfig, *, to_halves: bool) -> T
     return _reorder_pairs(heads, dim=1, to_halves=to_halves).reshape(weight.shape)
 
 
-def _reorder_pairs(x: Tensor, *, dim: int, to_halves: bool) -> Tensor:
+def _reorder_pairs(
+    x: Tensor,
+    *,
+    dim: int,
+    to_halves: bool,
+) -> Tensor:
     """Reorder a dim of length H from one rotary pairing to the other."""
     half = x.shape[dim] // 2
     split = (half, 2) if to_halves else (2, half)
-    pairs = x.reshape(*x.shape[:dim], *split, *x.shape[dim + 1 :])
-    return pairs.transpose(dim, dim + 1).flatten(dim, dim + 1)
+    before = x.shape[:dim]
+    after = x.shape[dim + 1 :]
+    pairs = x.reshape(*before, *split, *after)
+    swapped = pairs.transpose(dim, dim + 1)
+    return swapped.flatten(dim, dim + 1)

@@ -314,8 +314,11 @@ def _parameter_groups(weights: StateDict) -> list[list[str]]:
 
     Half precision comes first, then what stays in float32 (norms).
     """
-    half = [name for name, tensor in weights.items() if tensor.dtype in HALF]
-    wide = [name for name, tensor in weights.items() if tensor.dtype not in HALF]
+    half: list[str] = []
+    wide: list[str] = []
+    for name, tensor in weights.items():
+        group = half if tensor.dtype in HALF else wide
+        group.append(name)
     return [names for names in (half, wide) if names]
 
 

@@ -53,7 +53,9 @@ class Box:
         start = tuple(map(max, self.offsets, other.offsets))
         stop = map(min, self.ends, other.ends)
         shape = tuple(last - first for first, last in zip(start, stop, strict=True))
-        return None if any(length <= 0 for length in shape) else Box(start, shape)
+        if any(length <= 0 for length in shape):
+            return None
+        return Box(start, shape)
 
     def narrow(self, dim: int, part: range) -> Box:
         """Return the box that holds only ``part`` of the indices of ``dim``.

@@ -137,7 +137,9 @@ def not_finite(tensor: Tensor) -> int:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the writable memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    elements = tensor.detach().reshape(-1)
+    array = elements.view(torch.uint8).numpy()
+    return memoryview(array.data)
 
 
 def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:

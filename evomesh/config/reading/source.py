@@ -208,9 +208,9 @@ def _fix_of_missing(file: Path, near: str) -> str:
 
 
 def _nearby_configs(file: Path) -> str:
-    there = (
-        sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-    )
+    there: list[str] = []
+    if file.parent.is_dir():
+        there = sorted(path.name for path in file.parent.glob("*.py"))
     close = difflib.get_close_matches(file.name, there, n=3, cutoff=0.4) or there[:3]
     return ", ".join(str(file.parent / name) for name in close)
 
@@ -293,8 +293,10 @@ def _may_precede_future_import(node: ast.stmt) -> bool:
 
 def _apply_call(node: ast.stmt) -> ast.stmt:
     """Return a call that applies the overrides, with the line of ``node``."""
-    call = ast.Expr(ast.Call(ast.Name(APPLY, ast.Load()), [], []))
-    return ast.fix_missing_locations(ast.copy_location(call, node))
+    name = ast.Name(APPLY, ast.Load())
+    call = ast.Expr(ast.Call(name, [], []))
+    placed = ast.copy_location(call, node)
+    return ast.fix_missing_locations(placed)
 
 
 def instrument(tree: ast.Module) -> ast.Module:
@@ -361,7 +363,9 @@ def check_no_cycle(file: Path, above: tuple[Path, ...], shown: str) -> None:
     """
     if file not in above:
         return
-    chain = " -> ".join(one.name for one in (*above[above.index(file) :], file))
+    first = above.index(file)
+    cycle = (*above[first:], file)
+    chain = " -> ".join(one.name for one in cycle)
     raise _source_error(
         f"is its own base: {chain}",
         shown,

@@ -59,12 +59,18 @@ class StepLedger:
         self.dp_size = dp_size
         self.sampler = corpus.sampler(dp_size)
 
-    def step(self, step: int, rank: int | None = None) -> Iterator[LedgerEntry]:
+    def step(
+        self,
+        step: int,
+        rank: int | None = None,
+    ) -> Iterator[LedgerEntry]:
         """Yield what the ranks (or one of them) read in a step, in the order of micro-batches and tokens."""
-        packs, _ = self.sampler.take(self.sampler.seek(step))
+        position = self.sampler.seek(step)
+        packs, _ = self.sampler.take(position)
         ranks = range(self.dp_size) if rank is None else [rank]
         for reader in ranks:
-            for micro_batch, pack in enumerate(packs[reader :: self.dp_size].tolist()):
+            own_packs = packs[reader :: self.dp_size].tolist()
+            for micro_batch, pack in enumerate(own_packs):
                 yield from self._pack(step, reader, micro_batch, pack)
 
     def _pack(

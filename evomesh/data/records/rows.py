@@ -135,7 +135,8 @@ def _select_subset(
 
     formats = sorted({file.format for file in names})
     choices = f"one of the formats {', '.join(formats)}"
-    folders = sorted({name.parts[0] for name in names.values() if len(name.parts) > 1})
+    inside = [name for name in names.values() if len(name.parts) > 1]
+    folders = sorted({name.parts[0] for name in inside})
     if folders:
         choices += f", or one of {', '.join(folders[:8])}"
     raise UserError(

@@ -137,17 +137,24 @@ class BinDataset:
         """Build an array that follows from the lengths: once per node with a shared folder, else in this process."""
         if self._shared is None:
             return build()
-        return shared_array(self._shared, f"{digest([self.rows[:, 1]])}.{name}", build)
+        lengths = self.rows[:, 1]
+        key = f"{digest([lengths])}.{name}"
+        return shared_array(self._shared, key, build)
 
     def row(self, document: int) -> int:
         """Return the row in the meta (line number from 0) of a kept document."""
-        return int(document if self.kept is None else self.kept[document])
+        if self.kept is None:
+            return int(document)
+        return int(self.kept[document])
 
     def line(self, row: int) -> bytes:
         """Return the raw line of a meta row, up to where the next row starts."""
         start = int(self.rows[row, 0])
-        end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
-        return bytes(self._map()[start:end])
+        end = self.size
+        if row + 1 < len(self.rows):
+            end = int(self.rows[row + 1, 0])
+        content = self._map()
+        return bytes(content[start:end])
 
     def read(self, documents: IntArray) -> TokenArray:
         """Return the tokens of the given kept documents, one after the other; negative ids are inputs but not targets.
@@ -415,7 +422,9 @@ def _join_slices(
 
 def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
     """Return ``count`` evenly spaced numbers from 0 to ``total`` - 1, or all of these if there are fewer."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+    spaced = np.linspace(0, total - 1, min(count, total))
+    numbers = spaced.astype(np.int64)
+    return np.unique(numbers)
 
 
 def count_targets(ids: TokenArray, lengths: IntArray | None = None) -> int:

@@ -52,9 +52,11 @@ def format_lines(documents: list[list[int]]) -> bytes:
 
 def parse_plain(lines: list[bytes], lengths: IntArray) -> TokenArray | None:
     """Parse lines in memory as ``parse_ranges`` does."""
-    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)))
+    sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+    ends = np.cumsum(sizes)
     starts = np.append(0, ends[:-1])
-    return parse_ranges(memoryview(b"".join(lines)), starts, ends, lengths)
+    content = b"".join(lines)
+    return parse_ranges(memoryview(content), starts, ends, lengths)
 
 
 def parse_ranges(
@@ -164,7 +166,9 @@ def _has_missing_number(text: bytes, tokens: TokenArray) -> bool:
 
 def largest_id(tokens: TokenArray) -> int:
     """Return the largest absolute id; 0 when there are no tokens."""
-    return max(int(tokens.max()), -int(tokens.min())) if len(tokens) else 0
+    if not len(tokens):
+        return 0
+    return max(int(tokens.max()), -int(tokens.min()))
 
 
 def parse_line(line: bytes) -> list[int]:

@@ -124,7 +124,8 @@ def _check_header(path: Path, bin_path: Path) -> None:
                 fix=rebuild(bin_path),
                 code="EVO-DATA-004",
             )
-        expected = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        elements = int(np.prod(shape, dtype=np.int64))
+        expected = file.tell() + elements * dtype.itemsize
     if size != expected:
         kind = "truncated" if size < expected else "longer than its header declares"
         raise UserError(

@@ -75,5 +75,5 @@ def _pack(
 def _segment_bounds(tokens: int, index: int, draw: torch.Generator) -> list[int]:
     """Return the ends of one to ``MOST_SEGMENTS`` segments, from 0 to ``tokens``."""
     num_cuts = index % (MOST_SEGMENTS - 1) + 1
-    cuts = torch.randint(1, tokens, (num_cuts,), generator=draw).tolist()
-    return sorted({0, tokens, *cuts})
+    cuts = torch.randint(1, tokens, (num_cuts,), generator=draw)
+    return sorted({0, tokens, *cuts.tolist()})

@@ -204,12 +204,17 @@ def _same_part(
 
 
 def _part_of_parameter(
-    own: Tensor, spec: ShardSpec, whole: Tensor, grid: Grid
+    own: Tensor,
+    spec: ShardSpec,
+    whole: Tensor,
+    grid: Grid,
 ) -> tuple[Tensor, Tensor]:
     """Return both without the padding of the layout."""
     for dim, indices in enumerate(spec.stored_ranges(grid)):
-        own = own.narrow(dim, 0, len(indices))
-        whole = whole.narrow(dim, min(indices.start, whole.shape[dim]), len(indices))
+        length = len(indices)
+        start = min(indices.start, whole.shape[dim])
+        own = own.narrow(dim, 0, length)
+        whole = whole.narrow(dim, start, length)
     return own, whole
 
 

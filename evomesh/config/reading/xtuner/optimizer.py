@@ -58,7 +58,9 @@ def accumulation(settings: XTunerSettings) -> int:
     if counts >= 1 and counts == int(counts):
         return int(counts)
     if not any(error.where.startswith(ACCUMULATION) for error in settings.problems):
-        nearest = sorted({max(1, math.floor(counts)), max(1, math.ceil(counts))})
+        lower = max(1, math.floor(counts))
+        upper = max(1, math.ceil(counts))
+        nearest = sorted({lower, upper})
         settings.problem(
             ACCUMULATION,
             f"found {counts:g} micro-iterations in one step",
