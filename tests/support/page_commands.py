@@ -64,7 +64,7 @@ def commands_of(page: Page) -> Iterator[PageCommand]:
     """Yield the commands of a page's blocks, of its indented lines, and those that sentences mention."""
     name = page.path.relative_to(DOCS.parent).as_posix()
     for block in page.blocks:
-        if block.language in ("", "sh"):
+        if block.language in ("", "sh", "text"):
             for line in typed_lines(block.text, is_shell=block.language == "sh"):
                 yield PageCommand(name, line, is_mention=False)
     prose = BLOCK.sub("", page.text)

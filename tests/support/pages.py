@@ -12,6 +12,16 @@ BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 HEADING = re.compile(r"^(#+) ", re.M)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TITLE = re.compile(r'title="([^"]+)"')
+# Titles of blocks whose commands no test can type.
+NEEDS = {
+    "needs GPUs",
+    "needs a cluster",
+    "needs internet",
+    "needs Docker",
+    "needs your files",
+    "runs until Ctrl-C",
+    "takes minutes",
+}
 # The last line of a translation: the English page that it was last compared with.
 STAMP = re.compile(r"\n<!-- English page: ([0-9a-f]{12}) -->\n\Z")
 
@@ -21,7 +31,7 @@ class CodeBlock:
     """A fenced block.
 
     Attributes:
-        info: what follows the opening fence: a language, `title="FILE"`, `no-run`.
+        info: what follows the opening fence: a language, `title="FILE"`, a title of ``NEEDS``, `exit-2`.
     """
 
     info: str
@@ -32,10 +42,19 @@ class CodeBlock:
         return self.info.partition(" ")[0]
 
     @property
-    def file(self) -> str | None:
-        """The file that the block is the content of."""
+    def _title(self) -> str | None:
         found = TITLE.search(self.info)
         return found[1] if found else None
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block is the content of."""
+        return None if self.need else self._title
+
+    @property
+    def need(self) -> str | None:
+        """Why no test types the block's commands; its title says it to the reader."""
+        return self._title if self._title in NEEDS else None
 
 
 @dataclass(frozen=True)
