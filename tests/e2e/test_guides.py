@@ -41,7 +41,7 @@ CONFIG = """
 JOB_NAME = "demo"
 model_type = "LLAMA2"
 model = dict(
-    num_layers=LAYERS, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=2.0,
+    num_layers=LAYERS, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=4.0,
     multiple_of=16, vocab_size=400, no_bias=True, dtype="torch.float32", max_position_embeddings=64,
 )
 data = dict(
@@ -59,8 +59,11 @@ NAMES = {
     "CONFIG": "my.py",
     "FOLDER": "data/train",
     "TOKENIZER": "tokenizer.json",
-    "HF": "hf",
-    "5000": "40",
+    "HF": "OUT",
+    "tokenizer.model": "tokenizer.json",
+    "5000": "50",
+    "1200": "12",
+    "32000": "300",
     "500": "5",
     "104": "44",
 }
@@ -77,7 +80,7 @@ def write_texts(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with texts, tokenizer, token files, configs, checkpoints, run folders and an export."""
+    """Return a folder with texts, tokenizer, token files, configs, checkpoints and run folders."""
     home = tmp_path_factory.mktemp("guides") / "prepared"
     write_texts(home)
     train_tokenizer = "evomesh tokenizer train raw --vocab-size 300 --output other"
@@ -95,7 +98,6 @@ def prepared(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("evomesh", "train", "my.py", cwd=home)
     for name in ("RUN_A", "RUN_B"):
         shutil.copytree(home / "RUN", home / name)
-    run("evomesh", "convert", "to-hf", "llm_ckpts", "hf", cwd=home)
     for name in ("demo", "demo_chat"):
         shutil.copytree(home / "llm_ckpts", home / "copy")
         shutil.move(home / "copy", home / "llm_ckpts" / name)
@@ -109,7 +111,7 @@ def words_of(line: str, page: Page, folder: Path) -> list[str]:
     if page.path.name == "xtuner.md":
         names = NAMES | {"CONFIG": XTUNER_CONFIG}
     for name, file in names.items():
-        plain = re.sub(rf"\b{name}\b", file, plain)
+        plain = re.sub(rf"\b{re.escape(name)}\b", file, plain)
     words = []
     for word in shlex.split(plain, comments=True):
         found = glob.glob(word, root_dir=folder) if "*" in word else []

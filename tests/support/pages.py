@@ -20,6 +20,7 @@ NEEDS = {
     "needs Docker",
     "needs your files",
     "runs until Ctrl-C",
+    "starts ranks",
     "takes minutes",
 }
 # The last line of a translation: the English page that it was last compared with.
