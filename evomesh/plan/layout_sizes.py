@@ -29,13 +29,22 @@ class LayoutSizes:
         return choice.weight if choice.mode == "isp" else choice.tensor
 
     @property
+    def zero_group(self) -> int:
+        """Return how many ranks of a stage hold the same shard of the weights."""
+        return self.ranks_per_stage // self.weight_shards
+
+    @property
+    def zero(self) -> int:
+        """Return the size of the zero axis: as a config asks, at most all that hold the same shard."""
+        return min(self.choice.zero, self.zero_group)
+
+    @property
     def state_axes(self) -> StateAxes:
-        choice = self.choice
-        data = self.ranks_per_stage // choice.tensor
-        group = self.ranks_per_stage // self.weight_shards
+        data = self.ranks_per_stage // self.choice.tensor
+        group = self.zero_group
         return StateAxes(
-            zero=choice.zero,
-            replica=group // choice.zero,
+            zero=self.zero,
+            replica=group // self.zero,
             data=data,
             views_agree=group == data,
         )
@@ -87,7 +96,7 @@ class LayoutSizes:
         if choice.mode == "isp":
             shards = choice.weight
         elif choice.fsdp:
-            shards = choice.zero
+            shards = self.zero
         return ShardShape(
             mode=choice.mode,
             tensor=choice.tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from evomesh.plan.device import load_device
@@ -93,6 +95,14 @@ def test_a_composed_layout_is_like_the_traced_one(choice: LayoutChoice) -> None:
     for kind in ("weights", "gradients", "masters", "moments"):
         assert found.kinds[kind] == largest.kinds[kind]
     assert found.outside["NCCL"] == largest.outside["NCCL"]
+
+
+def test_a_zero_axis_larger_than_its_ranks_is_that_of_all() -> None:
+    """As in a run, which says so: 4 ranks hold the same shard of the weights."""
+    for choice in (layout(tensor=2, zero=8), layout(pipeline=2, zero=8, fsdp=True)):
+        used = replace(choice, zero=4)
+        assert PREDICTOR.peak(choice) == PREDICTOR.peak(used)
+        assert PREDICTOR.step_time(choice).seconds == PREDICTOR.step_time(used).seconds
 
 
 def test_a_shape_is_traced_once() -> None:

@@ -195,6 +195,18 @@ def test_single_changes_begin_with_the_smallest() -> None:
     assert fsdp == ["parallel.zero1.fsdp=True"]
 
 
+def test_the_optimizer_is_sharded_over_no_more_than_the_ranks_of_a_stage() -> None:
+    """8 ranks in a pipeline of 2 with tensor 2: two hold the same weights, whatever the config has."""
+    start = config()
+    now = replace(choice_of(start, 8), tensor=2, pipeline=2, zero=1, micro_num=16)
+    zeros = [
+        changes[0].zero
+        for changes in single_changes(start, now, 8)
+        if changes[0].zero != now.zero
+    ]
+    assert zeros == [2]
+
+
 def test_the_smallest_change_that_fits_is_named() -> None:
     start = config(vocab_size=64_000)
     now = choice_of(start, 2)
