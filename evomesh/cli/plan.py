@@ -346,6 +346,7 @@ def _describe_peak(
 
 def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
     """Return the single changes with which the rank fits, of each kind of change the smallest."""
+    from evomesh.config.layout import pipeline_schedule
     from evomesh.plan.layout_choice import (
         LayoutChoice,
         choice_of,
@@ -363,10 +364,11 @@ def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
 
     def fits(choice: LayoutChoice) -> bool:
         changed = with_choice(config, choice)
-        quick = trace_memory(changed, gpus, rank).peak()
-        if quick.missing(capacity) > _UNSURE * capacity:
-            return False
-        # What is named must be what a prediction of it says.
+        quick = trace_memory(changed, gpus, rank).peak().missing(capacity)
+        is_clear = abs(quick) > _UNSURE * capacity
+        # Other schedules keep more with every micro-batch, which one does not show.
+        if is_clear and (quick > 0 or pipeline_schedule(changed) == "1f1b"):
+            return quick <= 0
         return peak_memory(changed, gpus, rank).missing(capacity) <= 0
 
     several = single_changes(config, now, gpus)
