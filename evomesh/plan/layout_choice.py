@@ -203,8 +203,8 @@ def single_changes(
     config: Config, choice: LayoutChoice, world_size: int
 ) -> Iterator[list[LayoutChoice]]:
     """Yield for each thing that saves memory the allowed layouts that differ in it alone, the smallest change first."""
-    changed = with_choice(config, choice)
-    sizes = axis_sizes(changed.parallel, world_size)
+    present = with_choice(config, choice)
+    sizes = axis_sizes(present.parallel, world_size)
     all_replicas = sizes.zero * sizes.replica
     several: list[list[dict[str, Any]]] = [
         [{"recompute": fraction} for fraction in RECOMPUTE],
