@@ -98,7 +98,7 @@ def test_a_composed_layout_is_like_the_traced_one(choice: LayoutChoice) -> None:
 
 
 def test_a_zero_axis_larger_than_its_ranks_is_that_of_all() -> None:
-    """As in a run, which says so: 4 ranks hold the same shard of the weights."""
+    """As in a run, which warns: 4 ranks hold the same shard of the weights."""
     for choice in (layout(tensor=2, zero=8), layout(pipeline=2, zero=8, fsdp=True)):
         used = replace(choice, zero=4)
         assert PREDICTOR.peak(choice) == PREDICTOR.peak(used)
