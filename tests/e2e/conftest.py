@@ -17,6 +17,7 @@ ONE_WORKER_FILES = {
     "test_data_page.py",
     "test_generate.py",
     "test_page.py",
+    "test_guides.py",
     "test_report_page.py",
     "test_rgw.py",
     "test_run_files.py",
