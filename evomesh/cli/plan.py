@@ -52,6 +52,36 @@ DeviceOption = Annotated[
         help="Also predict the time of a step, on A100, A800, B200, H100, H200 or what a TOML file describes.",
     ),
 ]
+MeasureOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--measure",
+        metavar="OUT.toml",
+        help="Measure this machine for about a minute, and write the file that --device takes.",
+    ),
+]
+RankOption = Annotated[int, typer.Option(min=0, help="The process to predict.")]
+TraceOption = Annotated[
+    bool,
+    typer.Option(
+        "--trace", help="Also trace one step: bytes sent, by axis of the grid."
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object, as evomesh report reads."),
+]
+SearchOption = Annotated[
+    bool,
+    typer.Option("--search", help="Predict all layouts and show the fastest that fit."),
+]
+ConfigArgument = Annotated[
+    str | None, typer.Argument(help="A Python config file.", show_default=False)
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of processes in the run.", show_default=False),
+]
 WriteOption = Annotated[
     Path | None,
     typer.Option(
@@ -94,27 +124,15 @@ class RankPrediction:
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="A Python config file.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Number of processes in the run.")],
-    rank: Annotated[int, typer.Option(min=0, help="The process to predict.")] = 0,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace", help="Also trace one step: bytes sent, by axis of the grid."
-        ),
-    ] = False,
+    config: ConfigArgument = None,
+    gpus: GpusOption = None,
+    rank: RankOption = 0,
+    trace: TraceOption = False,
     gpu_memory: GpuMemoryOption = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object, as evomesh report reads."),
-    ] = False,
+    as_json: JsonOption = False,
     device: DeviceOption = None,
-    search: Annotated[
-        bool,
-        typer.Option(
-            "--search", help="Predict all layouts and show the fastest that fit."
-        ),
-    ] = False,
+    measure: MeasureOption = None,
+    search: SearchOption = False,
     write: WriteOption = None,
     price: PriceOption = None,
     html: HtmlOption = None,
@@ -127,8 +145,15 @@ def plan(
     from evomesh.cli.plan_time import print_layouts, print_step, timed_device
     from evomesh.config.loader import load_config
 
+    if measure is not None:
+        from evomesh.cli.plan_measure import measure_machine
+
+        measure_machine(Console(), measure, config)
+        return
+    if config is None or gpus is None:
+        raise _missing(config)
     check_time_options(device, search, write, price, html)
-    timed = timed_device(device, gpu_memory)
+    timed = timed_device(device, gpu_memory, gpus)
     settings = load_config(config, overrides or []).config
     prediction = _predict(settings, gpus, rank, trace)
     if as_json:
@@ -150,6 +175,17 @@ def plan(
     if html is not None:
         subject = PageSubject(config, settings, gpus, timed, price)
         write_plan_page(console, html, subject, spans, result)
+
+
+def _missing(config: str | None) -> UserError:
+    """Return the message for a prediction without a config or a number of processes."""
+    name = "CONFIG" if config is None else "--gpus"
+    return UserError(
+        f"a prediction without {name}",
+        where="evomesh plan",
+        expected="evomesh plan CONFIG --gpus N, or evomesh plan --measure OUT.toml",
+        code="EVO-CLI-004",
+    )
 
 
 def check_time_options(

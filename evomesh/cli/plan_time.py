@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from evomesh.plan.step_time import StepTime
 
 
-def timed_device(name: str | None, gpu_memory: float | None) -> Device | None:
-    """Load the device of a prediction, with another memory if one is given; None without a name.
+def timed_device(
+    name: str | None, gpu_memory: float | None, gpus: int
+) -> Device | None:
+    """Load the device of a prediction of so many ranks, with another memory if one is given; None without a name.
 
     Raises:
         UserError: no such device.
@@ -28,7 +30,7 @@ def timed_device(name: str | None, gpu_memory: float | None) -> Device | None:
 
     if name is None:
         return None
-    device = load_device(name)
+    device = load_device(name).in_world(gpus)
     if gpu_memory is None:
         return device
     return device.model_copy(update={"memory_gib": gpu_memory})

@@ -1,16 +1,29 @@
-"""Device files: what a GPU and the links between GPUs can do, from data sheets or measured."""
+"""Device files: what a device and the links between devices can do, from data sheets or measured (``measure.py``)."""
 
 from __future__ import annotations
 
 import tomllib
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from evomesh.errors import UserError
+from evomesh.plan.measured_rates import (
+    ANY,
+    FileTable,
+    Host,
+    MessageRate,
+    OperatorRate,
+    nearest_messages,
+    operator_seconds,
+)
 from evomesh.user_files import read_text
+
+if TYPE_CHECKING:
+    from evomesh.plan.timeline import Kernel
 
 _GIGA = 1e9
 _TERA = 1e12
@@ -19,11 +32,7 @@ _MICRO = 1e-6
 _TRIPS = {"all_reduce": 2.0}
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rates(_Table):
+class Rates(FileTable):
     """Rates of one device: TFLOP/s of dense products by dtype, and GB/s of its memory."""
 
     bfloat16: float = Field(gt=0)
@@ -32,7 +41,7 @@ class Rates(_Table):
     memory: float = Field(gt=0)
 
 
-class Links(_Table):
+class Links(FileTable):
     """GB/s of one device in one direction, and microseconds of one hop."""
 
     node: float = Field(gt=0)
@@ -41,7 +50,7 @@ class Links(_Table):
     network_latency: float = Field(ge=0)
 
 
-class Efficiencies(_Table):
+class Efficiencies(FileTable):
     """Shares of the data sheet's rates that are reached, by kind of operation.
 
     The defaults are calibrated on InternEvo's 8-GPU measurements, see docs/plan.md.
@@ -53,20 +62,72 @@ class Efficiencies(_Table):
     link: float = Field(0.8, gt=0, le=1)
 
 
-class Device(_Table):
+class Device(FileTable):
     """A kind of device and how its nodes are connected.
 
     Attributes:
+        kind: whose code paths a rank takes.
         launch: microseconds that the shortest kernel takes.
+        host: processors on which the ranks themselves compute; None for GPUs.
+        operators, messages: measured rates, which go before those of the data sheet.
+        processes: of the world that is predicted, on one node; see ``in_world``.
     """
 
     name: str
+    kind: Literal["cuda", "cpu"] = "cuda"
     memory_gib: float = Field(gt=0)
     gpus_per_node: int = Field(gt=0)
     launch: float = Field(4.0, ge=0)
     rates: Rates
     links: Links
     efficiencies: Efficiencies = Efficiencies()
+    host: Host | None = None
+    operators: tuple[OperatorRate, ...] = ()
+    messages: tuple[MessageRate, ...] = ()
+    processes: int = Field(1, exclude=True)
+
+    def in_world(self, world_size: int) -> Device:
+        """Return the device as it is with so many ranks, which may have to share its cores."""
+        on_node = min(world_size, self.gpus_per_node)
+        return self.model_copy(update={"processes": on_node})
+
+    @property
+    def turns(self) -> float:
+        """Return how many times longer a computation takes where all ranks of a node compute."""
+        return 1.0 if self.host is None else self.host.turns(self.processes)
+
+    @property
+    def hidden(self) -> float:
+        """Return the share of a transfer that passes while its rank computes."""
+        return 1.0 if self.host is None else self.host.hidden
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, str], list[OperatorRate]]:
+        curves: dict[tuple[str, str], list[OperatorRate]] = {}
+        in_order = sorted(self.operators, key=lambda curve: curve.size)
+        for curve in in_order:
+            key = curve.name, curve.dtype
+            curves.setdefault(key, []).append(curve)
+        return curves
+
+    def measured_seconds(self, kernel: Kernel) -> float | None:
+        """Return the time of a kernel alone on a core, by what was measured; None where nothing like it was."""
+        of_kind = f"{kernel.kind.value} {ANY}"
+        alternatives = [
+            (kernel.operator, kernel.dtype),
+            (kernel.operator, "float32"),
+            (of_kind, kernel.dtype),
+            (of_kind, "float32"),
+        ]
+        for key in alternatives:
+            found = self._curves.get(key)
+            if found is not None:
+                return operator_seconds(
+                    found,
+                    kernel.size,
+                    kernel.work,
+                )
+        return None
 
     def product_seconds(self, flops: int, dtype: str, share: float) -> float:
         """Return the time of ``flops`` at ``share`` of the rate for ``dtype``."""
@@ -91,6 +152,10 @@ class Device(_Table):
             nbytes: of one copy of the whole value.
             nodes: on which the ranks are, in equal parts.
         """
+        measured = [rate for rate in self.messages if rate.operation == operation]
+        if measured and nodes == 1 and ranks > 1:
+            rate = nearest_messages(measured, ranks, self.processes)
+            return rate.message_seconds(nbytes)
         # In a ring each rank passes on all parts but one. A ring over several nodes
         # crosses their borders by as many ports as it has ranks in a node.
         links = self.links
@@ -101,16 +166,16 @@ class Device(_Table):
             through_ports = ports * links.network
             bandwidth = min(bandwidth, through_ports)
             latency = links.network_latency
-        rate = bandwidth * _GIGA * self.efficiencies.link
+        bytes_a_second = bandwidth * _GIGA * self.efficiencies.link
         hop = latency * _MICRO
         if operation in ("send", "recv"):
-            return nbytes / rate + hop
+            return nbytes / bytes_a_second + hop
         trips = _TRIPS.get(operation, 1.0)
         passed_on = nbytes * (ranks - 1) / ranks
         # The parts of a ring are pipelined: the hops of a tree are what delays them.
         others = max(ranks - 1, 1)
         hops = others.bit_length()
-        one_trip = passed_on / rate + hops * hop
+        one_trip = passed_on / bytes_a_second + hops * hop
         return trips * one_trip
 
 

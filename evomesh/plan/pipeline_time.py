@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from evomesh.pipeline.action_order import ScheduleAction
+from evomesh.plan.shared_cores import CoreShare, SharedCores
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class StageSeconds:
         if kind == "F":
             return self.forward
         return self.backward if kind == "B" else self.backward / 2
+
+    def divided(self, turns: float) -> StageSeconds:
+        """Return the times of a rank that need not take turns with others."""
+        return StageSeconds(self.forward / turns, self.backward / turns)
 
 
 class TimedAction(NamedTuple):
@@ -56,16 +61,20 @@ def timed_actions(
     order: Mapping[int, Sequence[ScheduleAction]],
     stages: Sequence[StageSeconds],
     hop: float,
+    sharing: SharedCores | None = None,
 ) -> TimedActions:
     """Return when each rank does each of its actions.
 
     Args:
         order: actions by rank.
         hop: seconds from one stage to the next.
+        sharing: cores on which the ranks take turns; None where each has its own device.
 
     Raises:
         ValueError: an order in which ranks wait for each other.
     """
+    if sharing is not None:
+        return _actions_on_cores(order, stages, hop, sharing)
     last = len(stages) - 1
     done: dict[ScheduleAction, float] = {}
     timed: TimedActions = {rank: [] for rank in order}
@@ -89,6 +98,53 @@ def timed_actions(
         if left == before:
             raise ValueError("the ranks of the pipeline wait for each other")
     return timed
+
+
+def _actions_on_cores(
+    order: Mapping[int, Sequence[ScheduleAction]],
+    stages: Sequence[StageSeconds],
+    hop: float,
+    sharing: SharedCores,
+) -> TimedActions:
+    """Return the same where ranks that compute at the same time share cores."""
+    last = len(stages) - 1
+    done: dict[ScheduleAction, float] = {}
+    timed: TimedActions = {rank: [] for rank in order}
+    left = {}
+    for rank, actions in order.items():
+        left[rank] = list(actions)
+    share = CoreShare(sharing)
+    running: dict[int, ScheduleAction] = {}
+    while any(left.values()) or running:
+        # 1. Begin what can begin now; for others it is known when their input arrives.
+        arrivals = []
+        for rank in _free_ranks(left, running):
+            action = left[rank][0]
+            ready = _ready_at(action, done, hop, last)
+            if ready is not None and ready <= share.now:
+                running[rank] = left[rank].pop(0)
+                seconds = stages[action.stage].of(action.kind)
+                share.begin(rank, seconds)
+            elif ready is not None:
+                arrivals.append(ready)
+
+        # 2. The clock moves to the next end or arrival.
+        if not running and not arrivals:
+            raise ValueError("the ranks of the pipeline wait for each other")
+        for rank, start in share.advance(arrivals):
+            action = running.pop(rank)
+            done[action] = share.now
+            finished = TimedAction(action, start, share.now)
+            timed[rank].append(finished)
+    return timed
+
+
+def _free_ranks(
+    left: Mapping[int, Sequence[ScheduleAction]],
+    running: Mapping[int, ScheduleAction],
+) -> list[int]:
+    """Return the ranks that compute nothing and have something left to do."""
+    return [rank for rank, actions in left.items() if actions and rank not in running]
 
 
 def _ready_at(

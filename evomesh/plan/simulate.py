@@ -59,7 +59,13 @@ class StreamTimes:
 
 
 def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
-    """Return the time of a kernel: that of its operations or of its memory, whichever is longer."""
+    """Return the time of a kernel as measured, or that of its operations or of its memory, whichever is longer."""
+    measured = device.measured_seconds(kernel)
+    if measured is not None:
+        between_kernels = 0.0
+        if device.host is not None:
+            between_kernels = device.host.launch_seconds
+        return (measured + between_kernels) * device.turns
     in_memory = device.memory_seconds(kernel.nbytes)
     shortest = max(in_memory, device.launch_seconds)
     if kernel.flops == 0:
@@ -128,4 +134,9 @@ def _transfer(
     start = max(now, times.ends.get(communicator, 0.0))
     for mark in event.after:
         start = max(start, marks.get(mark, 0.0))
-    return times.occupy(communicator, communicator, start, seconds)
+    end = times.occupy(communicator, communicator, start, seconds)
+    # Ranks on processors send by the cores on which they would compute.
+    sending = seconds * (1 - device.hidden)
+    if sending:
+        times.ends[event.stream] = now + sending
+    return end

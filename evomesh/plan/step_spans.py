@@ -29,6 +29,7 @@ from evomesh.plan.step_time import (
     schedule_ranks,
     time_rank,
     trace_timeline,
+    traced_device,
 )
 from evomesh.plan.timeline import COMPUTE, Event
 
@@ -143,11 +144,12 @@ def predict_spans(config: Config, world_size: int, device: Device) -> StepSpans:
     Raises:
         UserError: the layout does not fit.
     """
+    device = device.in_world(world_size)
     pipeline = first_pipeline(config, world_size)
     timelines = []
     seconds = []
     for rank in pipeline:
-        timeline = trace_timeline(config, world_size, rank)
+        timeline = trace_timeline(config, world_size, rank, traced_device(device))
         timelines.append(timeline)
         timed = time_rank(timeline, config, world_size, rank, device)
         seconds.append(timed)
@@ -223,7 +225,7 @@ def _recorder(
         if UPDATE in prefixes:
             sums, gathers = traced.end_of_step()
             simulate(sums, device, dtype, places, times)
-            update = device.memory_seconds(traced.optimizer_bytes)
+            update = traced.update_seconds(device)
             times.occupy(COMPUTE, OPTIMIZER, times.end, update)
             return simulate_more(gathers, times)
         events = []

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from evomesh.config.layout import axis_sizes, pipeline_schedule
 from evomesh.config.schema import Config
 from evomesh.config.size import tokens_per_step
+from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import axis_members
+from evomesh.parallel.grid import Grid
 from evomesh.pipeline.action_order import (
     ScheduleAction,
     one_forward_one_backward,
@@ -36,6 +39,7 @@ from evomesh.plan.pipeline_time import (
     last_end,
     timed_actions,
 )
+from evomesh.plan.shared_cores import SharedCores
 from evomesh.plan.simulate import AxisPlacement, StreamTimes, simulate
 from evomesh.plan.timeline import (
     Event,
@@ -45,13 +49,24 @@ from evomesh.plan.timeline import (
     TimelineRecorder,
     Transfer,
 )
-from evomesh.plan.trace import built_rank, empty_batch, ignore_output
+from evomesh.plan.trace import (
+    TracedDevice,
+    built_rank,
+    empty_batch,
+    host_batch,
+    ignore_output,
+)
 from evomesh.train.stages import ModelStages
+from evomesh.train.step import micro_batch_weights
 
+# The one before it finds no gradients to which it would add.
+OPENING = "opening micro-batch"
 FIRST = "first micro-batch"
 LAST = "last micro-batch"
 UPDATE = "update"
 SUMS = ("reduce_scatter", "all_reduce")
+# Losses of a step that travel with the norm: the objective, its z-loss, and those of one type of data.
+_SUMS = 6
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,19 @@ class RankTimeline:
     Attributes:
         stages: global numbers of its stages.
         optimizer_bytes: that the update reads and writes in memory.
+        has_update: the kernels of the update are in the timeline.
     """
 
     timeline: Timeline
     stages: tuple[int, ...]
     optimizer_bytes: int
+    has_update: bool = False
+
+    def update_seconds(self, device: Device) -> float:
+        """Return the time of an update that is not in the timeline."""
+        if self.has_update:
+            return 0.0
+        return device.memory_seconds(self.optimizer_bytes)
 
     def part(self, prefix: str) -> list[Event]:
         """Return a part without the transfers between stages, which the schedule times."""
@@ -79,9 +102,11 @@ class RankTimeline:
     def end_of_step(self) -> tuple[list[Event], list[Event]]:
         """Return the last micro-batch with the sums of all gradients, and what comes after the update: gathers.
 
-        The norm needs all sums, and the update the norm.
+        The norm needs all sums, and the update the norm. A timeline that has the update leaves nothing for after it.
         """
         update = self.part(UPDATE)
+        if self.has_update:
+            return self.part(LAST) + update, []
         first_gather = 0
         for number, event in enumerate(update, 1):
             if not isinstance(event, Transfer):
@@ -162,6 +187,7 @@ def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
         UserError: the layout does not fit.
     """
     ranks = []
+    device = device.in_world(world_size)
     for rank in first_pipeline(config, world_size):
         seconds = rank_seconds(config, world_size, rank, device)
         ranks.append(seconds)
@@ -180,37 +206,61 @@ def rank_seconds(
     config: Config, world_size: int, rank: int, device: Device
 ) -> RankSeconds:
     """Trace a rank and predict how long it takes."""
-    timeline = trace_timeline(config, world_size, rank)
+    timeline = trace_timeline(config, world_size, rank, traced_device(device))
     return time_rank(timeline, config, world_size, rank, device)
 
 
-def trace_timeline(config: Config, world_size: int, rank: int) -> RankTimeline:
-    """Trace two micro-batches and the update of ``rank``.
+def traced_device(device: Device) -> TracedDevice:
+    """Return whose code paths a trace for a device takes."""
+    return TracedDevice.CPU if device.kind == "cpu" else TracedDevice.CUDA
+
+
+def trace_timeline(
+    config: Config,
+    world_size: int,
+    rank: int,
+    traced: TracedDevice = TracedDevice.CUDA,
+) -> RankTimeline:
+    """Trace two micro-batches and the update of ``rank``; on a CPU three, and the kernels of the update too.
 
     Raises:
         UserError: the layout does not fit.
     """
     timeline = Timeline()
     streams = RecordedStreams(timeline)
-    build = built_rank(config, world_size, rank, streams.interface())
+    build = built_rank(config, world_size, rank, streams.interface(), traced)
+    on_cpu = traced is TracedDevice.CPU
     with build as (grid, stages, optimizer):
         schedule = stages.schedule
         run = schedule.train
         if isinstance(schedule, PipelineSchedule):
             run = schedule.rehearse
         held = _stages_held(config, grid.pp.rank)
-        batch = empty_batch(config, 1)
+        batch = host_batch(config, 1) if on_cpu else empty_batch(config, 1)
         terms = LossTerms.of(config.loss)
-        optimizer.expect_micro_batches(2)
+        names = [OPENING, FIRST, LAST] if on_cpu else [FIRST, LAST]
+        optimizer.expect_micro_batches(len(names))
         sections = _StageSections(timeline, stages, held)
-        with sections.marking(), TimelineRecorder(timeline, streams, grid):
-            for name in (FIRST, LAST):
+        recorder = TimelineRecorder(timeline, streams, grid, traced.value)
+        with sections.marking(), recorder:
+            for name in names:
                 sections.begin(name)
                 run(batch, [1.0], terms, ignore_output)
             timeline.begin(UPDATE)
-            optimizer.communicate_only()
+            if on_cpu:
+                _update(optimizer, batch, grid, config)
+            else:
+                optimizer.communicate_only()
         nbytes = _optimizer_bytes(optimizer)
-    return RankTimeline(timeline, held, nbytes)
+    return RankTimeline(timeline, held, nbytes, has_update=on_cpu)
+
+
+def _update(optimizer: ZeroOptimizer, batch: Batch, grid: Grid, config: Config) -> None:
+    """Do what a step does beside its micro-batches: count targets, sum losses, update."""
+    micro_batch_weights(batch.labels, grid, config.loss)
+    sums = torch.zeros(_SUMS, dtype=torch.float64, device=batch.labels.device)
+    optimizer.step(lr=1e-4, beta2=0.95, inv_scale=1.0, sums=sums)
+    optimizer.zero_grad()
 
 
 def _optimizer_bytes(optimizer: ZeroOptimizer) -> int:
@@ -285,13 +335,17 @@ def time_rank(
     first = run(FIRST)
     sums, gathers = traced.end_of_step()
     last = simulate(sums, device, dtype, places)
-    update = device.memory_seconds(traced.optimizer_bytes)
+    update = traced.update_seconds(device)
     gathered = simulate(gathers, device, dtype, places)
+    longer = last.end - first.end
+    opening = run(OPENING)
+    if opening.end:
+        longer += opening.end - first.end
     return RankSeconds(
         stages=stages,
         micro_batch=first.end,
         exposed=first.exposed,
-        last=last.end - first.end + update + gathered.end,
+        last=longer + update + gathered.end,
         busy=first.busy,
     )
 
@@ -330,7 +384,35 @@ def schedule_ranks(
     in_order = [stages[number] for number in sorted(stages)]
     order = action_order(config, world_size)
     hop = hop_seconds(config, world_size, device)
-    return timed_actions(order, in_order, hop)
+    if device.host is None:
+        return timed_actions(order, in_order, hop)
+    # A rank sends by the core on which it computes. How many ranks share the cores, the
+    # order of actions says.
+    sending = hop * (1 - device.hidden)
+    alone = []
+    for stage in _stages_with_sends(in_order, sending):
+        alone.append(stage.divided(device.turns))
+    pipelines = device.processes // len(order)
+    sharing = SharedCores(
+        cores=device.host.cores,
+        pipelines=max(pipelines, 1),
+    )
+    return timed_actions(order, alone, hop - sending, sharing)
+
+
+def _stages_with_sends(
+    stages: Sequence[StageSeconds], sending: float
+) -> Iterator[StageSeconds]:
+    """Yield the times of stages with those of sending on what they have computed."""
+    last = len(stages) - 1
+    for number, stage in enumerate(stages):
+        forward = stage.forward
+        backward = stage.backward
+        if number < last:
+            forward += sending
+        if number > 0:
+            backward += sending
+        yield StageSeconds(forward, backward)
 
 
 def hop_seconds(config: Config, world_size: int, device: Device) -> float:

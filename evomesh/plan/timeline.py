@@ -47,7 +47,9 @@ class Kernel:
     Attributes:
         flops: floating-point operations of products; 0 for what only moves data.
         nbytes: bytes of the tensors that it reads and writes.
-        size: smallest dimension of a product; 0 for others.
+        size: smallest dimension of a product, tokens of a sequence in attention; 0 for others.
+        operator: its name in torch, without the overload.
+        dtype: of the first tensor of floating-point numbers; "" without one.
     """
 
     stream: str
@@ -55,6 +57,13 @@ class Kernel:
     flops: int
     nbytes: int
     size: int = 0
+    operator: str = ""
+    dtype: str = ""
+
+    @property
+    def work(self) -> int:
+        """Return what its time depends on: operations of products, bytes of others."""
+        return self.flops or self.nbytes
 
 
 @dataclass(frozen=True)
@@ -204,11 +213,16 @@ class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator of the ``with`` block into a timeline."""
 
     def __init__(
-        self, timeline: Timeline, streams: RecordedStreams, grid: Grid
+        self,
+        timeline: Timeline,
+        streams: RecordedStreams,
+        grid: Grid,
+        device: str = "meta",
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._timeline = timeline
         self._streams = streams
+        self._device = device
         self._names = group_names(grid)
         # What arrives, by the address of its storage: the storage, so that no other gets
         # the address, and the end of the transfer.
@@ -225,7 +239,7 @@ class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **named)
         if func.namespace == "c10d":
             self._transfer(func, args)
-        elif not func.is_view and func.namespace != "profiler":
+        else:
             self._kernel(func, args, named, out)
         return out
 
@@ -251,21 +265,20 @@ class TimelineRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _kernel(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        inputs = _tensors((args, kwargs))
-        self._wait_for(inputs)
-        outputs = _tensors(out)
-        is_factory = not inputs and not _fills(func)
-        if is_factory or func in _FREE:
-            return
-        nbytes = _bytes_on_device([*inputs, *outputs])
-        if nbytes == 0:
-            return  # on the host
-        kind, flops = _work(func, args, kwargs, out)
-        size = 0
-        if kind is KernelKind.MATRIX:
-            size = min(min(tensor.shape) for tensor in inputs)
-        kernel = Kernel(self._streams.current, kind, flops, nbytes, size)
-        self._timeline.events.append(kernel)
+        if not func.is_view:
+            inputs = _tensors((args, kwargs))
+            self._wait_for(inputs)
+        stream = self._streams.current
+        kernel = describe_kernel(
+            func,
+            args,
+            kwargs,
+            out,
+            self._device,
+            stream,
+        )
+        if kernel is not None:
+            self._timeline.events.append(kernel)
 
     def _wait_for(self, inputs: Sequence[Tensor]) -> None:
         """Let the current stream wait for those inputs that are arriving."""
@@ -289,13 +302,65 @@ _FREE = {
     _aten._unsafe_view.default,
     _aten.lift_fresh.default,
 }
+# Of regions in a profile, and of questions such as on which device a tensor is.
+_NO_KERNELS = ("profiler", "prim")
+# A product (see layers/products.py) and attention of the CPU, which torch's counters do not know.
+_ONEDNN_LINEAR = "_linear_pointwise"
+_CPU_ATTENTION = "flash_attention_for_cpu"
 
 
-def _bytes_on_device(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of tensors on the meta device; one that is written in place counts once."""
+def describe_kernel(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
+    device: str,
+    stream: str = COMPUTE,
+) -> Kernel | None:
+    """Return what an operator does that has returned ``out``; None for one that does nothing on ``device``."""
+    if func.is_view or func.namespace in _NO_KERNELS:
+        return None
+    inputs = _tensors((args, kwargs))
+    outputs = _tensors(out)
+    is_factory = not inputs and not _fills(func)
+    if is_factory or func in _FREE:
+        return None
+    nbytes = _bytes_on_device([*inputs, *outputs], device)
+    if nbytes == 0:
+        return None  # on the host
+    kind, flops = _work(func, args, kwargs, out)
+    return Kernel(
+        stream=stream,
+        kind=kind,
+        flops=flops,
+        nbytes=nbytes,
+        size=_size_of(kind, inputs),
+        operator=func.overloadpacket.__name__,
+        dtype=_dtype_of([*inputs, *outputs]),
+    )
+
+
+def _size_of(kind: KernelKind, inputs: Sequence[Tensor]) -> int:
+    if kind is KernelKind.MATRIX:
+        return min(min(tensor.shape, default=1) for tensor in inputs)
+    if kind is KernelKind.ATTENTION:
+        # Heads and the numbers of a head follow the tokens.
+        return int(inputs[0].shape[-2])
+    return 0
+
+
+def _dtype_of(tensors: Sequence[Tensor]) -> str:
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            return str(tensor.dtype).removeprefix("torch.")
+    return ""
+
+
+def _bytes_on_device(tensors: Sequence[Tensor], device: str) -> int:
+    """Return the bytes of tensors on a device; one that is written in place counts once."""
     total = 0
     for tensor in {id(tensor): tensor for tensor in tensors}.values():
-        if tensor.is_meta:
+        if tensor.device.type == device:
             total += tensor.numel() * tensor.element_size()
     return total
 
@@ -309,6 +374,11 @@ def _work(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> tuple[KernelKind, int]:
     """Return what bounds an operator, and the operations of its products."""
+    if func.overloadpacket.__name__ == _ONEDNN_LINEAR:
+        x, weight, *_ = _tensors(args)
+        return KernelKind.MATRIX, 2 * x.numel() * weight.shape[0]
+    if _CPU_ATTENTION in func.__name__:
+        return KernelKind.ATTENTION, _attention_flops(func, args)
     count = flop_registry.get(func.overloadpacket)
     if count is None:
         return KernelKind.MEMORY, 0
@@ -325,6 +395,16 @@ def _work(
     if "attention" in func.__name__ or "attn" in func.__name__:
         kind = KernelKind.ATTENTION
     return kind, flops
+
+
+def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:
+    """Return the operations of the CPU's attention: two products in forward, five in backward."""
+    query, key, *_ = _tensors(args)
+    products = 2
+    if "backward" in func.__name__:
+        _, query, key, *_ = _tensors(args)
+        products = 5
+    return products * 2 * int(query.numel()) * int(key.shape[-2])
 
 
 def _tensors(values: Any) -> list[Tensor]:
