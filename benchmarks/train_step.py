@@ -1,13 +1,18 @@
 """Tokens per second of one training step (forward, backward, AdamW), against a transformers Llama of the same shape.
 
-Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--profile] [--rounds 7] [--threads 2]
+Run: python benchmarks/train_step.py [--shape 60M] [--dtype float32|bfloat16] [--against theirs|float32|eager]
+     [--compiled] [--packed] [--profile] [--rounds 7] [--threads 2]
 
 Both alternate within one run, so that other load slows both, each in a separate process, so that they do not share
 memory; the figure to quote is the median of the ratios of adjacent steps. Model FLOPs of a step are 6 (parameters
 without embedding) tokens plus causal attention counted once, 6 layers hidden (sum of squared document lengths). The
-peak is the best sustained rate of a float32 product, by torch.mm or oneDNN, measured before and after every pair of
-steps because it depends on clock and load; the fraction is the median over pairs of a step's speed divided by the mean
-of its two peaks.
+peak is the best sustained rate of a product in the dtype of the step, by torch.mm or oneDNN, measured before and after
+every pair of steps because it depends on clock and load; the fraction is the median over pairs of a step's speed
+divided by the mean of its two peaks.
+
+With --dtype bfloat16 both sides have weights of 16 bits; ours keeps float32 master weights and moments, as
+`evomesh train` does, theirs has neither. With --against float32 or eager the other side is our own step, in float32 or
+without compiled blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -42,7 +47,21 @@ class Shape:
     kv_heads: int | None = None  # None: as many as heads
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are timed by turns: whose step, in which dtype, and whether it is compiled."""
+
+    owner: str  # "evomesh" or "transformers"
+    dtype: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        """Return its name in the table."""
+        return f"{self.owner} {self.dtype}" + " compiled" * self.compiled
+
+
 SHAPES = {
+    "demo": Shape(4, 192, 6, 512, 4096, (512,) * 2, kv_heads=2),
     "10M": Shape(4, 256, 4, 704, 16000, (512,) * 4),
     "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
     "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 4),
@@ -64,7 +83,11 @@ def ragged(total: int) -> tuple[int, ...]:
 
 
 def our_step(
-    shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool
+    shape: Shape,
+    lengths: tuple[int, ...],
+    ids: torch.Tensor,
+    compiled: bool,
+    dtype: str = "float32",
 ) -> Callable[[], float]:
     config = ModelConfig(
         model_type="LLAMA2",
@@ -72,9 +95,10 @@ def our_step(
         hidden_size=shape.hidden,
         vocab_size=shape.vocab,
         num_attention_heads=shape.heads,
+        num_kv_attention_heads=shape.kv_heads,
         mlp_ratio=shape.mlp / shape.hidden,
         multiple_of=1,
-        dtype="float32",
+        dtype=dtype,
         no_bias=True,
         compile=compiled,
     )
@@ -83,7 +107,11 @@ def our_step(
 
 
 def their_step(
-    shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool
+    shape: Shape,
+    lengths: tuple[int, ...],
+    ids: torch.Tensor,
+    compiled: bool,
+    dtype: str = "float32",
 ) -> Callable[[], float]:
     """Equal documents as a batch; ragged ones the way it packs them: position ids that restart, which make a mask."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,12 +123,12 @@ def their_step(
         intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         tie_word_embeddings=False,
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
     inputs: dict[str, torch.Tensor]
@@ -125,18 +153,18 @@ def their_step(
     return step
 
 
-def serve(kind: str, args: argparse.Namespace, pipe: Connection) -> None:
+def serve(side: Side, args: argparse.Namespace, pipe: Connection) -> None:
     """One side in its own process: takes a step, and answers with its seconds, whenever it is asked to."""
     torch.set_num_threads(args.threads)
     shape, lengths = problem(args)
     ids = torch.randint(
         0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0)
     )
-    if kind == "evomesh":
+    if side.owner == "evomesh":
         keep_freed_memory()  # as `evomesh train` does
-        step = our_step(shape, lengths, ids, args.compiled_ours)
+        step = our_step(shape, lengths, ids, side.compiled, side.dtype)
     else:
-        step = their_step(shape, lengths, ids, args.compiled)
+        step = their_step(shape, lengths, ids, side.compiled, side.dtype)
     while pipe.recv():
         start = time.perf_counter()
         step()
@@ -148,13 +176,13 @@ def problem(args: argparse.Namespace) -> tuple[Shape, tuple[int, ...]]:
     return shape, ragged(sum(shape.documents)) if args.packed else shape.documents
 
 
-def product_rates() -> list[float]:
-    """FLOP/s of float32 matrix products, kept up for a while, of the best of a few shapes: torch.mm, and oneDNN."""
+def product_rates(dtype: str = "float32") -> list[float]:
+    """FLOP/s of matrix products, kept up for a while, of the best of a few shapes: torch.mm, and oneDNN."""
     rates = []
     for multiply in (lambda a, b: torch.mm(a, b.T), one_dnn):
         best = 0.0
         for m, k, n in PRODUCTS:
-            a, b = torch.randn(m, k), torch.randn(n, k)
+            a, b = (torch.randn(r, k).to(getattr(torch, dtype)) for r in (m, n))
             multiply(a, b)
             start, count = time.perf_counter(), 0
             while time.perf_counter() - start < KEPT_UP:
@@ -184,6 +212,13 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="60M")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--against",
+        choices=("theirs", "float32", "eager"),
+        default="theirs",
+        help="the other side: transformers, or our own step in float32 or without compiled blocks",
+    )
     parser.add_argument(
         "--compiled",
         action="store_true",
@@ -209,13 +244,23 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def both_sides(args: argparse.Namespace) -> tuple[Side, Side]:
+    """What is measured, and what it is compared with."""
+    ours = Side("evomesh", args.dtype, args.compiled_ours)
+    if args.against == "theirs":
+        return ours, Side("transformers", args.dtype, args.compiled)
+    if args.against == "eager":
+        return ours, replace(ours, compiled=False)
+    return ours, replace(ours, dtype="float32")
+
+
 def profile(args: argparse.Namespace) -> None:
     shape, lengths = problem(args)
     keep_freed_memory()
     ids = torch.randint(
         0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0)
     )
-    step = our_step(shape, lengths, ids, args.compiled_ours)
+    step = our_step(shape, lengths, ids, args.compiled_ours, args.dtype)
     for _ in range(UNTIMED):
         step()
     with TemporaryDirectory() as folder, StepProfile(Path(folder), "step") as profiled:
@@ -232,9 +277,9 @@ def main() -> None:
         profile(args)
         return
     spawn, sides = get_context("spawn"), []
-    for kind in ("evomesh", "transformers"):
+    for side in both_sides(args):
         pipe, theirs = spawn.Pipe()
-        worker = spawn.Process(target=serve, args=(kind, args, theirs), daemon=True)
+        worker = spawn.Process(target=serve, args=(side, args, theirs), daemon=True)
         worker.start()
         sides.append((worker, pipe))
 
@@ -245,10 +290,10 @@ def main() -> None:
     for _, pipe in sides:
         for _ in range(UNTIMED):
             step(pipe)
-    pairs, peaks = [], [product_rates()]
+    pairs, peaks = [], [product_rates(args.dtype)]
     for _ in range(args.rounds):
         pairs.append([step(pipe) for _, pipe in sides])
-        peaks.append(product_rates())
+        peaks.append(product_rates(args.dtype))
     for worker, pipe in sides:
         pipe.send(False)
         worker.join()
@@ -263,24 +308,20 @@ def report(
     total, flops = sum(lengths), model_flops(shape, lengths)
     around = [(max(before) + max(behind)) / 2 for before, behind in pairwise(peaks)]
     print(
-        f"{args.shape}: {total} tokens in {len(lengths)} documents, float32, {args.threads} threads"
+        f"{args.shape}: {total} tokens in {len(lengths)} documents, {args.threads} threads"
     )
-    names = (
-        "evomesh" + args.compiled_ours * " compiled",
-        "transformers" + args.compiled * " compiled",
-    )
-    for name, times in zip(names, zip(*pairs, strict=True), strict=True):
+    for side, times in zip(both_sides(args), zip(*pairs, strict=True), strict=True):
         seconds = statistics.median(times)
         share = statistics.median(
             flops / own / peak for own, peak in zip(times, around, strict=True)
         )
         speed = flops / seconds / 1e9
         print(
-            f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed:6.1f} GFLOP/s  {share:.2f} of best"
+            f"  {side!s:30s} {total / seconds:8.1f} tokens/s  {speed:6.1f} GFLOP/s  {share:.2f} of best"
         )
     ratio = statistics.median(b / a for a, b in pairs)
     mm, dnn = (statistics.median(rates) / 1e9 for rates in zip(*peaks, strict=True))
-    print(f"  best float32 product: torch.mm {mm:.1f}, oneDNN {dnn:.1f} GFLOP/s")
+    print(f"  best {args.dtype} product: torch.mm {mm:.1f}, oneDNN {dnn:.1f} GFLOP/s")
     print(f"  median ratio of speeds {ratio:.3f}")
 
 

@@ -32,6 +32,7 @@ from evomesh.parallel.rank_process import RankProcess
 from evomesh.parallel.rendezvous import second_connection
 from evomesh.train.agreement import config_facts, require_agreement
 from evomesh.train.allocator import use_expandable_segments
+from evomesh.train.busy_machine import others_at_work
 from evomesh.train.determinism import enable_determinism
 from evomesh.train.job import explain_to_peers
 from evomesh.train.launchers import ProcessInfo, detect, idle_tasks
@@ -90,6 +91,7 @@ def launch(
         *idle_tasks(os.environ, process),
     ]
     device = _prepare_device(config, process)
+    warnings += others_at_work(device)
 
     # 2. Meet the others. From here on an error of one rank ends all of them.
     request = StopRequest.installed()
