@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
+from evomesh.config.schema import Config
 from evomesh.train.busy_machine import others_at_work
+from evomesh.train.launch import launch
 
 CPU = torch.device("cpu")
 
@@ -52,3 +54,13 @@ def test_a_system_that_does_not_count_is_taken_as_idle(
 
     monkeypatch.setattr(os, "getloadavg", refuses)
     assert others_at_work(CPU) == []
+
+
+def test_the_start_of_a_run_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 8.0, 2)
+    with launch(Config()):
+        pass
+    captured = capfd.readouterr()
+    assert (captured.out + captured.err).count("this machine is busy") == 1
