@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from evomesh.checkpoint.loaders import (
     fill_on_all_ranks,
     load_foreign_state,
 )
+from evomesh.checkpoint.model_change import config_differences, refuse_changed_model
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
 from evomesh.checkpoint.native.ema_weights import EMA
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
@@ -33,8 +34,6 @@ from evomesh.checkpoint.start_point import (
     EVERYTHING,
     StartPoint,
 )
-from evomesh.config.record import config_to_dict
-from evomesh.config.resume_effects import compare_configs
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
@@ -88,7 +87,10 @@ def decide(
         return _from_load_info(info, reader)
     note = ""
     if info is not None and not info.fallback:
-        note = f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: set auto_resume=False to use it"
+        note = (
+            f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: "
+            "add fallback=True to it to start from it where there is nothing to resume"
+        )
     resumed = _newest_in(folder, reader, note, check) if folder is not None else None
     if resumed is not None:
         return resumed
@@ -138,41 +140,31 @@ def _newest_in(
 def check_config(start: StartPoint, config: Config, reader: CheckpointReader) -> None:
     """Compare the config that a checkpoint was written with to the present one.
 
-    What changes the training is logged. What makes the same weights compute something
-    else is refused for a run that resumes, unless ``ckpt.allow_changed_model`` is set;
-    one that starts from the weights logs it.
+    Model settings that make the same weights another function are refused, whether the
+    run resumes or starts from the weights, unless ``ckpt.allow_changed_model`` is set.
+    What changes the further training of a run that resumes is logged.
 
     Raises:
         CheckpointError: naming each such key with both values; or the optimizer state is of another update rule.
     """
     refuse_other_optimizer(start, config.optimizer)
     _refuse_foreign_scale(start, config)
-    if start.checkpoint is None or not (start.wants("model") or start.resumes):
+    if not start.wants("model"):
         return
-    _refuse_other_dtype(start, config)
-    check_schedule(start, config, log=reader.exchange.rank == 0)
-    differences = compare_configs(start.checkpoint.config, config_to_dict(config))
-    if differences.function and start.resumes and not config.ckpt.allow_changed_model:
-        lines = "".join(f"\n  {difference}" for difference in differences.function)
-        raise CheckpointError(
-            f"with this config the weights of step {start.checkpoint.step} compute something else:{lines}",
-            where=start.checkpoint.folder,
-            expected="the values of the run that wrote the checkpoint",
-            fix="restore these values; values that change no shape of a weight can be resumed with: "
-            "--set ckpt.allow_changed_model=True",
-            code="EVO-CKPT-010",
-        )
-    # Every rank refuses alike; what is merely logged is logged once.
-    if reader.exchange.rank:
+    logs = reader.exchange.rank == 0
+    if start.checkpoint is not None:
+        _refuse_other_dtype(start, config)
+        check_schedule(start, config, log=logs)
+    differences = config_differences(start, config, reader.exchange)
+    allowed = config.ckpt.allow_changed_model
+    refuse_changed_model(start, differences.function, allowed, logs)
+    if start.checkpoint is None or not (start.resumes and logs):
         return
-    for difference in differences.function:
-        logger.warning("the weights compute something else than before: %s", difference)
-    if start.resumes:
-        for line in (
-            *map(str, differences.training),
-            *_changed_batch(start.checkpoint, config, reader),
-        ):
-            logger.warning("the training changes: %s", line)
+    for line in (
+        *map(str, differences.training),
+        *_changed_batch(start.checkpoint, config, reader),
+    ):
+        logger.warning("the training changes: %s", line)
 
 
 def _refuse_foreign_scale(start: StartPoint, config: Config) -> None:
@@ -401,17 +393,29 @@ def restore(
             chosen[name] = tensor
     if not chosen:
         return checkpoint.state
-    # With all tensors chosen, a stored one that is not among them is an error; else it
-    # is one that nobody wants.
+    # A stored tensor that the run lacks is an error in a part that is loaded whole. The
+    # optimizer's state alone leaves the weights and the masters unread.
     is_complete = len(chosen) == len(tensors)
+    loads_all_weights = is_complete or start.wants("model")
     # Weights alone may be of another dtype. With the optimizer's state they may not: a
     # run in float32 has no master weights that one in bfloat16 could continue.
     weights_only = start.content == {"model"}
-    # A run may end the average of its weights.
-    unread = "" if any(name.startswith(EMA) for name in tensors) else EMA
     return reader.load(
-        checkpoint, chosen, strict=is_complete, cast=weights_only, unread=unread
+        checkpoint,
+        chosen,
+        strict=loads_all_weights,
+        cast=weights_only,
+        unread=_may_stay_unread(start, tensors),
     )
+
+
+def _may_stay_unread(start: StartPoint, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the prefixes of stored tensors that a run may leave out."""
+    if not start.wants("optimizer"):
+        return (OPTIMIZER,)
+    # A run may end the average of its weights.
+    keeps_average = any(name.startswith(EMA) for name in names)
+    return () if keeps_average else (EMA,)
 
 
 def _load_foreign(

@@ -46,6 +46,19 @@ ERRORS = {
     "tuple_type": "a list or tuple",
     "string_pattern_mismatch": "a URL such as https://HOST:PORT",  # one key has a pattern
 }
+# Names of other programs, which are nearer in letters to some other dtype.
+DTYPE_NAMES = {
+    "fp64": "float64",
+    "double": "float64",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "single": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,9 @@ def _suggested_fix(key: str, detail: Any) -> str:
     # Pydantic lists the allowed words as "'a', 'b' or 'c'".
     listed = detail["ctx"]["expected"].replace(" or ", ", ")
     allowed = [word.strip("' ") for word in listed.split(",")]
+    meant = DTYPE_NAMES.get(value.lower().removeprefix("torch."))
+    if meant in allowed:
+        return f"did you mean {meant!r}?"
     if key == "model.dtype":
         allowed += [f"torch.{word}" for word in allowed]
     suggestions = difflib.get_close_matches(value, allowed, n=1)

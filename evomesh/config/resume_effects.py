@@ -166,6 +166,24 @@ def compare_configs(
     )
 
 
+def compare_model_sections(
+    stored: Mapping[str, Any], present: Mapping[str, Any]
+) -> tuple[ConfigDifference, ...]:
+    """Compare an InternEvo checkpoint's model settings with a run's; those it does not record are not compared."""
+    before = _comparable({"model": dict(stored)})
+    now = _comparable({"model": dict(present)})
+    uses_length = _uses_trained_length(now)
+    differences = []
+    for key, value in now.items():
+        stored_value = before.get(key)
+        is_recorded = stored_value is not None
+        if not is_recorded or effect_of(key, uses_length) != "function":
+            continue
+        if stored_value != value:
+            differences.append(ConfigDifference(key, stored_value, value))
+    return tuple(differences)
+
+
 def _uses_trained_length(values: Mapping[str, Any]) -> bool:
     """Return whether the rotary angles depend on the trained length: with dynamic NTK, and longrope."""
     scaling = values.get("model.rope_scaling") or {}

@@ -317,13 +317,15 @@ class CheckpointConfig(Section):
         None, gt=0, description="Passes between checkpoints."
     )
     load_ckpt_info: LoadConfig | None = Field(
-        None, description="Checkpoint to start from; used with auto_resume=False."
+        None,
+        description="Checkpoint to start from; used with fallback=True in it, or with auto_resume=False.",
     )
     auto_resume: bool = Field(
         True, description="Resume from the newest valid checkpoint in save_ckpt_folder."
     )
     allow_changed_model: bool = Field(
-        False, description="Resume although the weights then compute otherwise."
+        False,
+        description="Load weights although the model settings then give other outputs.",
     )
     accept_schedule_change: bool = Field(
         False,

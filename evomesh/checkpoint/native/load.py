@@ -140,7 +140,7 @@ class CheckpointReader:
         *,
         strict: bool = True,
         cast: bool = False,
-        unread: str = "",
+        unread: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Fill the tensors in place, whatever layout they were saved in.
 
@@ -148,7 +148,7 @@ class CheckpointReader:
             tensors: live tensors by global name.
             strict: refuse a checkpoint with tensors that no rank wants.
             cast: convert from another dtype.
-            unread: prefix of names that may stay unread even so.
+            unread: prefixes of names that may stay unread even so.
 
         Returns:
             the stored state.
@@ -172,11 +172,7 @@ class CheckpointReader:
             records = index.records(local)
             match(records, local, cast, checkpoint.folder, index.names)
             if wanted is not None:
-                stored = [
-                    name
-                    for name in index.names()
-                    if not (unread and name.startswith(unread))
-                ]
+                stored = [name for name in index.names() if not name.startswith(unread)]
                 refuse_unwanted(stored, wanted, checkpoint.folder)
             return items_for(records, local)
 

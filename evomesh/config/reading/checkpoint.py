@@ -120,7 +120,8 @@ def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     if _is_ignored_load_info(ckpt):
         draft.warn(
             "ckpt.load_ckpt_info",
-            "is not used: ckpt.auto_resume is True, which is also its default; set it to False to start from this",
+            "is not used: ckpt.auto_resume is True, which is also its default; add fallback=True to load_ckpt_info to "
+            "start from this where there is nothing to resume",
         )
 
 

@@ -22,6 +22,7 @@ from evomesh.checkpoint.resume import (
     restart_line,
     restore,
 )
+from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig, OptimizerConfig
 from evomesh.errors import UserError
@@ -214,7 +215,7 @@ def test_a_resume_with_another_function_of_the_weights_is_refused_unless_asked_f
     writer = stored_with(tmp_path, Config())
     start = decide(config(tmp_path), CheckpointReader(), writer.folder)
     present = changed("model", **values)
-    with pytest.raises(UserError, match="compute something else") as caught:
+    with pytest.raises(UserError, match="trained with other model settings") as caught:
         check_config(start, present, CheckpointReader())
     assert (
         words in str(caught.value)
@@ -292,21 +293,94 @@ def test_another_training_is_logged_with_both_values_and_other_changes_are_silen
     ]
 
 
-def test_a_start_from_weights_alone_may_change_their_function(
+@pytest.mark.parametrize("values", [{"auto_resume": False}, {}])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_layers": 2}, "model.num_layers: 48 in the checkpoint, 2 in the config"),
+        ({"num_attention_heads": 8}, "model.num_attention_heads: 32 in the checkpoint"),
+        ({"no_bias": True}, "model.no_bias: False in the checkpoint"),
+        ({"rope_base": 5e5}, "model.rope_base: 10000.0 in the checkpoint, 500000.0"),
+    ],
+)
+def test_a_start_from_weights_with_another_function_is_refused_unless_asked_for(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    values: dict[str, Any],
+    model: dict[str, Any],
+    words: str,
+) -> None:
+    stored_with(tmp_path, Config())
+    caplog.clear()  # the save is logged too, where another test has raised the log level
+    fallback = values.get("auto_resume", True)
+    info = LoadConfig(path=str(tmp_path), content=("model",), fallback=fallback)
+    fresh = config(tmp_path / "own", load_ckpt_info=info, **values)
+    start = decide(fresh, CheckpointReader(), None)
+    present = changed("model", **model)
+    with pytest.raises(UserError) as caught:
+        check_config(start, present, CheckpointReader())
+    assert words in str(caught.value) and caught.value.code == "EVO-CKPT-010"
+    assert "--set ckpt.allow_changed_model=True" in caught.value.fix
+
+    accepted = CheckpointConfig(allow_changed_model=True)
+    allowed = present.model_copy(update={"ckpt": accepted})
+    check_config(start, allowed, CheckpointReader())
+    assert words in caplog.text
+
+
+def test_a_start_from_weights_may_change_the_training_silently(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = stored_with(tmp_path, Config())
-    caplog.clear()  # the save is logged too, where another test has raised the log level
-    info = LoadConfig(path=str(tmp_path), content=("model",))
+    stored_with(tmp_path, Config())
+    caplog.clear()
+    info = LoadConfig(path=str(tmp_path), content=("model",), fallback=True)
     start = decide(
-        config(tmp_path, auto_resume=False, load_ckpt_info=info),
-        CheckpointReader(),
-        writer.folder,
+        config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), None
     )
-    check_config(start, changed("model", rope_base=5e5), CheckpointReader())
     check_config(start, changed("adam", lr=5.0), CheckpointReader())
-    (text,) = caplog.messages
-    assert "model.rope_base: 10000.0 in the checkpoint, 500000.0 in the config" in text
+    assert caplog.messages == []
+
+
+def test_weights_that_the_model_lacks_are_refused_and_optimizer_state_is_not(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path, 5, names=(*NAMES, "layers.2.w"))
+    info = LoadConfig(path=str(tmp_path), content=("model",), fallback=True)
+    start = decide(
+        config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), None
+    )
+    with pytest.raises(UserError, match=r"'layers\.2\.w' \(1 name\)") as caught:
+        restore(start, CheckpointReader(), run(0))
+    assert caught.value.code == "EVO-CKPT-005"
+    tensors = run(0, (*NAMES, "layers.2.w"))
+    restore(start, CheckpointReader(), tensors)
+    assert tensors["layers.2.w"][0] == 5 and tensors["optim.exp_avg.w"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"num_attention_heads": 4}, "model.num_attention_heads: 4 in the checkpoint"),
+        ({"num_kv_attention_heads": 2}, "model.num_kv_attention_heads: 2"),
+        ({"rope_base": 1e6, "dtype": torch.bfloat16}, "model.rope_base: 1000000.0"),
+        ({"dtype": torch.bfloat16, "use_flash_attn": False}, ""),
+        (None, ""),
+    ],
+)
+def test_internevos_model_section_is_compared_where_there_is_one(
+    tmp_path: Path, stored: dict[str, Any] | None, words: str
+) -> None:
+    if stored is not None:
+        torch.save(stored, tmp_path / "model_config.pt")
+    start = StartPoint(
+        "", path=str(tmp_path), ckpt_type="internevo", content=frozenset({"model"})
+    )
+    if not words:
+        check_config(start, Config(), CheckpointReader())
+        return
+    with pytest.raises(UserError) as caught:
+        check_config(start, Config(), CheckpointReader())
+    assert words in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 COUNTERS = {

@@ -395,6 +395,9 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["grad_scaler.fp16.initial_scale=4e9"], ["initial_scale=4e+09 is outside"]),
     (["grad_scaler.hysteresis=0"], ["grad_scaler.hysteresis", ">= 1"]),
     (["model.dtype=bf16"], ["'bf16'", "did you mean 'bfloat16'"]),
+    (["model.dtype=fp32"], ["'fp32'", "did you mean 'float32'"]),
+    (["model.dtype=half"], ["did you mean 'float16'"]),
+    (["model.dtype=fp16"], ["did you mean 'float16'"]),
     (["model.dtype=torch.bfloat"], ["did you mean 'torch.bfloat16'"]),
     (["model.checkpoint=1.5"], ["found 1.5", "<= 1"]),
     (
