@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,10 +170,12 @@ class CheckpointReader:
         def find_items() -> list[ReadItem]:
             index = checkpoint.index()
             records = index.records(local)
-            match(records, local, cast, checkpoint.folder, index.names)
+            where = checkpoint.folder
+            match(records, local, cast, where, index.names)
             if wanted is not None:
-                stored = [name for name in index.names() if not name.startswith(unread)]
-                refuse_unwanted(stored, wanted, checkpoint.folder)
+                names = index.names()
+                stored = _names_to_read(names, unread)
+                refuse_unwanted(stored, wanted, where)
             return items_for(records, local)
 
         items = run_on_all_ranks(self.exchange, find_items)
@@ -312,6 +314,16 @@ class CheckpointReader:
         record = CommitRecord.from_json(record_fields)
         index_data = text.encode("utf-8", "surrogateescape")
         return Checkpoint(candidate.storage, candidate.folder, record, index_data)
+
+
+def _names_to_read(names: Iterable[str], unread: tuple[str, ...]) -> list[str]:
+    """Return the names that begin with no prefix in ``unread``."""
+    to_read = []
+    for name in names:
+        may_be_left = name.startswith(unread)
+        if not may_be_left:
+            to_read.append(name)
+    return to_read
 
 
 def resolve(
