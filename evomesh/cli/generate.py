@@ -83,7 +83,7 @@ def generate(
         return
     if ckpt is None or prompt is None:
         raise UserError(
-            "nothing to do",
+            _what_is_missing(ckpt, prompt),
             expected="evomesh generate CONFIG, or --ckpt DIR --prompt TEXT",
             code="EVO-CLI-004",
         )
@@ -100,6 +100,15 @@ def generate(
         answer_message(loaded, prompt, sampling)
     else:
         complete_prompt(loaded, prompt, sampling)
+
+
+def _what_is_missing(ckpt: str | None, prompt: str | None) -> str:
+    """Say which of the options that belong together was left out."""
+    if ckpt is not None:
+        return "--ckpt without --prompt"
+    if prompt is not None:
+        return "--prompt without --ckpt"
+    return "neither CONFIG nor --ckpt and --prompt"
 
 
 def answer_prompt_folder(

@@ -49,7 +49,7 @@ def replay(
     In the layout of the run every figure must be equal to the bit; in another one the
     first step must be within the bound of the numerics contract. With --blame, the micro-batches of the step are
     ranked by loss and gradient norm, its layers by gradients and activations, and the documents of the most suspicious
-    ones are shown. Started alone, it starts the ranks itself. Exit
+    ones are shown. Without a launcher, the command starts the ranks itself. Exit
     codes: 0 equal; 1 a figure differs; 2 it cannot be replayed.
     """
     from evomesh.runs.read import find_runs, read_run

@@ -54,7 +54,7 @@ def run(
     profile: ProfileOption = False,
     deepspeed: DeepspeedOption = None,
 ) -> None:
-    """Train as the command train does, and start again after a crash or a lost rank, from the newest checkpoint."""
+    """Train like `evomesh train`, and restart from the newest checkpoint after a crash or a lost rank."""
     from evomesh.config.loader import load_config
     from evomesh.monitor.log import setup_logging
     from evomesh.train.supervisor import ExitHistory, RestartPolicy, Supervisor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evomesh.data.prepare.conversations import ChatOptions
     from evomesh.data.prepare.read_conversation import RecordSchema
     from evomesh.data.prepare.tokenize import ProgressCallback, TextOptions
+    from evomesh.data.records.source_files import SourceFile
 
 PRINT_SECONDS = 10.0
 CHAT_FORMATS = ("alpaca", "messages", "sharegpt", "xtuner")
@@ -177,8 +178,17 @@ def tokenize_text(
         )
     print(
         f"{output}: {fingerprint['documents']:,} documents, {fingerprint['tokens']:,} tokens, "
-        f"largest id {fingerprint['max_id']}"
+        f"largest id {fingerprint['max_id']}; {_origin(files)}"
     )
+
+
+def _origin(files: Sequence[SourceFile]) -> str:
+    """Say how many files were read, and what a document of a text file is."""
+    count = len(files)
+    unit = "file" if count == 1 else "files"
+    has_lines = any(file.format == "txt" for file in files)
+    note = ", each line of a .txt being a document" if has_lines else ""
+    return f"from {count:,} {unit}{note}"
 
 
 def tokenize_conversations(

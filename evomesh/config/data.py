@@ -16,14 +16,14 @@ class StopWhenConfig(Section):
     """``data.stop_when``."""
 
     metric: str = Field(
-        description="Figure of a validation, such as val/en_loss, whose accuracies are to grow and all others to fall; "
-        "or of a task, such as eval/TASK/acc, for which the task says what is better."
+        description="Figure of a validation, such as val/en_loss: an accuracy is better when higher, any other figure "
+        "when lower; or of a task, such as eval/TASK/acc, for which the task says what is better."
     )
     patience: int = Field(
         3, ge=1, description="The run ends after so many validations without a gain."
     )
     min_delta: float = Field(
-        0.0, ge=0, description="What counts as a gain is above it."
+        0.0, ge=0, description="Smaller improvements do not count."
     )
 
 

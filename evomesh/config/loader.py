@@ -358,15 +358,21 @@ def _suggested_fix(key: str, detail: Any) -> str:
     # Pydantic lists the allowed words as "'a', 'b' or 'c'".
     listed = detail["ctx"]["expected"].replace(" or ", ", ")
     allowed = [word.strip("' ") for word in listed.split(",")]
+    return _suggested_word(key, value, allowed)
+
+
+def _suggested_word(key: str, value: str, allowed: list[str]) -> str:
+    """Return advice with the allowed word that is meant, or the nearest in letters; "" if none is near."""
     meant = DTYPE_NAMES.get(value.lower().removeprefix("torch."))
     if meant in allowed:
         return f"did you mean {meant!r}?"
+    words = list(allowed)
     if key == "model.dtype":
-        allowed += [f"torch.{word}" for word in allowed]
-    suggestions = difflib.get_close_matches(value, allowed, n=1)
+        words += [f"torch.{word}" for word in allowed]
+    suggestions = difflib.get_close_matches(value, words, n=1)
     if not suggestions:
         start = value[:2]
-        suggestions = [word for word in allowed if word.startswith(start)]
+        suggestions = [word for word in words if word.startswith(start)]
     if not suggestions:
         return ""
     return f"did you mean {suggestions[0]!r}?"

@@ -181,7 +181,7 @@ def _open_valid_sets(
 def _why_bytes_are_unknown(record: Mapping[str, Any]) -> str:
     schema = record.get("options", {}).get("schema")
     if schema is not None:
-        return f"of records with the schema {schema} no bytes are counted"
+        return f"the bytes of conversations (schema {schema}) are not counted"
     return "its fingerprint has no text_bytes: tokenize the texts again with evomesh tokenize"
 
 

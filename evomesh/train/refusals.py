@@ -35,7 +35,7 @@ def endless_spikes(step: int, limit: int) -> UserError:
     return UserError(
         f"the last {limit} steps were spikes and no update was applied (last: step {step})",
         expected="a spike from time to time (spike.policy)",
-        fix="raise spike.zscore, if the loss has come to another level, or max_consecutive_skips",
+        fix="raise spike.zscore, if the loss has settled at a new level, or max_consecutive_skips",
         exit_code=EXIT_TRAINING_STOPPED,
         code="EVO-TRAIN-003",
     )

@@ -119,7 +119,7 @@ def refuse_differing(differing: Sequence[str], where: str) -> None:
         found,
         where=where,
         expected="the same model shape and dtype as in the run that wrote it",
-        fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+        fix="use the model section of the run that wrote it",
         code="EVO-CKPT-005",
     )
 

@@ -6,6 +6,7 @@ import glob
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from evomesh.outside_errors import fix_for
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
 TABLE_FORMATS = ("parquet", "arrow")  # their readers seek
 COMPRESSIONS = ("gz", "zst")
+SHOWN_ENDINGS = 5  # in the message about a folder without any input file
 # Of Hugging Face folders: about the dataset, or a tokenizer and model beside it.
 METADATA_FILES = (
     "dataset_info.json",
@@ -133,12 +135,30 @@ def _find_input(item: str) -> list[SourceFile]:
     inside = list_source_files(path)
     if not inside:
         raise UserError(
-            f"no {', '.join(FORMATS)} file below {path}",
+            f"no {', '.join(FORMATS)} file below {path}{_other_endings(path)}",
             where="input",
-            fix="name the folder that holds them, or a file",
+            fix="name the folder that holds them, or a file; of other files, write the text of each as a line of "
+            'a .jsonl: {"text": "..."}',
             code="EVO-DATA-002",
         )
     return inside
+
+
+def _other_endings(folder: Path) -> str:
+    """Say, for a message, which endings the files of a folder have; "" if it has none."""
+    counts: Counter[str] = Counter()
+    for _, folders, names in os.walk(folder):
+        folders[:] = _visible(folders, HIDDEN)
+        visible = _visible(names, (".",))
+        counts.update(Path(name).suffix for name in visible)
+    shown = []
+    for ending, count in counts.most_common(SHOWN_ENDINGS):
+        name = ending or "no ending"
+        shown.append(f"{name} ({count:,})")
+    if not shown:
+        return ""
+    more = ", ..." if len(counts) > SHOWN_ENDINGS else ""
+    return f"; files of other endings are not read: {', '.join(shown)}{more}"
 
 
 def _match_files(item: str, pattern: Path) -> list[SourceFile]:
