@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from evomesh.config.loader import LoadedConfig
+    from evomesh.data.prepare.conversations import ChatOptions
+    from evomesh.data.prepare.read_conversation import RecordSchema
+    from evomesh.data.prepare.tokenize import TextOptions
 
 ConfigArgument = Annotated[
     str,
@@ -25,7 +28,7 @@ ConfigArgument = Annotated[
 
 
 def tokenize(config: ConfigArgument) -> None:
-    """Make the token files of the raw data that CONFIG names; those that exist are left alone."""
+    """Make the token files of the raw data that CONFIG names; those that are of the same data are left alone."""
     loaded = _load(config)
     if not loaded.preparation:
         print(
@@ -35,28 +38,121 @@ def tokenize(config: ConfigArgument) -> None:
 
 
 def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
-    """Tokenize the raw data of a config where its token files do not exist yet.
+    """Tokenize the raw data of a config where its token files do not exist, or are of other data.
 
     Args:
         is_alone: no other process does the same; None of the launcher's variables is looked at then.
     Raises:
-        UserError: this is one of several processes.
+        UserError: this is one of several processes, or a run has trained on the token files of other data.
     """
     from evomesh.train.launchers import detect
 
+    process = None if is_alone else detect(os.environ)
+    several = process is not None and process.world_size > 1
+    compares = process is None or process.rank == 0  # once: it reads all the data
     for command in loaded.preparation:
-        output = Path(command[command.index("--output") + 1])
-        if output.exists():
+        output = output_of(command)
+        changes = changes_of(command) if output.exists() and compares else []
+        if output.exists() and not changes:
             continue
+        if changes:
+            _refuse_trained(loaded, output, changes)
         # Tokenizing is not shared out over ranks.
-        if not is_alone and detect(os.environ).world_size > 1:
+        if several:
+            found = "are of other data" if changes else "do not exist yet"
             raise UserError(
-                f"the raw data has no token files yet: {output}",
+                f"the token files of the raw data {found}: {'; '.join([str(output), *changes])}",
                 where=loaded.path,
                 fix=f"make them once, before training: evomesh xtuner tokenize {loaded.path}",
                 code="EVO-DATA-001",
             )
+        if changes:
+            print(f"{output} is made anew: {'; '.join(changes)}", file=sys.stderr)
         run_tokenize(command)
+    if compares:
+        _remove_left_over(loaded)
+
+
+def _remove_left_over(loaded: LoadedConfig) -> None:
+    """Remove the token files of raw data that the config names no more, since training reads the whole folder."""
+    outputs = [output_of(command) for command in loaded.preparation]
+    folders = {output.parent for output in outputs}
+    for folder in sorted(folders):
+        for path in sorted(set(folder.glob("dataset*.bin")) - set(outputs)):
+            change = "the config has no such dataset any more"
+            _refuse_trained(loaded, path, [change])
+            print(f"{path} is removed: {change}", file=sys.stderr)
+            for suffix in ("", ".meta", ".json"):
+                file = Path(f"{path}{suffix}")
+                file.unlink(missing_ok=True)
+
+
+def _refuse_trained(loaded: LoadedConfig, output: Path, changes: list[str]) -> None:
+    """Refuse to replace a token file that a run of the config's folder has trained on.
+
+    Raises:
+        UserError: the folder has checkpoints.
+    """
+    from evomesh.checkpoint.native.find import SaveFolder
+
+    ckpt = loaded.config.ckpt
+    folder = ckpt.save_ckpt_folder
+    if folder is None:
+        return
+    saved = SaveFolder.open(folder, ckpt.snapshot_ckpt_folder).candidates()
+    if saved:
+        shown = folder.removeprefix("local:")
+        raise UserError(
+            f"the raw data differs from what this run has trained on until step {saved[0].step}: {'; '.join(changes)}",
+            where=str(output),
+            expected=f"the same data as long as {shown} has checkpoints",
+            fix=f"take another folder (--work-dir), or remove {shown}, or undo the change",
+            code="EVO-DATA-027",
+        )
+
+
+def output_of(command: Sequence[str]) -> Path:
+    """Return the token file that an ``evomesh tokenize`` command line writes."""
+    return Path(command[command.index("--output") + 1])
+
+
+def changes_of(command: Sequence[str]) -> list[str]:
+    """Return what makes a command's token file, which exists, another one than it would be now, in words.
+
+    A file without a record, or whose sources are not on this machine any more, is taken as it is.
+    """
+    from evomesh.data.prepare.outdated import changes_since
+    from evomesh.data.records.source_files import find_source_files
+    from evomesh.data.token_files.fingerprint import read_fingerprint
+    from evomesh.data.tokenizer import load_tokenizer
+
+    record = read_fingerprint(output_of(command))
+    position = command.index("--output")
+    names = list(command[1:position])
+    if record is None:
+        return []
+    values = dict(zip(command[position::2], command[position + 1 :: 2], strict=True))
+    try:
+        files = find_source_files(names)
+    except UserError as error:
+        print(f"not compared with its sources: {error}", file=sys.stderr)
+        return []
+    tokenizer = load_tokenizer(values["--tokenizer"])
+    return changes_since(record, files, tokenizer, _options_of(values))
+
+
+def _options_of(values: Mapping[str, str]) -> ChatOptions | TextOptions:
+    """Return the options of a command line that ``raw_data`` wrote."""
+    from evomesh.data.prepare.conversations import ChatOptions
+    from evomesh.data.prepare.tokenize import TextOptions
+
+    if values["--format"] == "text":
+        return TextOptions()
+    return ChatOptions(
+        cast("RecordSchema", values["--format"]),
+        values["--chat-template"],
+        max_length=int(values["--max-length"]),
+    )
 
 
 def run_tokenize(command: Sequence[str]) -> None:

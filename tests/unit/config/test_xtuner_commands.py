@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -20,6 +22,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import decide
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.cli.app import app
+from evomesh.cli.xtuner_data import make_token_files
 from evomesh.cli.xtuner_train import _parser, load_with_strategy, train_overrides
 from evomesh.config.loader import load_config
 from evomesh.errors import UserError
@@ -343,3 +346,126 @@ def test_the_command_xtuner_is_installed_only_where_there_is_none(
     with pytest.raises(UserError, match="exists already"):
         run("xtuner", "install-command", "--into", str(here))
     assert "the real one" in (scripts / "xtuner").read_text()
+
+
+RAW = "internlm2_7b_w_untokenized_dataset"
+
+
+def tokenizer_of_words(*words: str) -> Tokenizer:
+    """A tokenizer of whole words with ChatML's marks and no template."""
+    names = ["<unk>", "<s>", "</s>", *words, "user", "assistant", "Ċ"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    made.add_special_tokens([AddedToken(name, special=True) for name in marks])
+    return made
+
+
+def write_chats(path: Path, answers: list[str]) -> None:
+    turns = [{"messages": [{"role": "user", "content": "say"},
+                           {"role": "assistant", "content": text}]} for text in answers]  # fmt: skip
+    path.write_text("".join(f"{json.dumps(turn)}\n" for turn in turns))
+
+
+@pytest.fixture
+def raw_config(here: Path) -> Path:
+    """A config of raw data in messages.jsonl, with a model whose tokenizer has ChatML's marks."""
+    folder = model_folder(here / "tiny")
+    tokenizer_of_words("say", "one", "two", "three").save(
+        str(folder / "tokenizer.json")
+    )
+    write_chats(here / "messages.jsonl", ["one", "two"])
+    imports = "from datasets import load_dataset\nfrom xtuner.dataset import process_hf_dataset\n"
+    imports += (
+        "from xtuner.dataset.map_fns import openai_map_fn, template_map_fn_factory\n"
+    )
+    dataset = (
+        "dict(type=process_hf_dataset, dataset=dict(type=load_dataset, path='json', data_files=['messages.jsonl']), "
+        "max_length=MAX, dataset_map_fn=openai_map_fn, template_map_fn=dict(type=template_map_fn_factory, "
+        "template=PROMPT_TEMPLATE.internlm2_chat))"
+    )
+    imports += "from xtuner.utils import PROMPT_TEMPLATE\nMAX = 64\n"
+    return write_config(
+        here / "raw.py",
+        ('"internlm/internlm2-7b"', '"tiny"'),
+        ("# PART 4: ", f"{imports}train_dataloader['dataset'] = {dataset}\n# PART 4: "),
+        name=RAW,
+    )
+
+
+def test_token_files_of_raw_data_follow_the_config_and_the_data(
+    raw_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = Path("work_dirs/raw/tokenized/raw/dataset0.bin")
+
+    def tokenize() -> str:
+        make_token_files(load_config(raw_config), is_alone=True)
+        return capfd.readouterr().err
+
+    assert "made anew" not in tokenize()
+    first = output.read_bytes()
+    assert tokenize() == ""
+    assert output.read_bytes() == first
+    # 1. Another answer of the same length; then a longer file.
+    write_chats(Path("messages.jsonl"), ["two", "two"])
+    assert "made anew: messages.jsonl has another content\n" in tokenize()
+    second = output.read_bytes()
+    assert second != first
+    write_chats(Path("messages.jsonl"), ["two", "two", "three"])
+    assert "made anew: messages.jsonl has another content\n" in tokenize()
+    assert output.read_bytes().startswith(second) and output.read_bytes() != second
+    # 2. Another length, format and template.
+    text = raw_config.read_text()
+    raw_config.write_text(text.replace("MAX = 64", "MAX = 8"))
+    assert "made anew: max_length 64 -> 8\n" in tokenize()
+    raw_config.write_text(text.replace("openai_map_fn", "pretrain_map_fn"))
+    write_lines = Path("messages.jsonl")
+    write_lines.write_text('{"text": "one two"}\n')
+    assert "made anew: format messages -> text; messages.jsonl has" in tokenize()
+    # 3. A dataset that the config does not name any more is not trained on.
+    left = output.with_name("dataset1.bin")
+    left.write_bytes(b"")
+    assert "dataset1.bin is removed" in tokenize()
+    assert not left.exists()
+
+
+def test_raw_data_that_a_run_trained_on_is_not_replaced(
+    raw_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_token_files(load_config(raw_config), is_alone=True)
+    output = Path("work_dirs/raw/tokenized/raw/dataset0.bin")
+    first = output.read_bytes()
+    Path("work_dirs/raw/step-00000003").mkdir()
+    text = raw_config.read_text()
+    raw_config.write_text(text.replace("MAX = 64", "MAX = 8"))
+    refused = r"until step 3: max_length 64 -> 8(.|\n)*remove ./work_dirs/raw"
+    with pytest.raises(UserError, match=refused):
+        make_token_files(load_config(raw_config), is_alone=True)
+    assert output.read_bytes() == first
+    # As it was, or elsewhere.
+    raw_config.write_text(text)
+    make_token_files(load_config(raw_config), is_alone=True)
+    raw_config.write_text(text.replace("MAX = 64", "MAX = 8"))
+    make_token_files(load_config(raw_config, ["work_dir='other'"]), is_alone=True)
+    assert Path("other/tokenized/raw/dataset0.bin").exists()
+
+
+def test_one_of_several_ranks_refuses_data_that_changed(
+    raw_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_token_files(load_config(raw_config), is_alone=True)
+    write_chats(Path("messages.jsonl"), ["three"])
+    several = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "::1",
+        "MASTER_PORT": "1",
+    }
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"are of other data(.|\n)*xtuner tokenize"):
+        make_token_files(load_config(raw_config))
+    monkeypatch.setenv("RANK", "1")
+    make_token_files(load_config(raw_config))  # hears of it from rank 0
