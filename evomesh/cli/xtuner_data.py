@@ -75,16 +75,20 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
 
 def _remove_left_over(loaded: LoadedConfig) -> None:
     """Remove the token files of raw data that the config names no more, since training reads the whole folder."""
-    outputs = [output_of(command) for command in loaded.preparation]
-    folders = {output.parent for output in outputs}
-    for folder in sorted(folders):
-        for path in sorted(set(folder.glob("dataset*.bin")) - set(outputs)):
-            change = "the config has no such dataset any more"
-            _refuse_trained(loaded, path, [change])
-            print(f"{path} is removed: {change}", file=sys.stderr)
-            for suffix in ("", ".meta", ".json"):
-                file = Path(f"{path}{suffix}")
-                file.unlink(missing_ok=True)
+    outputs = {output_of(command) for command in loaded.preparation}
+    for folder in {output.parent for output in outputs}:
+        for path in sorted(folder.glob("dataset*.bin")):
+            if path not in outputs:
+                _remove(loaded, path)
+
+
+def _remove(loaded: LoadedConfig, path: Path) -> None:
+    change = "the config has no such dataset any more"
+    _refuse_trained(loaded, path, [change])
+    print(f"{path} is removed: {change}", file=sys.stderr)
+    for suffix in ("", ".meta", ".json"):
+        file = Path(f"{path}{suffix}")
+        file.unlink(missing_ok=True)
 
 
 def _refuse_trained(loaded: LoadedConfig, output: Path, changes: list[str]) -> None:
@@ -127,18 +131,20 @@ def changes_of(command: Sequence[str]) -> list[str]:
     from evomesh.data.tokenizer import load_tokenizer
 
     record = read_fingerprint(output_of(command))
-    position = command.index("--output")
-    names = list(command[1:position])
     if record is None:
         return []
-    values = dict(zip(command[position::2], command[position + 1 :: 2], strict=True))
+    position = command.index("--output")
+    sources = list(command[1:position])
+    names = command[position::2]
+    values = dict(zip(names, command[position + 1 :: 2], strict=True))
     try:
-        files = find_source_files(names)
+        files = find_source_files(sources)
     except UserError as error:
         print(f"not compared with its sources: {error}", file=sys.stderr)
         return []
     tokenizer = load_tokenizer(values["--tokenizer"])
-    return changes_since(record, files, tokenizer, _options_of(values))
+    options = _options_of(values)
+    return changes_since(record, files, tokenizer, options)
 
 
 def _options_of(values: Mapping[str, str]) -> ChatOptions | TextOptions:
