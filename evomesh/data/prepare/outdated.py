@@ -1,4 +1,4 @@
-"""What differs between a token file's record and what would be written to it now."""
+"""Say in words how a token file differs from what its inputs would give now."""
 
 from __future__ import annotations
 
