@@ -82,7 +82,7 @@ def load_model(
         path: as for ``restore_model``.
         tokenizer: file or folder; None: the config's ``data.tokenizer_path``.
         template: a built-in style, "tokenizer" (the tokenizer's own), "none", or "auto": the tokenizer's own if it
-            has one.
+            has one, else that of the training data (``data.chat_template``).
         ema: as for ``restore_model``.
     Raises:
         UserError: no model there, no tokenizer, or one that does not fit the model or the template.
@@ -99,7 +99,7 @@ def load_model(
         )
     loaded = load_tokenizer(tokenizer_path)
     check_tokenizer_fits(loaded, config.model.vocab_size)
-    chosen = choose_template(template, loaded)
+    chosen = choose_template(template, loaded, config.data.chat_template)
     return LoadedModel(
         restored.model,
         config,

@@ -16,6 +16,7 @@ from evomesh.cli.options import (
     OptionalCheckpointOption,
     OverrideOption,
     RendezvousPortOption,
+    TemplateOption,
     TokenizerPathOption,
     with_sampling_options,
 )
@@ -40,7 +41,7 @@ ChatOption = Annotated[
     bool,
     typer.Option(
         "--chat",
-        help="Ask the prompt as a user's message, in the tokenizer's chat template; prints the answer alone.",
+        help="Ask the prompt as a user's message, in the chat template; prints the answer alone.",
     ),
 ]
 DynamicNtkOption = Annotated[
@@ -56,6 +57,7 @@ def generate(
     prompt: PromptOption = None,
     chat: ChatOption = False,
     tokenizer: TokenizerPathOption = None,
+    chat_template: TemplateOption = "auto",
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  # frozen; replaced by its options
     dynamic_ntk: DynamicNtkOption = None,
     ema: EmaOption = False,
@@ -94,7 +96,7 @@ def generate(
             expected="some text to complete",
             code="EVO-GEN-002",
         )
-    template = "auto" if chat else "none"
+    template = chat_template if chat else "none"
     loaded = _load(ckpt, tokenizer, template, device, config, dynamic_ntk, ema)
     if chat:
         answer_message(loaded, prompt, sampling)
@@ -148,7 +150,8 @@ def answer_message(loaded: LoadedModel, text: str, sampling: SamplingParams) -> 
         raise UserError(
             "the tokenizer has no chat template: this model only completes text",
             where="--chat",
-            fix="leave --chat out, or pass a tokenizer folder that has a template with --tokenizer",
+            fix="leave --chat out, or give the template that the model was trained with: --chat-template chatml, or a "
+            "tokenizer folder that has one with --tokenizer",
             code="EVO-TOKEN-007",
         )
     ids = loaded.template.encode_prompt([ChatMessage("user", text, train=False)])

@@ -43,6 +43,14 @@ TokenizerPathOption = Annotated[
         help="tokenizer.json, .model or their folder [default: data.tokenizer_path].",
     ),
 ]
+TemplateOption = Annotated[
+    str,
+    typer.Option(
+        "--chat-template",
+        help="internlm, chatml, llama3, tokenizer (the tokenizer's), none; auto: the tokenizer's, if it has one, else "
+        "data.chat_template.",
+    ),
+]
 EmaOption = Annotated[
     bool,
     typer.Option("--ema", help="Take the moving average of the weights."),

@@ -14,6 +14,7 @@ from evomesh.cli.options import (
     ConfigFileOption,
     DeviceOption,
     EmaOption,
+    TemplateOption,
     TokenizerPathOption,
 )
 from evomesh.outside_errors import missing_module
@@ -21,13 +22,6 @@ from evomesh.outside_errors import missing_module
 if TYPE_CHECKING:
     from evomesh.serve.load import ModelOptions
 
-TemplateOption = Annotated[
-    str,
-    typer.Option(
-        "--chat-template",
-        help="internlm, chatml, llama3, tokenizer (the tokenizer's), none; auto: the tokenizer's, if it has one.",
-    ),
-]
 RotaryTypeOption = Annotated[
     Literal["origin", "dynamic"] | None,
     typer.Option(

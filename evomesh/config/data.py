@@ -27,6 +27,10 @@ class StopWhenConfig(Section):
     )
 
 
+# The built-in chat templates (``evomesh.data.chat_styles``).
+ChatTemplateName = Literal["internlm", "chatml", "llama3"]
+
+
 class DataConfig(Section):
     type: Literal["tokenized", "streaming"] = Field(
         "tokenized",
@@ -140,6 +144,11 @@ class DataConfig(Section):
         "/dev/shm/metacache", description="Where use_shm keeps the packing index."
     )
     tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
+    chat_template: ChatTemplateName | None = Field(
+        None,
+        description="Built-in chat template the data was tokenized with; chats and exports use it if the tokenizer has "
+        "none.",
+    )
     content_name: str = Field("text", description="Text column of streaming data.")
     encoding: str = Field(
         "utf-8",

@@ -92,6 +92,7 @@ NOTHING = (
     "data.use_shm",
     "data.shm_path",
     "data.tokenizer_path",
+    "data.chat_template",
     "data.allow_tokenizer_mismatch",
     "model.checkpoint",
     "model.embed_split_hidden",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat_message import ChatTemplate
-from evomesh.data.chat_styles import INTERNLM, STYLES
+from evomesh.data.chat_styles import INTERNLM, STYLES, TEMPLATED_STYLES, style_source
 from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.style_template import InternlmTemplate, StyleTemplate
 from evomesh.data.tokenizer import Tokenizer, check_embedded
@@ -38,15 +38,40 @@ def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     return build(style, name, tokenizer)
 
 
-def choose_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template that ``name`` asks for; None for "none", and for "auto" where the tokenizer has none.
+def choose_template(
+    name: str, tokenizer: Tokenizer, trained: str | None = None
+) -> ChatTemplate | None:
+    """Return the template that ``name`` asks for; None for "none", and for "auto" where there is none.
 
+    Args:
+        trained: the built-in template of the training data (``data.chat_template``), which "auto" means where the
+            tokenizer has none.
     Raises:
         UserError: unknown name, or the tokenizer does not fit.
     """
-    if name == "none" or (name == "auto" and not tokenizer.chat_template):
+    if name == "auto":
+        name = "tokenizer" if tokenizer.chat_template else trained or "none"
+    return None if name == "none" else build_template(name, tokenizer)
+
+
+def portable_source(name: str, tokenizer: Tokenizer) -> str | None:
+    """Return the Jinja template of a built-in style, with the names that the tokenizer gives its marks.
+
+    None where no template gives the style's ids: for ``internlm``, and for a tokenizer that does not recognize the
+    marks in text.
+
+    Raises:
+        UserError: the tokenizer lacks one of the marks.
+    """
+    template = build_template(name, tokenizer)
+    if name not in TEMPLATED_STYLES or not isinstance(template, StyleTemplate):
         return None
-    return build_template("tokenizer" if name == "auto" else name, tokenizer)
+    source = style_source(STYLES[name])
+    for mark, token_id in template.special_ids.items():
+        if not tokenizer.is_added(token_id):
+            return None
+        source = source.replace(mark, tokenizer.token_name(token_id))
+    return source
 
 
 def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ class ModelOptions:
 
     Attributes:
         tokenizer: None: the config's ``data.tokenizer_path``.
-        template: a built-in style, "tokenizer", "none", or "auto": the tokenizer's own if it has one.
+        template: a built-in style, "tokenizer", "none", or "auto": the tokenizer's own if it has one, else the data's.
         rotary_type: None: that of the config.
         ema: take the moving average of the weights.
         context_length: None: the trained length, or four times that with dynamic NTK or ``extended_context``.

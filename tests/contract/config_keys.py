@@ -154,6 +154,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.use_shm", True, E),
     CompatibilityRow("data.shm_path", "/tmp/x", E),
     CompatibilityRow("data.tokenizer_path", "tok.json", E),
+    CompatibilityRow("data.chat_template", "chatml", E),
     CompatibilityRow("data.content_name", "body", E),
     CompatibilityRow("data.encoding", "gb18030", E),
     CompatibilityRow("data.subset_name", "en", E),

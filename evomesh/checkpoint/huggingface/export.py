@@ -69,6 +69,7 @@ from evomesh.checkpoint.standard_weights import (
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
+from evomesh.data.chat import portable_source
 from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage
@@ -87,7 +88,7 @@ class ExportOptions:
     max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
     tokenizer: path; None: the training's ``data.tokenizer_path`` where it exists; "none": no tokenizer.
     rotary_type, scaling_factor, max_position: None: as trained.
-    chat_template: Jinja file; None: the tokenizer's template.
+    chat_template: Jinja file; None: the tokenizer's template, else that of the training data.
     compare: reload and compare logits.
     ema: the moving average of the weights instead of them.
     mark: written into the folder, so that the run which exports knows it again.
@@ -166,6 +167,8 @@ def export(
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, config.model.vocab_size)
     template = _template(options.chat_template)
+    if template is None and tokenizer is not None:
+        template = _trained_template(config, tokenizer, report)
     job = _WeightExport(found, config.model, arch, dtype)
     with new_folder(out, job.total_bytes) as work:
         if options.mark is not None:
@@ -222,6 +225,22 @@ def _template(file: str | None) -> str | None:
     if file is None:
         return None
     return read_text(expand_home(file), "--chat-template", "a Jinja template")
+
+
+def _trained_template(
+    config: Config, tokenizer: Tokenizer, report: Callable[[str], None]
+) -> str | None:
+    """Return the template of the training data, for a tokenizer that has none."""
+    name = config.data.chat_template
+    if name is None or tokenizer.chat_template:
+        return None
+    source = portable_source(name, tokenizer)
+    if source is None:
+        report(
+            f"the chat template {name} of the training data cannot be written as Jinja for this tokenizer: chat with "
+            f"--chat-template {name}, or give a Jinja file"
+        )
+    return source
 
 
 def _tokenizer(

@@ -562,6 +562,28 @@ def test_raw_data_is_tokenized_by_a_command(
     assert loaded.config.data.train_folder == "work_dirs/c/tokenized"
     assert command[command.index("--output") + 1].startswith("work_dirs/c/tokenized/")
     assert any("evomesh tokenize" in words for words in loaded.warnings)
+    # Chats with the model use the template of the conversations.
+    chatml = "chatml" if "chatml" in expected else None
+    assert loaded.config.data.chat_template == chatml
+
+
+def test_a_template_that_is_not_built_in_is_reported(here: Path) -> None:
+    edit = ("PROMPT_TEMPLATE.internlm2_chat", "PROMPT_TEMPLATE.vicuna")
+    dataset = "train_dataset"
+    use = f"""
+from xtuner.dataset import process_hf_dataset
+{dataset} = dict(type=process_hf_dataset, dataset=dict(path='json', data_files='c.json'), max_length=512,
+                 template_map_fn=dict(type=template_map_fn_factory, template=prompt_template))
+train_dataloader['dataset'] = {dataset}
+# PART 4: """
+    loaded = load(here, edit, ("# PART 4: ", use), name=RAW)
+    (command,) = loaded.preparation
+    assert command[command.index("--chat-template") + 1] == "tokenizer"
+    assert loaded.config.data.chat_template is None
+    assert any(
+        "no template vicuna: the conversations get the tokenizer's own" in words
+        for words in loaded.warnings
+    )
 
 
 def test_a_map_function_of_the_user_is_refused_with_the_formats(here: Path) -> None:

@@ -74,6 +74,7 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
         if command is not None:
             out.preparation.append(command)
     out.put("data.train_folder", str(folder), key, "token files of the raw data")
+    _put_chat_template(out, key)
     # What is there already, of an earlier start, is not made again.
     missing = [
         command for command in out.preparation if not Path(_output_of(command)).exists()
@@ -82,6 +83,16 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
         out.warn(
             key, f"raw data is tokenized before training: evomesh {' '.join(command)}"
         )
+
+
+def _put_chat_template(out: Translation, key: str) -> None:
+    """Keep the built-in template of the conversations, if they all have the same, for chats with the model."""
+    templates = set()
+    for command in out.preparation:
+        if "--chat-template" in command:
+            templates.add(command[command.index("--chat-template") + 1])
+    if len(templates) == 1 and templates <= set(TEMPLATES.values()):
+        out.put("data.chat_template", templates.pop(), key, "of the conversations")
 
 
 def _output_of(command: tuple[str, ...]) -> str:
@@ -151,7 +162,7 @@ def _command(
     )
     command += [
         "--chat-template",
-        _template(values.get("template_map_fn")),
+        _template(out, dataset),
         "--max-length",
         str(max_length),
     ]
@@ -203,7 +214,15 @@ def _map_function(value: Any) -> str:
     return last_name(named)
 
 
-def _template(value: Any) -> str:
-    """Return the chat template: of the same name, else the one in the tokenizer's folder."""
+def _template(out: Translation, dataset: RawDataset) -> str:
+    """Return the chat template: of the same name, else with a warning the one in the tokenizer's folder."""
+    value = dataset.values.get("template_map_fn")
     template = value.get("template") if isinstance(value, Mapping) else value
-    return TEMPLATES.get(last_name(template), "tokenizer")
+    name = last_name(template)
+    if template is not None and name not in TEMPLATES:
+        out.warn(
+            f"{dataset.key}.template_map_fn",
+            f"there is no template {name}: the conversations get the tokenizer's own chat template instead; those of "
+            f"XTuner that are here: {', '.join(TEMPLATES)}",
+        )
+    return TEMPLATES.get(name, "tokenizer")

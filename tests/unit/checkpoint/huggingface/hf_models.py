@@ -12,7 +12,7 @@ from evomesh.checkpoint.huggingface.export import export as export_checkpoint
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.load import resolve
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.config.data import DataConfig
+from evomesh.config.data import ChatTemplateName, DataConfig
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 from evomesh.models.language_model import LanguageModel
@@ -64,11 +64,14 @@ def save_model(
     config: ModelConfig,
     tokenizer: str | None = None,
     generation: GenerationConfig | None = None,
+    chat_template: ChatTemplateName | None = None,
 ) -> tuple[LanguageModel, Checkpoint]:
     model = random_model(config)
     whole = Config(
         model=config,
-        data=DataConfig(tokenizer_path=tokenizer, seq_len=48),
+        data=DataConfig(
+            tokenizer_path=tokenizer, seq_len=48, chat_template=chat_template
+        ),
         generation=generation,
     )
     CheckpointWriter(str(root)).save(
