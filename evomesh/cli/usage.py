@@ -34,6 +34,26 @@ class ExplainedGroup(TyperGroup):
             return super().invoke(ctx)
 
 
+class XTunerGroup(TyperGroup):
+    """The group of XTuner's commands: those that have another name here are named."""
+
+    ELSEWHERE = {  # noqa: RUF012  # never changed
+        "chat": "evomesh chat, or evomesh generate --chat",
+        "preprocess": "evomesh xtuner tokenize CONFIG",
+        "mmbench": "evomesh eval",
+        "eval_refcoco": "evomesh eval; image models are not part of evomesh",
+        "help": "evomesh xtuner --help",
+        "version": "evomesh --version",
+    }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or say what does its work here."""
+        instead = self.ELSEWHERE.get(args[0])
+        if instead is not None:
+            ctx.fail(f"No such command {args[0]!r}; here: {instead}")
+        return super().resolve_command(ctx, args)
+
+
 class ExplainedCommand(TyperCommand):
     """A command line without verbs."""
 

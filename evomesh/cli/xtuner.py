@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomesh.cli import xtuner_convert, xtuner_data
+from evomesh.cli.usage import XTunerGroup
 from evomesh.cli.xtuner_train import train
 from evomesh.errors import UserError
 from evomesh.outside_errors import not_written
@@ -19,7 +20,12 @@ from evomesh.outside_errors import not_written
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    cls=XTunerGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 # Its arguments are XTuner's, some of which (--resume [PATH], --cfg-options k=v ...)
 # argparse alone can parse.
 app.command(

@@ -78,6 +78,11 @@ def _parser() -> ExplainedParser:
         help="values of the config, by XTuner's keys or evomesh's",
     )
     parser.add_argument(
+        "--accept-schedule-change",
+        action="store_true",
+        help="resume although the learning rate then jumps to another curve",
+    )
+    parser.add_argument(
         "--launcher",
         choices=list(LAUNCHERS),
         default="none",
@@ -104,6 +109,8 @@ def train_overrides(path: str, options: argparse.Namespace) -> list[str]:
         overrides += [f"work_dir={folder!r}"] if is_theirs else ours
     if options.seed is not None:
         overrides.append(f"{'randomness.' if is_theirs else ''}seed={options.seed}")
+    if options.accept_schedule_change:
+        overrides.append("ckpt.accept_schedule_change=True")
     if options.resume is not None:
         overrides += _resume_overrides(options.resume, is_theirs)
     return overrides

@@ -22,6 +22,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import decide
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.cli.app import app
+from evomesh.cli.xtuner import app as xtuner_app
 from evomesh.cli.xtuner_data import make_token_files
 from evomesh.cli.xtuner_train import _parser, load_with_strategy, train_overrides
 from evomesh.config.loader import load_config
@@ -469,3 +470,43 @@ def test_one_of_several_ranks_refuses_data_that_changed(
         make_token_files(load_config(raw_config))
     monkeypatch.setenv("RANK", "1")
     make_token_files(load_config(raw_config))  # hears of it from rank 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("max_lenght=128", "max_length"), ("max_iters=3", "data.total_steps")],
+)
+def test_a_misspelled_option_gets_the_nearest_name_of_the_config(
+    typed: str, meant: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(CONFIGS / f"{RAW}.py", [typed])
+    message = str(refused.value)
+    assert f"did you mean {meant}" in message
+    # Which of --set and --cfg-options was typed, the reader of the config cannot know.
+    assert "of the command line" in message and "--set" not in message
+
+
+def test_train_accepts_another_schedule_when_told_to(here: Path) -> None:
+    path = str(write_config(here / "c.py"))
+    typed = _parser().parse_args([path, "--accept-schedule-change"])
+    assert "ckpt.accept_schedule_change=True" in train_overrides(path, typed)
+    plain = _parser().parse_args([path])
+    assert train_overrides(path, plain) == []
+
+
+def test_commands_of_xtuner_that_are_elsewhere_are_named() -> None:
+    result = CliRunner().invoke(app, ["xtuner", "chat", "model"])
+    assert result.exit_code == 2
+    assert "evomesh generate --chat" in result.output
+    alone = CliRunner().invoke(xtuner_app, ["-h"])
+    assert alone.exit_code == 0 and "list-cfg" in alone.output
+
+
+@pytest.mark.parametrize("name", ["./tiny", "/data/tiny", "~/tiny", "here/tiny"])
+def test_a_path_is_not_taken_for_a_model_of_the_hub(name: str, here: Path) -> None:
+    (here / "here").mkdir()
+    path = write_config(here / "c.py", ('"internlm/internlm2-7b"', f'"{name}"'))
+    with pytest.raises(UserError, match="give an existing folder") as refused:
+        load_config(path)
+    assert "hf download" not in str(refused.value)

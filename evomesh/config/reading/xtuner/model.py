@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from evomesh.config.hub_folders import find_model_folder
@@ -144,7 +145,8 @@ def _find_model(out: Translation, name: str) -> tuple[ModelConfig, str] | None:
             return None
     download = (
         f"download it: hf download {name}"
-        if name.count("/") == 1
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)
+        and not Path(name).parent.is_dir()
         else "give an existing folder"
     )
     model = known_model(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from evomesh.config.reading.xtuner.runtime import translate_runtime
 from evomesh.config.reading.xtuner.settings import XTunerSettings
 from evomesh.config.reading.xtuner.translation import Translation
 from evomesh.config.schema import ModelConfig
-from evomesh.errors import ConfigError
+from evomesh.errors import ConfigError, UserError
 
 # Overrides of ours win over a translated key that means the same.
 RIVALS = {
@@ -37,6 +38,7 @@ def read_xtuner_source(path: str, overrides: Sequence[Override] = ()) -> ConfigS
     theirs = [override for override in overrides if not is_our_key(override)]
     file = _with_created(run_file(path, theirs), theirs)
     settings = XTunerSettings(file, theirs)
+    _refuse_unknown(settings, theirs)
     work_dir = settings.get("work_dir") or f"./work_dirs/{Path(path).stem}"
     out = Translation(settings, str(work_dir))
     translate_model(out)
@@ -61,6 +63,26 @@ def read_xtuner_source(path: str, overrides: Sequence[Override] = ()) -> ConfigS
         tuple(dict.fromkeys(out.warnings)),
         tuple(out.preparation),
     )
+
+
+def _refuse_unknown(settings: XTunerSettings, overrides: Sequence[Override]) -> None:
+    """Record a problem for each override that names nothing of the file, with the most similar name in it."""
+    names = settings.file.values
+    for override in overrides:
+        top = override.keys[0]
+        if top in names:
+            continue
+        near = difflib.get_close_matches(top, [*names, *CREATABLE], n=1)
+        if top == "max_iters":  # top-level in none of XTuner's configs of epochs
+            near = ["data.total_steps, which counts steps of the optimizer"]
+        fix = f"did you mean {near[0]}?" if near else "remove it"
+        problem = UserError(
+            f"unknown key {top!r}: the config has no such name",
+            where=f"{override.dotted} (of the command line)",
+            fix=fix,
+            code="EVO-CONFIG-001",
+        )
+        settings.problems.append(problem)
 
 
 def is_our_key(override: Override) -> bool:
