@@ -52,25 +52,32 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
     compares = process is None or process.rank == 0  # once: it reads all the data
     for command in loaded.preparation:
         output = output_of(command)
-        changes = changes_of(command) if output.exists() and compares else []
-        if output.exists() and not changes:
-            continue
-        if changes:
+        changes: list[str] = []
+        if output.exists():
+            changes = changes_of(command) if compares else []
+            if not changes:
+                continue
             _refuse_trained(loaded, output, changes)
         # Tokenizing is not shared out over ranks.
         if several:
-            found = "are of other data" if changes else "do not exist yet"
-            raise UserError(
-                f"the token files of the raw data {found}: {'; '.join([str(output), *changes])}",
-                where=loaded.path,
-                fix=f"make them once, before training: evomesh xtuner tokenize {loaded.path}",
-                code="EVO-DATA-001",
-            )
+            raise _not_by_ranks(loaded, output, changes)
         if changes:
             print(f"{output} is made anew: {'; '.join(changes)}", file=sys.stderr)
         run_tokenize(command)
     if compares:
         _remove_left_over(loaded)
+
+
+def _not_by_ranks(loaded: LoadedConfig, output: Path, changes: list[str]) -> UserError:
+    """Return the error of one of several ranks whose token files are missing, or of other data."""
+    found = "are of other data" if changes else "do not exist yet"
+    details = "; ".join([str(output), *changes])
+    return UserError(
+        f"the token files of the raw data {found}: {details}",
+        where=loaded.path,
+        fix=f"make them once, before training: evomesh xtuner tokenize {loaded.path}",
+        code="EVO-DATA-001",
+    )
 
 
 def _remove_left_over(loaded: LoadedConfig) -> None:

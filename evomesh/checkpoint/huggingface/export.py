@@ -163,12 +163,10 @@ def export(
         max_position=options.max_position,
     )
     refuse_other_positions(config.model, arch, rotary)
-    tokenizer = _tokenizer(config, options.tokenizer, report)
-    if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, config.model.vocab_size)
-    template = _template(options.chat_template)
-    if template is None and tokenizer is not None:
-        template = _trained_template(config, tokenizer, report)
+    tokenizer = _fitting_tokenizer(config, options.tokenizer, report)
+    template = _template(options.chat_template) or _trained_template(
+        config, tokenizer, report
+    )
     job = _WeightExport(found, config.model, arch, dtype)
     with new_folder(out, job.total_bytes) as work:
         if options.mark is not None:
@@ -228,11 +226,11 @@ def _template(file: str | None) -> str | None:
 
 
 def _trained_template(
-    config: Config, tokenizer: Tokenizer, report: Callable[[str], None]
+    config: Config, tokenizer: Tokenizer | None, report: Callable[[str], None]
 ) -> str | None:
     """Return the template of the training data, for a tokenizer that has none."""
     name = config.data.chat_template
-    if name is None or tokenizer.chat_template:
+    if name is None or tokenizer is None or tokenizer.chat_template:
         return None
     source = portable_source(name, tokenizer)
     if source is None:
@@ -241,6 +239,15 @@ def _trained_template(
             f"--chat-template {name}, or give a Jinja file"
         )
     return source
+
+
+def _fitting_tokenizer(
+    config: Config, given: str | None, report: Callable[[str], None]
+) -> Tokenizer | None:
+    tokenizer = _tokenizer(config, given, report)
+    if tokenizer is not None:
+        check_tokenizer_fits(tokenizer, config.model.vocab_size)
+    return tokenizer
 
 
 def _tokenizer(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from evomesh.data.prepare.conversations import ChatOptions
@@ -54,22 +55,29 @@ def _option_changes(
 def _source_changes(
     recorded: list[Mapping[str, Any]], files: list[SourceFile]
 ) -> list[str]:
-    names = [source.get("file") for source in recorded]
-    paths = list(dict.fromkeys(file.path for file in files))
-    if names != [path.name for path in paths]:
-        now = ", ".join(path.name for path in paths)
-        return [f"the files {', '.join(map(str, names))} -> {now}"]
+    distinct = dict.fromkeys(file.path for file in files)
+    paths = list(distinct)
+    names = [path.name for path in paths]
+    known_names = _column(recorded, "file")
+    if names != known_names:
+        return [f"the files {known_names} -> {names}"]
     sizes = [path.stat().st_size for path in paths]
-    other = [
-        str(path)
-        for path, size, source in zip(paths, sizes, recorded, strict=True)
-        if size != source.get("bytes")
-    ]
+    other = _differing(paths, sizes, _column(recorded, "bytes"))
     if not other:
         found = describe_sources(files)
-        other = [
-            str(path)
-            for path, now, before in zip(paths, found, recorded, strict=True)
-            if now["sha256"] != before.get("sha256")
-        ]
+        hashes = _column(found, "sha256")
+        known_hashes = _column(recorded, "sha256")
+        other = _differing(paths, hashes, known_hashes)
     return [f"{path} has another content" for path in other]
+
+
+def _column(sources: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [source.get(key) for source in sources]
+
+
+def _differing(
+    paths: Sequence[Path], now: Sequence[Any], before: Sequence[Any]
+) -> list[Path]:
+    """Return the paths whose two values differ."""
+    rows = zip(paths, now, before, strict=True)
+    return [path for path, new, old in rows if new != old]
