@@ -323,12 +323,14 @@ def _refuse_absent(info: LoadConfig, reader: CheckpointReader) -> None:
         CheckpointError: always, unless a checkpoint has appeared in the meantime.
     """
     storage, folder = open_storage(info.path)
-    if (
-        split_url(info.path)[0] == "local"
-        and not storage.list(folder)
-        and folder.count("/") == 1
-    ):
-        local_folder(info.path)
+    scheme, _ = split_url(info.path)
+    looks_like_id = scheme == "local" and folder.count("/") == 1
+    if looks_like_id:
+        # Beside other files it is a path with a typing error: "checkpoints/mien".
+        parent = folder.split("/")[0]
+        neighbors = storage.list(parent)
+        if not neighbors:
+            local_folder(info.path)
     reader.resolve(info.path)
 
 

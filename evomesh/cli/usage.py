@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from evomesh.config.explain import known_keys
 from evomesh.error_codes.words import chosen_language, explain_line, headlines
 from evomesh.errors import EXIT_USER_ERROR
 
@@ -89,12 +90,34 @@ def _explained() -> Iterator[None]:
     except USAGE_ERROR as error:
         # Its class prints the help of a group that was called without a command.
         if type(error).__name__ != "NoArgsIsHelpError":
-            error.show = partial(_show, error.show)
+            error.show = partial(_show, error.show, _key_hint(error))
         raise
 
 
-def _show(print_message: Callable[..., None], file: Any = None) -> None:
+def _key_hint(error: Any) -> str:
+    """Say how a config key is set, if an unknown option has the name of a single one; else ""."""
+    option = getattr(error, "option_name", None)
+    if option is None or error.ctx is None:
+        return ""
+    takes_keys = any("--set" in each.opts for each in error.ctx.command.params)
+    if not takes_keys:
+        return ""
+    name = option.lstrip("-").replace("-", "_")
+    ending = f".{name}"
+    keys = [key for key in known_keys() if key.endswith(ending)]
+    if len(keys) != 1:
+        return ""
+    return f"  fix: a config key is set with --set {keys[0]}=VALUE"
+
+
+def _show(
+    print_message: Callable[..., None],
+    hint: str,
+    file: Any = None,
+) -> None:
     print_message(file)
+    if hint:
+        typer.echo(hint, file=file, err=True)
     typer.echo("\n".join(_explanation()), file=file, err=True)
 
 

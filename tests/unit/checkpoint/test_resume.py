@@ -144,6 +144,18 @@ def test_without_auto_resume_load_ckpt_info_decides(tmp_path: Path) -> None:
         )
 
 
+def test_a_mistyped_folder_beside_others_is_not_taken_for_a_hub_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(Path("checkpoints/mine"), 5)
+    info = LoadConfig(path="checkpoints/mien", ckpt_type="evomesh")
+    fresh = config(tmp_path / "own", auto_resume=False, load_ckpt_info=info)
+    with pytest.raises(UserError, match="mine with step") as caught:
+        decide(fresh, CheckpointReader(), None)
+    assert caught.value.code != "EVO-HF-001"
+
+
 @covers("ckpt.load_ckpt_info.content", "promise:content")
 @pytest.mark.parametrize(
     ("content", "loaded"),

@@ -1,0 +1,27 @@
+"""An unknown option that has the name of a config key: the message says how the key is set."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.main import app
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["train", "x.py", "--lr", "1e-3"], "--set adam.lr=VALUE"),
+        (["train", "x.py", "--checkpoint-every", "9"], "--set ckpt.checkpoint_every="),
+        (["train", "x.py", "--path", "y"], ""),  # of several keys
+        (["train", "x.py", "--qqq", "1"], ""),
+        (["ckpt", "ls", "x", "--lr", "1"], ""),  # takes no keys
+    ],
+)
+def test_the_key_of_an_unknown_option_is_named(options: list[str], hint: str) -> None:
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    if hint:
+        assert hint in result.output
+    else:
+        assert "a config key is set" not in result.output
