@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from evomesh.config.explain import known_keys
+from evomesh.config.loader import known_keys
 from evomesh.error_codes.words import chosen_language, explain_line, headlines
 from evomesh.errors import EXIT_USER_ERROR
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from evomesh.cli.main import app
+from evomesh.cli.app import app
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from evomesh.cli.main import app
     [
         (["train", "x.py", "--lr", "1e-3"], "--set adam.lr=VALUE"),
         (["train", "x.py", "--checkpoint-every", "9"], "--set ckpt.checkpoint_every="),
-        (["train", "x.py", "--path", "y"], ""),  # of several keys
+        (["train", "x.py", "--type", "y"], ""),  # of several keys
         (["train", "x.py", "--qqq", "1"], ""),
         (["ckpt", "ls", "x", "--lr", "1"], ""),  # takes no keys
     ],
