@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evomesh.config.layout import axis_sizes
+from evomesh.config.layout import run_sizes
 from evomesh.plan.step_memory import trace_step_memory
 from evomesh.plan.trace import TracedDevice
 from tests.support.memory_layouts import HELD, LAYOUTS, MemoryLayout, measure_step
@@ -65,7 +65,7 @@ def predict(layout: MemoryLayout, rank: int) -> dict[str, int]:
 
 def different_ranks(layout: MemoryLayout) -> Sequence[int]:
     """Return a rank of each pipeline stage; the others hold the same."""
-    sizes = axis_sizes(layout.config.parallel, layout.ranks)
+    sizes = run_sizes(layout.config, layout.ranks)
     return range(0, layout.ranks, sizes.ranks_per_stage)
 
 

@@ -154,9 +154,9 @@ A parameter takes 18 bytes while it is trained in bfloat16 with AdamW: 2 as a we
 in the optimizer. Activations come on top. In this order:
 
 1. `parallel.zero1.size=-1` shards the optimizer over all data-parallel ranks, which sends what an all-reduce of the
-   gradients would.
+   gradients would. If their number does not divide the model's matrices, it takes a divisor of it (of 12 ranks 4).
 2. If weights and gradients do not fit, `parallel.zero1=dict(size=-1, fsdp=True)` shards them too. Each micro-batch then
-   gathers them, which pays where a micro-batch has many tokens.
+   gathers them, which costs little time if it has many tokens.
 3. If a micro-batch of one sequence does not fit, a tensor axis inside the node (`parallel.tensor.size`, up to 8)
    divides its activations, with `mode="msp"` or `"isp"`.
 4. On many nodes a pipeline (`parallel.pipeline.size`) sends least. It needs several micro-batches for each stage.
@@ -187,7 +187,8 @@ answers.
 
 用 bfloat16 和 AdamW 训练时，一个参数占 18 字节:权重 2，梯度 4（float32），优化器 12。激活值另算。按这个顺序:
 
-1. `parallel.zero1.size=-1` 把优化器切分到所有数据并行进程，发送的数据与梯度的 all-reduce 一样多。
+1. `parallel.zero1.size=-1` 把优化器切分到所有数据并行进程，发送的数据与梯度的 all-reduce 一样多。\
+进程数不能整除模型的矩阵时，取它的一个约数(12 个进程取 4)。
 2. 权重和梯度放不下时，`parallel.zero1=dict(size=-1, fsdp=True)` 把它们也切分。\
 每个微批次都要收集它们:微批次中的 token 多时才划算。
 3. 一条序列的微批次放不下时，用节点内的张量轴(`parallel.tensor.size`，最多 8)切分它的激活值，`mode="msp"` 或 `"isp"`。

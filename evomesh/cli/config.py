@@ -46,6 +46,7 @@ def check(
     """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any."""
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
+    from evomesh.config.saving import saving_warning
     from evomesh.config.schema import ModelFamily
     from evomesh.config.warning_lines import warning_lines
 
@@ -63,6 +64,10 @@ def check(
         warnings += check_world(loaded.config, gpus)
     for words in warnings if verbose else warning_lines(warnings, config):
         typer.echo(f"warning: {words}")
+    unsaved = saving_warning(loaded.config.ckpt)
+    if unsaved is not None:
+        typer.echo(f"warning: {unsaved}")
+        warnings.append(unsaved)
     count = ""
     if warnings:
         plural = "s" if len(warnings) > 1 else ""

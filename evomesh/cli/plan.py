@@ -111,6 +111,7 @@ class RankPrediction:
     Attributes:
         peak, timeline: None for a custom model, whose activations are not counted.
         step: None where no step was traced.
+        note: about the layout, beside the warnings; None if there is nothing to say.
     """
 
     config: Config
@@ -121,6 +122,7 @@ class RankPrediction:
     timeline: MemoryTimeline | None
     step: StepTrace | None
     warnings: list[str]
+    note: str | None
 
 
 def plan(
@@ -230,7 +232,7 @@ def check_time_options(
 
 
 def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPrediction:
-    from evomesh.config.layout import check_world
+    from evomesh.config.layout import check_world, zero_note
     from evomesh.config.size import parameter_count
     from evomesh.plan.memory import PeakMemory
     from evomesh.plan.step_memory import trace_step_memory
@@ -251,7 +253,10 @@ def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPredictio
     if parameter_count(config.model) is not None:
         timeline = trace_step_memory(config, gpus, rank)
         peak = PeakMemory.of_timeline(timeline)
-    return RankPrediction(config, gpus, rank, memory, peak, timeline, step, warnings)
+    note = zero_note(config, gpus)
+    return RankPrediction(
+        config, gpus, rank, memory, peak, timeline, step, warnings, note
+    )
 
 
 def _print_rank(
@@ -261,6 +266,8 @@ def _print_rank(
     lines = _describe_rank(prediction)
     for warning in prediction.warnings:
         lines.append(f"warning: {warning}")
+    if prediction.note is not None:
+        lines.append(f"note: {prediction.note}")
     if prediction.peak is None:
         lines.append("activations of a custom model are not counted")
     else:

@@ -136,6 +136,7 @@ def _node_count(nodes: int | None, gpus: int | None, gpus_per_node: int) -> int:
             f"{gpus} GPUs are not whole nodes of {gpus_per_node}",
             where="--gpus",
             expected=f"a multiple of --gpus-per-node: {' or '.join(near)}",
+            fix=_smaller_nodes(gpus, gpus_per_node),
             code="EVO-CLUSTER-001",
         )
     needed = gpus // gpus_per_node
@@ -147,6 +148,13 @@ def _node_count(nodes: int | None, gpus: int | None, gpus_per_node: int) -> int:
             code="EVO-CLUSTER-001",
         )
     return needed
+
+
+def _smaller_nodes(gpus: int, gpus_per_node: int) -> str:
+    """Return the option with which every node has as many GPUs, the most that one has."""
+    sizes = range(1, gpus_per_node + 1)
+    largest = max(size for size in sizes if gpus % size == 0)
+    return f"give all nodes as many GPUs: --gpus-per-node {largest}"
 
 
 def _starter(text: str) -> Starter:
@@ -170,6 +178,7 @@ def _check(job: SlurmJob, config: Config) -> None:
     """
     from evomesh.cluster.slurm_time import seconds_of
     from evomesh.config.layout import check_world
+    from evomesh.config.saving import restart_warning
 
     warnings = check_world(config, job.nodes * job.gpus_per_node)
     limit_s = seconds_of(job.time)
@@ -186,10 +195,9 @@ def _check(job: SlurmJob, config: Config) -> None:
             f"parallel.tensor.size={tensor} does not divide the {job.gpus_per_node} GPUs of a node: "
             "some tensor groups cross nodes, which is slow"
         )
-    if config.ckpt.save_ckpt_folder is None and job.max_requeues:
-        warnings.append(
-            "ckpt.save_ckpt_folder is not set: a job that is queued again starts from step 0"
-        )
+    unsaved = restart_warning(config.ckpt)
+    if unsaved is not None and job.max_requeues:
+        warnings.append(unsaved)
     for words in warnings:
         typer.echo(f"warning: {words}", err=True)
 

@@ -211,7 +211,7 @@ _WAITS = """\
 # of time. It tells the ranks as well: the shell waits until they have saved, and leaves the job alone.
 is_ended=no
 trap 'is_ended=yes' TERM
-# --signal asks the ranks to save, not this shell.
+# The signal of --signal reaches this shell too. It is for the ranks, which save: the shell keeps waiting.
 trap : USR1
 
 """
@@ -248,7 +248,7 @@ _REQUEUE = """\
 case $code in
   {codes})
     if [ "$is_ended" = no ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
-      echo "srun ended with $code: job $job is queued again and will resume"
+      echo "srun ended with $code: job $job is queued again, and resumes if it has saved"
       scontrol requeue "$job"
     fi
     ;;

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from evomesh.config.data import DataConfig
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.schema import Config, ModelConfig, ParallelConfig
+from evomesh.config.zero_size import best_zero, sharded_share, zero_warnings
 from evomesh.errors import ConfigError, UserError
 
 RESHARDS_EARLY = (
@@ -81,6 +82,53 @@ def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
     )
 
 
+def run_sizes(config: Config, world_size: int) -> AxisSizes:
+    """Return the sizes of all axes of a run: as ``axis_sizes``, where a size of all ranks is the best of theirs.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    return axis_sizes(run_parallel(config, world_size), world_size)
+
+
+def run_parallel(config: Config, world_size: int) -> ParallelConfig:
+    """Return the parallel section with the size of zero1 that a run has.
+
+    A size <= 0 asks for all data-parallel ranks. Where that leaves more state on a rank
+    than a divisor of their number does, it is the divisor with the least state.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    parallel = config.parallel
+    if parallel.zero1.size > 0:
+        return parallel
+    sizes = axis_sizes(parallel, world_size)
+    best = best_zero(config, sizes)
+    if best == sizes.zero:
+        return parallel
+    zero = parallel.zero1.model_copy(update={"size": best})
+    return parallel.model_copy(update={"zero1": zero})
+
+
+def zero_note(config: Config, world_size: int) -> str | None:
+    """Return a sentence if fewer ranks than all share the state, though the config asks for all.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    group = axis_sizes(config.parallel, world_size).zero
+    sizes = run_sizes(config, world_size)
+    if config.parallel.zero1.size > 0 or sizes.zero == group:
+        return None
+    share = sharded_share(config, sizes, group)
+    return (
+        f"parallel.zero1.size: {sizes.zero} ranks share the optimizer's state, in {group // sizes.zero} groups; "
+        f"all {group} data-parallel ranks would shard {share:.0%} of it only, because they do not divide the rows of "
+        "the other matrices"
+    )
+
+
 def check_world(config: Config, world_size: int) -> list[str]:
     """Check that the layout fits ``world_size`` processes, and return warnings.
 
@@ -97,9 +145,9 @@ def check_world(config: Config, world_size: int) -> list[str]:
         warnings.append(
             f"parallel.zero1.size: {asked} is more than the {group} data-parallel ranks; {group} is used"
         )
-    return warnings + _unsharded_warnings(
-        config, axis_sizes(config.parallel, world_size).zero
-    )
+    sizes = run_sizes(config, world_size)
+    warnings += _unsharded_warnings(config, sizes.zero)
+    return warnings + zero_warnings(config, sizes)
 
 
 def pipeline_schedule(config: Config) -> str:

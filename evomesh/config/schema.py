@@ -104,7 +104,8 @@ class RunConfig(Section):
 class Zero1Config(Section):
     size: int = Field(
         -1,
-        description="Ranks that optimizer state is sharded over; <= 0: all data-parallel ranks.",
+        description="Ranks that optimizer state is sharded over; <= 0: all data-parallel ranks, or the divisor of "
+        "their number with the least state.",
     )
     fsdp: bool = Field(
         False,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from evomesh.config.layout import check_world, smallest_world
+from evomesh.config.layout import check_world, run_parallel, smallest_world
 from evomesh.config.loader import load_config
 from evomesh.config.schema import Config
 from evomesh.diagnose.parity.run import (
@@ -125,7 +125,8 @@ def compare_layouts(
         report = report_on_rank_0(rank, show)
         for layout in layouts:
             check_world(layout.config, world_size)
-            grid = build_grid(layout.config.parallel, world_size, rank)
+            parallel = run_parallel(layout.config, world_size)
+            grid = build_grid(parallel, world_size, rank)
             in_layout = replace(joined, grid=grid)
             for result in parity_results(layout.config, in_layout):
                 named = replace(result, check=layout.name)

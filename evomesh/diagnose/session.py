@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evomesh.config.layout import check_world
+from evomesh.config.layout import check_world, run_parallel
 from evomesh.config.schema import Config
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.device import device_of_rank
@@ -56,7 +56,9 @@ def session(config: Config, launcher: str, port: int) -> Iterator[Session]:
     warnings = check_world(config, process.world_size)
     device = device_of_rank(process.local_rank)
     limit = min(config.parallel.timeout or LIMIT_S, LIMIT_S)
-    parallel = config.parallel.model_copy(update={"timeout": limit})
+    parallel = run_parallel(config, process.world_size).model_copy(
+        update={"timeout": limit}
+    )
     watch = join_world(device, process.address, timeout=parallel.collective_timeout)
     try:
         grid = build_grid(parallel, process.world_size, process.rank)

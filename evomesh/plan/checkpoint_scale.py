@@ -36,7 +36,7 @@ from evomesh.checkpoint.native.plan import (
 from evomesh.checkpoint.native.read import items_for
 from evomesh.checkpoint.native.replicas import key_of_items
 from evomesh.checkpoint.native.ring import Replicas, group_by_members
-from evomesh.config.layout import axis_sizes
+from evomesh.config.layout import run_sizes
 from evomesh.config.schema import Config
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, ShardSpec, spec_of
@@ -189,7 +189,7 @@ HeldLists = Sequence[list[TensorBoxes]]
 
 def held_boxes(config: Config, world_size: int, grids: Sequence[Grid]) -> HeldLists:
     """Return the boxes that each rank holds."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     distance = sizes.ranks_per_stage
     held = []
     for rank, grid in enumerate(grids):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from evomesh.config.layout import axis_sizes
+from evomesh.config.layout import run_sizes
 from evomesh.config.schema import Config
 from evomesh.parallel.build import axis_members
 from evomesh.plan.device import Device
@@ -53,7 +53,7 @@ class GroupTraffic:
 
 def groups_of(config: Config, world_size: int, device: Device) -> list[AxisGroups]:
     """Return the axes of a layout that have more than one rank."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     places = axis_placements(config, world_size, 0, device)
     found = []
     for name, members in axis_members(sizes, 0).items():

@@ -6,8 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from evomesh.config.layout import axis_sizes, check_world, layout_findings
+from evomesh.config.layout import (
+    AxisSizes,
+    check_world,
+    layout_findings,
+    run_sizes,
+)
 from evomesh.config.schema import Config
+from evomesh.config.zero_size import best_zero
 from evomesh.errors import UserError
 
 # Fractions of layers to recompute. More recomputing than a layout needs to fit makes it
@@ -82,7 +88,7 @@ class LayoutChoice:
 
 def choice_of(config: Config, world_size: int) -> LayoutChoice:
     """Return the layout that a config has."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     parallel = config.parallel
     return LayoutChoice(
         mode=parallel.tensor.mode,
@@ -148,18 +154,19 @@ def every_choice(
             group = ranks_per_stage // shards
             if group == 0:
                 continue
-            for zero, fsdp in _zero_choices(group, gpus_per_node, mode):
-                layout = replace(
-                    now,
-                    mode=mode,
-                    tensor=tensor,
-                    weight=weight,
-                    pipeline=pipeline,
-                    chunks=1,
-                    zero=zero,
-                    fsdp=fsdp,
-                    recompute=0.0,
-                )
+            layout = replace(
+                now,
+                mode=mode,
+                tensor=tensor,
+                weight=weight,
+                pipeline=pipeline,
+                chunks=1,
+                zero=group,
+                fsdp=False,
+                recompute=0.0,
+            )
+            for zero, fsdp in _zero_choices(config, layout, gpus_per_node):
+                layout = replace(layout, zero=zero, fsdp=fsdp)
                 yield from _step_choices(config, layout, world_size)
 
 
@@ -187,7 +194,7 @@ def _step_choices(
 
 def sequences_of(config: Config, world_size: int) -> int:
     """Return the sequences of one step."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     data = config.data
     return data.micro_bsz * data.micro_num * sizes.dp
 
@@ -204,13 +211,13 @@ def single_changes(
 ) -> Iterator[list[LayoutChoice]]:
     """Yield for each thing that saves memory the allowed layouts that differ in it alone, the smallest change first."""
     present = with_choice(config, choice)
-    sizes = axis_sizes(present.parallel, world_size)
-    all_replicas = sizes.zero * sizes.replica
+    sizes = run_sizes(present, world_size)
+    most_shared = best_zero(present, sizes)
     several: list[list[dict[str, Any]]] = [
         [{"recompute": fraction} for fraction in RECOMPUTE],
         [_with_tensor(choice, factor) for factor in _FACTORS],
         [{"fsdp": True}],
-        [{"zero": all_replicas}],
+        [{"zero": most_shared}],
         [_with_smaller_micro_batches(choice, factor) for factor in _FACTORS],
     ]
     for changes in several:
@@ -290,15 +297,29 @@ def _tensor_choices(most: int) -> Iterator[tuple[Mode, int, int]]:
 
 
 def _zero_choices(
-    group: int, gpus_per_node: int, mode: Mode
+    config: Config, layout: LayoutChoice, gpus_per_node: int
 ) -> Iterator[tuple[int, bool]]:
-    """Yield the size of the zero axis, and whether weights are sharded too: over all ranks, a node, or none."""
-    sizes = {group, min(group, gpus_per_node), 1}
+    """Yield the size of the zero axis, and whether weights are sharded too: over the most ranks, a node, or none.
+
+    Args:
+        layout: with all data-parallel ranks in the zero axis.
+    """
+    group = layout.zero
+    axes = AxisSizes(
+        pp=layout.pipeline,
+        dp=group,
+        tp=layout.tensor,
+        wp=layout.weight,
+        zero=group,
+        replica=1,
+        isp=layout.mode == "isp",
+    )
+    sizes = {best_zero(config, axes), min(group, gpus_per_node), 1}
     for size in sorted(sizes, reverse=True):
         if group % size:
             continue
         yield size, False
-        if size > 1 and mode != "isp":
+        if size > 1 and layout.mode != "isp":
             yield size, True
 
 

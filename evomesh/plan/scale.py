@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evomesh.config.layout import AxisSizes, axis_sizes, check_world
+from evomesh.config.layout import AxisSizes, check_world, run_sizes
 from evomesh.config.schema import Config
 from evomesh.config.size import tokens_per_step
 from evomesh.errors import UserError
@@ -106,7 +106,7 @@ def world_scale(
         UserError: the layout does not fit.
     """
     check_world(config, world_size)
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     world = world_ranks(sizes, world_size)
     checkpoint = checkpoint_scale(config, world_size, world.grids)
     last = world_size - 1
@@ -194,7 +194,7 @@ def _constant_bubble(
     config: Config, world_size: int, tokens: int | None
 ) -> float | None:
     """Return the bubble where a step has ``tokens`` in a world of every size."""
-    data_parallel = axis_sizes(config.parallel, world_size).dp
+    data_parallel = run_sizes(config, world_size).dp
     of_micro_batch = config.data.packed_length * data_parallel
     if tokens is None:
         return None

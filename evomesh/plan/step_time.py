@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from evomesh.config.layout import axis_sizes, pipeline_schedule
+from evomesh.config.layout import pipeline_schedule, run_sizes
 from evomesh.config.schema import Config
 from evomesh.config.size import tokens_per_step
 from evomesh.data.batch import Batch
@@ -196,7 +196,7 @@ def predict_step(config: Config, world_size: int, device: Device) -> StepTime:
 
 def first_pipeline(config: Config, world_size: int) -> range:
     """Return the ranks of one pipeline; ranks of other axes do the same as these."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     distance = sizes.ranks_per_stage
     end = sizes.pp * distance
     return range(0, end, distance)
@@ -362,7 +362,7 @@ def combine(
         in_pipeline = last_end(schedule_ranks(ranks, config, world_size, device))
     update = max(rank.last for rank in ranks)
     busy = {what: seconds * count for what, seconds in slowest.busy.items()}
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     return StepTime(
         seconds=in_pipeline + update,
         tokens=tokens_per_step(config, sizes.dp),
@@ -417,7 +417,7 @@ def _stages_with_sends(
 
 def hop_seconds(config: Config, world_size: int, device: Device) -> float:
     """Return the time of a hidden state from one stage to the next; 0 without a pipeline."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     if sizes.pp == 1:
         return 0.0
     model = config.model
@@ -437,7 +437,7 @@ def axis_placements(
     config: Config, world_size: int, rank: int, device: Device
 ) -> dict[str, AxisPlacement]:
     """Return ranks and nodes of the axes through ``rank``, with ranks in their order on nodes."""
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     members_of = axis_members(sizes, rank)
     members_of["world"] = list(range(world_size))
     per_node = device.gpus_per_node

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from evomesh.config.layout import check_world
+from evomesh.config.layout import check_world, run_parallel
 from evomesh.config.schema import Config
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
@@ -132,7 +132,7 @@ def built_rank(
     mode = MODES[config.parallel.tensor.mode]
     with ExitStack() as stack:
         stack.enter_context(fake_world(world_size, rank))
-        grid = build_grid(config.parallel, world_size, rank)
+        grid = build_grid(run_parallel(config, world_size), world_size, rank)
         if device is TracedDevice.CPU:
             stack.enter_context(tensors_without_values())
         else:

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from evomesh.config.layout import axis_sizes, check_world
+from evomesh.config.layout import check_world, run_parallel, run_sizes, zero_note
 from evomesh.config.schema import Config
 from evomesh.monitor.log import ALL_RANKS, setup_logging
 from evomesh.monitor.run_folder import start_of_new_folder
@@ -152,7 +152,10 @@ def _prepare_device(config: Config, process: ProcessInfo) -> torch.device:
 def _log_layout(config: Config, process: ProcessInfo, warnings: list[str]) -> None:
     for warning in warnings:
         logger.warning(warning)
-    sizes = axis_sizes(config.parallel, process.world_size)
+    note = zero_note(config, process.world_size)
+    if note is not None:
+        logger.info(note)
+    sizes = run_sizes(config, process.world_size)
     logger.info(
         f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
         f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}",
@@ -204,7 +207,8 @@ def _start_run(
 ) -> RunContext:
     """Build the grid, log the start lines and seed the generators."""
     rank, world_size = process.rank, process.world_size
-    grid = build_grid(config.parallel, world_size, rank)
+    parallel = run_parallel(config, world_size)
+    grid = build_grid(parallel, world_size, rank)
     start = start_of_new_folder(config.run, time.time())
     started = datetime.fromtimestamp(first_ranks_number(start))
     set_seed(config.run.seed, rank)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from evomesh.config.layout import axis_sizes
+from evomesh.config.layout import run_sizes
 from evomesh.config.schema import Config
 from evomesh.config.size import parameter_count
 from evomesh.errors import UserError
@@ -46,7 +46,7 @@ def bytes_per_rank(config: Config, world_size: int) -> float | None:
 
     # 2. Over how many ranks they are sharded: by the model's layout, the state by ZeRO
     #    too, with FSDP weights and gradients as well.
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     within_layer = sizes.wp if sizes.isp else sizes.tp
     shards = sizes.pp * within_layer
     shards_of_state = shards * sizes.zero

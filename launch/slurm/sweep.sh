@@ -29,7 +29,7 @@ export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 # of time. It tells the ranks as well: the shell waits until they have saved, and leaves the job alone.
 is_ended=no
 trap 'is_ended=yes' TERM
-# --signal asks the ranks to save, not this shell.
+# The signal of --signal reaches this shell too. It is for the ranks, which save: the shell keeps waiting.
 trap : USR1
 
 # One value each: task 0 of the array takes the first.
@@ -50,7 +50,7 @@ code=$?
 case $code in
   75 | 129 | 134 | 135 | 137 | 138 | 139 | 143)
     if [ "$is_ended" = no ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
-      echo "srun ended with $code: job $job is queued again and will resume"
+      echo "srun ended with $code: job $job is queued again, and resumes if it has saved"
       scontrol requeue "$job"
     fi
     ;;

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from evomesh.config.layout import AxisSizes, axis_sizes, pipeline_schedule
+from evomesh.config.layout import AxisSizes, pipeline_schedule, run_sizes
 from evomesh.config.schema import Config, ModelConfig, ParallelConfig
 
 TOKENS = 64  # of a pack, about
@@ -45,7 +45,7 @@ def shrink(config: Config, world_size: int) -> Config:
     Compilation is off: it takes longer than everything else, and changes no
     communication.
     """
-    sizes = axis_sizes(config.parallel, world_size)
+    sizes = run_sizes(config, world_size)
     model = _small_model(config, sizes)
     tokens = _tokens(config, sizes)
     data = config.data.model_copy(

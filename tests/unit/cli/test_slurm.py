@@ -100,3 +100,30 @@ def test_warns_of_groups_across_nodes_and_of_lives_that_start_anew() -> None:
     )
     assert "does not divide the 3 GPUs of a node" in said
     assert "starts from step 0" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("ckpt.enable_save_ckpt=False", "is not written to"),
+        ("ckpt.auto_resume=False", "starts where this one does"),
+    ],
+)
+def test_a_job_that_would_begin_again_is_warned_of(setting: str, words: str) -> None:
+    said = slurm("--set", setting)
+    assert said.startswith("warning: ckpt.") and words in said.partition("\n")[0]
+    assert "warning" not in slurm("--set", setting, "--no-requeue")
+    assert "warning" not in slurm()
+
+
+def test_nodes_of_another_size_are_offered() -> None:
+    with pytest.raises(UserError, match="12 GPUs are not whole nodes of 8") as caught:
+        slurm("--gpus", "12")
+    assert "--gpus-per-node 6" in str(caught.value)
+
+
+def test_the_check_of_a_config_says_that_nothing_is_saved() -> None:
+    check = ["config", "check", "config.py"]
+    said = CliRunner().invoke(app, [*check, "--set", "ckpt.enable_save_ckpt=False"])
+    assert "nothing of the run is kept" in said.output and said.exit_code == 0
+    assert "kept" not in CliRunner().invoke(app, check).output
