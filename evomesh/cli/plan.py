@@ -371,9 +371,13 @@ def _describe_peak(
     for name, size in peak.outside.items():
         rows[f"{name} (estimated)"] = size
     width = max(map(len, rows))
-    lines = [f"peak of a step, in {WHERE[peak.phase]}: {peak.total / GIB:.1f} GiB"]
+    lines = [
+        f"peak of a step, in {WHERE[peak.phase]}: {peak.total / GIB:.1f} GiB of tensors"
+    ]
     for name, size in rows.items():
         lines.append(f"  {name:{width}} {size / GIB:7.2f} GiB")
+    needed = sum(rows.values())
+    lines.append(f"  {'in total':{width}} {needed / GIB:7.2f} GiB")
     capacity = int(gpu_memory * GIB)
     missing = peak.missing(capacity) / GIB
     if missing <= 0:

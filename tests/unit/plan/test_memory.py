@@ -145,10 +145,14 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     assert re.search(
-        r"peak of a step, in the loss: [\d.]+ GiB weights [\d.]+ GiB", words
+        r"peak of a step, in the loss: [\d.]+ GiB of tensors weights [\d.]+ GiB", words
     )
     spare = re.search(r"fits in 80 GiB: ([\d.]+) GiB to spare", words)
     assert spare is not None
+    total = re.search(r"in total ([\d.]+) GiB", words[words.index("peak of") :])
+    assert total is not None
+    # The total is what is compared with the GPU.
+    assert float(total[1]) + float(spare[1]) == pytest.approx(80, abs=0.06)
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
     words = " ".join(result.output.split())
     assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
