@@ -22,7 +22,7 @@ from tests.contract.internevo_configs import KEY_SETS, TUTORIAL  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
 from tests.support.covers import covered  # noqa: E402
 from tests.support.pages import DOCS, Page  # noqa: E402
-from tools.translations import mark, with_chinese_punctuation  # noqa: E402
+from tools.translations import mark, as_chinese_page  # noqa: E402
 
 PAGE = Page(DOCS / "compatibility.md")
 TRANSLATIONS = ROOT / "tools/compatibility.zh.json"
@@ -226,7 +226,7 @@ def pages() -> tuple[str, str]:
     wrong = chinese.differences()
     if wrong:
         raise SystemExit(wrong)
-    return page(ENGLISH_PAGE, str), with_chinese_punctuation(written)
+    return page(ENGLISH_PAGE, str), as_chinese_page(written)
 
 
 def main() -> None:

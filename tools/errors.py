@@ -58,8 +58,8 @@ output of `--json` and exit codes do not depend on the language.
 {NOTE}# 错误代码
 
 结束命令的消息都有一个代码，在最后一行：`explain: evomesh explain EVO-DATA-001`。代码代表一类错误，含义不变。\
-`evomesh explain CODE` 打印本页对它的说明；单独输入 `evomesh explain` 列出所有代码。消息逐行的含义见[消息](faq.md)；\
-退出码见[运行写出的文件](run-files.md#exit-codes)。
+`evomesh explain CODE` 打印本页对它的说明；单独输入 `evomesh explain` 列出所有代码。消息逐行的含义见[消息](faq.zh.md)；\
+退出码见[运行写出的文件](run-files.zh.md#exit-codes)。
 
 设置 `EVOMESH_LANG=zh`，或使用中文 locale 时，消息的开头用中文说明代码的含义和处理方法；消息本身（名字和数字）仍是\
 英文。`EVOMESH_LANG=en` 关闭它。日志、`--json` 的输出和退出码与语言无关。

@@ -22,7 +22,7 @@ from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.schema import Config
 from tests.support.pages import DOCS, Page
 from tools.compatibility import TRANSLATIONS
-from tools.translations import with_chinese_punctuation
+from tools.translations import as_chinese_page
 
 PAGE = Page(DOCS / "keys.md")
 # Lists whose entries are sections themselves.
@@ -208,7 +208,7 @@ def pages() -> tuple[str, str]:
     """
     english = PageWriter(0)
     chinese = PageWriter(1)
-    texts = english.page(), with_chinese_punctuation(chinese.page())
+    texts = english.page(), as_chinese_page(chinese.page())
     if chinese.missing:
         raise SystemExit(
             f"tools/keys_page.py: add the Chinese of: {sorted(set(chinese.missing))}"

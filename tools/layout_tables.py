@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from evomesh.config.loader import load_config  # noqa: E402
 from evomesh.config.size import parameter_count  # noqa: E402
 from tests.support.pages import DOCS, Page  # noqa: E402
-from tools.translations import with_chinese_punctuation  # noqa: E402
+from tools.translations import as_chinese_page  # noqa: E402
 
 if TYPE_CHECKING:
     from evomesh.plan.search import SearchResult
@@ -226,7 +226,7 @@ def pages() -> tuple[str, str]:
     """Return the page in English and in Chinese; the latter without its stamp."""
     rows = read_rows()
     english = _page(0, rows)
-    return english, with_chinese_punctuation(_page(1, rows))
+    return english, as_chinese_page(_page(1, rows))
 
 
 def _page(language: int, rows: dict[tuple[str, int], LayoutRow]) -> str:

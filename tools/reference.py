@@ -24,7 +24,7 @@ from evomesh.cli.app import app  # noqa: E402
 from evomesh.cli.main import train_py_app  # noqa: E402
 from tests.support.pages import DOCS, Page  # noqa: E402
 from tools import keys_page  # noqa: E402
-from tools.translations import with_chinese_punctuation  # noqa: E402
+from tools.translations import as_chinese_page  # noqa: E402
 
 PAGE = Page(DOCS / "commands.md")
 COLUMNS = 80  # what a terminal of usual width shows
@@ -223,7 +223,7 @@ def pages() -> tuple[str, str]:
             f"GROUPS of tools/reference.py and the code differ: {differing}"
         )
     english, chinese = (_page(language, known) for language in (0, 1))
-    return english, with_chinese_punctuation(chinese)
+    return english, as_chinese_page(chinese)
 
 
 def _page(language: int, known: dict[str, Command]) -> str:

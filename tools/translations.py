@@ -4,7 +4,8 @@
     python tools/translations.py install.md    # after its Chinese page was brought up to date
 
 The last line of docs/X.zh.md names the digest of docs/X.md; tests/arch/test_pages.py compares them. Punctuation beside
-Chinese text becomes full width.
+Chinese text becomes full width, and links to pages lead to the Chinese ones: the site would find them itself, who reads
+the files of a checkout would not.
 """
 
 from __future__ import annotations
@@ -25,13 +26,28 @@ FULL_WIDTH = {
     "!": "\uff01",
     "?": "\uff1f",
 }
+# A link to a page of docs/: its path without the ending.
+PAGE_LINK = re.compile(r"\]\(([^):\s]+?)(?:\.zh)?\.md(?=[)#])")
 CODE_OR_TARGET = re.compile(r"(`[^`]*`|\]\([^)]*\))")
 # Parentheses with Chinese text in them, that are not the target of a link.
 PARENTHESES = re.compile(rf"(?<!\])\((?=[^()]*{HAN})((?:[^()`]|`[^`]*`)*)\)")
 
 
-def with_chinese_punctuation(text: str) -> str:
-    """Return a page whose lines of Chinese prose have full-width punctuation."""
+def as_chinese_page(text: str, folder: Path = DOCS) -> str:
+    """Return a page whose Chinese prose has full-width punctuation, with links to Chinese pages where these exist.
+
+    Args:
+        folder: of the page.
+    """
+
+    def to_chinese(found: re.Match[str]) -> str:
+        name = f"{found[1]}.zh.md"
+        return f"]({name}" if (folder / name).exists() else found[0]
+
+    return _with_chinese_punctuation(PAGE_LINK.sub(to_chinese, text))
+
+
+def _with_chinese_punctuation(text: str) -> str:
     lines = []
     is_code = False
     for line in text.split("\n"):
@@ -75,7 +91,7 @@ def mark(page: Page) -> None:
     """Write the digest of an English page into its Chinese one."""
     chinese = page.translation
     stamp = f"\n<!-- English page: {page.digest} -->\n"
-    text = with_chinese_punctuation(STAMP.sub("", chinese.text))
+    text = as_chinese_page(STAMP.sub("", chinese.text), chinese.path.parent)
     chinese.path.write_text(text + stamp, encoding="utf-8")
 
 
