@@ -22,7 +22,7 @@ from tests.contract.internevo_configs import KEY_SETS, TUTORIAL  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
 from tests.support.covers import covered  # noqa: E402
 from tests.support.pages import DOCS, Page  # noqa: E402
-from tools.translations import mark, as_chinese_page  # noqa: E402
+from tools.translations import as_chinese_page, mark  # noqa: E402
 
 PAGE = Page(DOCS / "compatibility.md")
 TRANSLATIONS = ROOT / "tools/compatibility.zh.json"

@@ -160,6 +160,26 @@ def _enumerated(value: int) -> int:
     return value
 
 
+ZERO_STAGE = _Call(_enumerated)
+# DeepSpeed's names of its stages.
+ZERO_STAGES = {
+    "disabled": 0,
+    "optimizer_states": 1,
+    "gradients": 2,
+    "weights": 3,
+    "max_stage": 3,
+}
+
+
+def _member(enumeration: Any, name: Any) -> int:
+    """Return the value of a stage by its name: Python 3.11 wrote members so until 3.11.4, as a call of ``getattr``."""
+    if enumeration is not ZERO_STAGE or not isinstance(name, str):
+        raise pickle.UnpicklingError("it asks for an attribute of something else")
+    if name not in ZERO_STAGES:
+        raise pickle.UnpicklingError(f"it has a stage of ZeRO named {name!r}")
+    return ZERO_STAGES[name]
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
@@ -175,7 +195,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "slice"): slice,
     ("_codecs", "encode"): _Call(_bytes),
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _Call(_enumerated),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): ZERO_STAGE,
+    ("builtins", "getattr"): _Call(_member),
 }
 
 

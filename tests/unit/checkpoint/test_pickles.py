@@ -27,6 +27,7 @@ from evomesh.checkpoint.pickles import (
     read_pickle,
 )
 from evomesh.errors import UserError
+from tests.support.deepspeed import ZeroStageEnum, save
 
 SCRIPT = """
 import torch
@@ -246,6 +247,38 @@ class Wrong:
 def test_what_no_tensor_can_be(tmp_path: Path, legacy: bool, content: object) -> None:
     path = tmp_path / "x.pt"
     torch.save({"w": content}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pickle(str(path))
+
+
+class Attribute:
+    """An attribute by its name, as Python 3.11.0 to 3.11.3 wrote members of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_a_stage_may_be_written_by_its_name(tmp_path: Path) -> None:
+    stage = Attribute(ZeroStageEnum, "gradients")
+    path = save({"zero_stage": stage}, tmp_path / "early.pt")
+    assert read_pickle(str(path)) == {"zero_stage": 2}
+
+
+@pytest.mark.parametrize(
+    "owner,name",
+    [
+        (ZeroStageEnum, "__class__"),
+        (ZeroStageEnum, "mro"),
+        (torch.Size, "numel"),
+        (OrderedDict, "fromkeys"),
+        (torch.zeros(1), "tolist"),
+    ],
+)
+def test_no_other_attribute_is_read(tmp_path: Path, owner: object, name: str) -> None:
+    path = save({"w": Attribute(owner, name)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="cannot be read"):
         read_pickle(str(path))
 
