@@ -52,7 +52,7 @@ COMMANDS = {
 }
 CHINESE_INTRODUCTION = (
     "# 基准测试\n\n由 `make bench` 写出：每一节是一条命令的输出，运行在该节注明的机器上。"
-    "这些数字的含义，以及做过哪些尝试，见 [performance.md](performance.md)。\n"
+    "这些数字的含义，以及做过哪些尝试，见 [performance.md](performance.zh.md)。\n"
 )
 CHINESE_NAMES = {
     "CPU step, 10M": "CPU 上的一步，10M",

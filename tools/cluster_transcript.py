@@ -76,7 +76,7 @@ What each part does is in [Starting a job](launching.md) and [Monitoring](monito
 
 真实的 Slurm（Debian 的 22.05，两个守护进程在一台机器上）中的两个虚拟节点，CPU 上用 gloo 的两个进程。\
 本页由 `python tools/cluster_transcript.py` 写出：每一行都来自同一次运行，只保留时间和信息；大部分步略去。\
-各部分的作用见[启动任务](launching.md)和[监控](monitoring.md)。""",
+各部分的作用见[启动任务](launching.zh.md)和[监控](monitoring.zh.md)。""",
 )
 SUBMITTED = Prose("Submitted", "提交")
 NODE_LOST = Prose(

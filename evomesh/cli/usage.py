@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from evomesh.config.loader import known_keys
 from evomesh.error_codes.words import chosen_language, explain_line, headlines
 from evomesh.errors import EXIT_USER_ERROR
 
@@ -102,6 +101,8 @@ def _key_hint(error: Any) -> str:
     takes_keys = any("--set" in each.opts for each in error.ctx.command.params)
     if not takes_keys:
         return ""
+    from evomesh.config.loader import known_keys
+
     name = option.lstrip("-").replace("-", "_")
     ending = f".{name}"
     keys = [key for key in known_keys() if key.endswith(ending)]

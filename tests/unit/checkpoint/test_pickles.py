@@ -19,13 +19,8 @@ import pytest
 import torch
 
 from evomesh.checkpoint.huggingface.files import load_pickle
-from evomesh.checkpoint.pickles import (
-    MAGIC,
-    PROTOCOL,
-    STORAGES,
-    OpaqueStub,
-    read_pickle,
-)
+from evomesh.checkpoint.pickle_names import STORAGES, OpaqueStub
+from evomesh.checkpoint.pickles import MAGIC, PROTOCOL, read_pickle
 from evomesh.errors import UserError
 from tests.support.deepspeed import ZeroStageEnum, save
 
