@@ -173,7 +173,9 @@ def plan(
     print_step(console, spans.time, timed, price)
     result = None
     if search:
-        result = print_layouts(console, settings, gpus, timed, price, config, write)
+        result = print_layouts(
+            console, settings, gpus, timed, price, config, write, overrides or ()
+        )
     if html is not None:
         subject = PageSubject(config, settings, gpus, timed, price)
         write_plan_page(console, html, subject, spans, result)

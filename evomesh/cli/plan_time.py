@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomesh.errors import UserError
 
@@ -53,11 +54,13 @@ def print_layouts(
     price: float | None,
     path: str,
     write: Path | None,
+    overrides: Sequence[str] = (),
 ) -> SearchResult:
     """Print the fastest layouts of a run, write a config of the first of them, and return all.
 
     Args:
         path: of the config.
+        overrides: given with --set, which the written config has too.
     """
     from evomesh.cli.plan_layouts import (
         describe_counts,
@@ -85,7 +88,7 @@ def print_layouts(
     for line in describe_near(result):
         console.print(line, highlight=False)
     if write is not None:
-        write_layout(result.fitting[0].choice, path, write)
+        write_layout(result.fitting[0].choice, path, write, overrides)
         console.print(f"wrote {write}", highlight=False)
     return result
 
@@ -109,16 +112,30 @@ def describe_step(time: StepTime, device: Device, price: float | None) -> list[s
     return lines
 
 
-def write_layout(choice: LayoutChoice, config: str, out: Path) -> None:
+def write_layout(
+    choice: LayoutChoice, config: str, out: Path, overrides: Sequence[str] = ()
+) -> None:
     """Write a config of the layout that stands on the given one.
+
+    Args:
+        overrides: given with --set: the layout is one of the config that they change.
 
     Raises:
         UserError: there is such a file, or it cannot be written.
     """
+    from evomesh.config.reading.overrides import apply_overrides, parse_overrides
+    from evomesh.config.reading.source import merge_values
+
     base = Path(config).resolve()
     lines = [f"# {choice}", f"_base_ = {str(base)!r}", ""]
+    sections: dict[str, Any] = {}
+    changes = parse_overrides(overrides)
+    apply_overrides(sections, changes, create=True)
     for section, keys in choice.sections().items():
-        lines.append(f"{section} = {keys!r}")
+        # The layout decides on what both name.
+        below = sections.get(section, {})
+        sections[section] = merge_values(below, keys)
+    lines += [f"{section} = {value!r}" for section, value in sections.items()]
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")

@@ -13,16 +13,22 @@ def warning_lines(warnings: Sequence[str], path: str) -> list[str]:
     """Return one line for each warning, or for many a single one with their keys and where their reasons are.
 
     A config that was copied from a guide sets many keys to what happens anyway, and
-    eight long lines hide the one that matters.
+    eight long lines hide the one that matters. A warning of no key, such as one of a
+    command-line option, always has a line.
     """
     if len(warnings) <= IN_FULL:
         return list(warnings)
+    lines = []
     keys: dict[str, None] = {}
     for words in warnings:
         key = KEY.match(words)
-        if key is not None:
+        if key is None:
+            lines.append(words)
+        else:
             keys[key[0]] = None
-    return [
-        f"{len(warnings)} settings have no effect or need a look: {', '.join(keys)}; "
-        f"why: evomesh config check {path or 'CONFIG'} -v"
-    ]
+    if keys:
+        lines.append(
+            f"{len(keys)} settings have no effect or need attention: {', '.join(keys)}; "
+            f"why: evomesh config check {path or 'CONFIG'} -v"
+        )
+    return lines

@@ -26,6 +26,7 @@ from evomesh.diagnose.machine import (
     judge_versions,
 )
 from evomesh.diagnose.network import judge_ports, problem_of_address, time_groups
+from evomesh.diagnose.outputs import output_results
 from evomesh.diagnose.results import CheckResult, RankPlace, Report, report_on_rank_0
 from evomesh.diagnose.session import Session, session
 from evomesh.errors import UserError
@@ -72,6 +73,7 @@ def examine(
         _check_network(joined, places, report)
         if config is not None:
             _check_config(config, joined, report)
+            report.add(*output_results(config, joined.exchange, places))
             _check_folders(config, joined, places, one_checkpoint, report)
             results = parity_results(config, joined)
             report.add(*results)
@@ -120,7 +122,7 @@ def _check_config(config: Config, joined: Session, report: Report) -> None:
         report.add(CheckResult("config", "warn", warning))
     if not joined.warnings:
         report.add(
-            CheckResult("config", "ok", "the same on all ranks; the layout fits")
+            CheckResult("config", "ok", "the same on all ranks; the layout fits their number")
         )
 
 

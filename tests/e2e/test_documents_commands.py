@@ -131,7 +131,7 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
         code=2,
     )
     assert "GiB on this machine" in said and "Traceback" not in said
-    assert said.count("settings have no effect or need a look") == 0
+    assert said.count("settings have no effect or need attention") == 0
 
 
 def test_version(tmp_path: Path, run: Run) -> None:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.config import app
+from evomesh.config.warning_lines import warning_lines
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
@@ -32,13 +33,24 @@ def test_check() -> None:
     assert (
         unsaved.startswith("warning: ckpt.") and "nothing of the run is kept" in unsaved
     )
-    assert "6 settings have no effect or need a look: ckpt.load_ckpt_info, " in line
+    assert "6 settings have no effect or need attention: ckpt.load_ckpt_info, " in line
     assert line.endswith(f"; why: evomesh config check {SEVEN_B} -v")
     in_full = run("check", SEVEN_B, "--set", "data.train_folder=x", "-v")
     assert len(in_full.splitlines()) == 8
     assert "grad_scaler" in line and "only float16 needs a loss scale" in in_full
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")
+
+
+def test_a_warning_of_an_option_has_a_line_among_many() -> None:
+    option = "--deepspeed zero2_offload: nothing is offloaded"
+    of_keys = [f"{key}: no effect" for key in ("a.b", "c", "a.b", "d.e.f")]
+    lines = warning_lines([*of_keys, option], "my.py")
+    assert lines == [
+        option,
+        "3 settings have no effect or need attention: a.b, c, d.e.f; why: evomesh config check my.py -v",
+    ]
+    assert warning_lines([*of_keys[:2], option], "my.py") == [*of_keys[:2], option]
 
 
 def test_a_few_warnings_are_printed_in_full(tmp_path: Path) -> None:

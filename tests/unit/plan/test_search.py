@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,7 +218,9 @@ def test_the_smallest_change_that_fits_is_named() -> None:
     assert list(least_changes(several, lambda _: False)) == []
 
 
-def written(tmp_path: Path, choice: LayoutChoice) -> Config:
+def written(
+    tmp_path: Path, choice: LayoutChoice, overrides: Sequence[str] = ()
+) -> Config:
     base = tmp_path / "base.py"
     base.write_text(
         'model = dict(model_type="LLAMA2", num_layers=4, hidden_size=256, num_attention_heads=4, vocab_size=4000)\n'
@@ -226,7 +228,7 @@ def written(tmp_path: Path, choice: LayoutChoice) -> Config:
         "parallel = dict(zero1=-1, tensor=1, pipeline=1)\n"
     )
     out = tmp_path / "out.py"
-    write_layout(choice, str(base), out)
+    write_layout(choice, str(base), out, overrides)
     return load_config(str(out), []).config
 
 
@@ -237,6 +239,23 @@ def test_a_written_config_has_the_layout(tmp_path: Path, number: int) -> None:
     loaded = written(tmp_path, choice)
     assert choice_of(loaded, 8) == choice
     assert loaded.data.total_steps == 10
+
+
+def test_a_written_config_has_what_was_set_on_the_command_line(tmp_path: Path) -> None:
+    choice = list(base_choices(config(), 8, 4))[9]
+    settings = [
+        "data.seq_len=4096",
+        "parallel.zero1=4",
+        "adam.lr=0.002",
+        f"data.micro_bsz={choice.micro_bsz + 3}",
+        "JOB_NAME=long",
+    ]
+    loaded = written(tmp_path, choice, settings)
+    assert loaded.data.seq_len == 4096
+    assert loaded.adam.lr == 0.002
+    assert loaded.run.job_name == "long"
+    # The layout is what the search chose.
+    assert choice_of(loaded, 8) == choice
 
 
 @pytest.mark.parametrize(
