@@ -216,10 +216,19 @@ def _changed_batch(
     now = reader.grid.dp.size
     if before in (0, now):
         return []
-    micro_num = config.data.micro_num
-    return [
-        f"{before} data-parallel ranks in the checkpoint, {now} now: {now * micro_num} packs per step"
-    ]
+    packs_now = now * config.data.micro_num
+    words = f"{before} data-parallel ranks in the checkpoint, {now} now: {packs_now} packs per step"
+    stored_micro_num = checkpoint.config.get("data", {}).get("micro_num")
+    if stored_micro_num is None:
+        return [words]
+    packs_before = before * stored_micro_num
+    if packs_now == packs_before:
+        return []
+    fitting, rest = divmod(packs_before, now)
+    advice = f"data.micro_num={fitting} keeps them"
+    if rest:
+        advice = f"no data.micro_num keeps them, as {now} does not divide {packs_before}"
+    return [f"{words}, before {packs_before}; {advice}"]
 
 
 def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
