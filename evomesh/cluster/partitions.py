@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomesh.cluster.slurm import SlurmJob
@@ -65,14 +66,14 @@ def check_partition(job: SlurmJob, partitions: list[Partition]) -> None:
         raise UserError(
             f"the nodes of partition {name!r} have {most} GPUs at most, not {job.gpus_per_node}",
             where="--gpus-per-node",
-            expected=f"up to {most}, or another partition: {_listed(partitions)}",
+            expected=_expected(most, kinds, partitions),
             code="EVO-CLUSTER-004",
         )
     if job.nodes > nodes:
         raise UserError(
             f"partition {name!r} has {nodes} nodes with {job.gpus_per_node} GPUs, not {job.nodes}",
             where="--nodes",
-            expected=f"up to {nodes}, or another partition: {_listed(partitions)}",
+            expected=_expected(nodes, kinds, partitions),
             code="EVO-CLUSTER-004",
         )
     if seconds_of(job.time) > _limit_s(kinds[0]):
@@ -124,5 +125,19 @@ def _no_such_partition(job: SlurmJob, partitions: list[Partition]) -> UserError:
     )
 
 
-def _listed(partitions: list[Partition]) -> str:
+def _expected(
+    most: int, kinds: Sequence[Partition], partitions: Sequence[Partition]
+) -> str:
+    """Return what the job's partition can give, and the partitions beside it."""
+    name = kinds[0].name
+    others = [kind for kind in partitions if kind.name != name]
+    choices = []
+    if most:
+        choices.append(f"up to {most}")
+    if others:
+        choices.append(f"another partition: {_listed(others)}")
+    return ", or ".join(choices) or "nodes with GPUs, which no partition here has"
+
+
+def _listed(partitions: Sequence[Partition]) -> str:
     return ", ".join(dict.fromkeys(kind.name for kind in partitions)) or "none"

@@ -63,6 +63,24 @@ def test_a_job_that_its_partition_cannot_run(job: SlurmJob, message: str) -> Non
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "others", "expected"),
+    [
+        (4, [Partition("big", "1-0", 2, 8, False)], "up to 4, or another partition: big"),
+        (4, [], "up to 4"),
+        (0, [Partition("big", "1-0", 2, 8, False)], "another partition: big"),
+        (0, [], "nodes with GPUs, which no partition here has"),
+    ],
+)  # fmt: skip
+def test_what_is_expected_never_names_the_same_partition(
+    gpus: int, others: list[Partition], expected: str
+) -> None:
+    partitions = [Partition("llm", "1-0", 4, gpus, True), *others]
+    with pytest.raises(UserError) as error:
+        check_partition(SlurmJob("c.py", gpus_per_node=8), partitions)
+    assert error.value.expected == expected
+
+
 def test_a_job_that_fits() -> None:
     check_partition(SlurmJob("c.py", nodes=4, time="2-0"), PARTITIONS)
     check_partition(
