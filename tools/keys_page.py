@@ -1,7 +1,7 @@
 """The pages docs/keys.md and docs/keys.zh.md: every key of a config with its type, its default and what it does.
 
 tools/reference.py writes them. Keys, types, defaults and English texts are those of the schema; the Chinese texts are
-in tools/compatibility.zh.json and, for sections and entries of lists, below. One that is nowhere is an error.
+in evomesh/config/descriptions.zh.json and, for sections and entries of lists, below. One that is nowhere is an error.
 """
 
 from __future__ import annotations

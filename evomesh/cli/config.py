@@ -139,8 +139,10 @@ def show(
     loaded = load_config(config, overrides or [])
     if explain_key is not None:
         from evomesh.config.explain import explain
+        from evomesh.error_codes.words import chosen_language
 
-        for label, text in explain(loaded, explain_key):
+        language = chosen_language(encoding=sys.stdout.encoding)
+        for label, text in explain(loaded, explain_key, language):
             typer.echo(f"{label:<12} {text}")
         return
     if lr:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+from importlib.resources import files
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -45,13 +47,25 @@ def describe(key: str) -> str:
     )
 
 
-def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
+def in_chinese(description: str) -> str:
+    """Return the Chinese text of a description; the English one where there is none."""
+    file = files("evomesh.config").joinpath("descriptions.zh.json")
+    texts: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return texts.get(description, description)
+
+
+def explain(
+    loaded: LoadedConfig, key: str, language: Literal["en", "zh"] = "en"
+) -> list[tuple[str, str]]:
     """Return (label, text) rows: description, type, default, bounds, value and origin; of a section, its keys.
 
     Raises:
         UserError: there is no such key; names the nearest.
     """
-    rows = [("key", key), ("description", describe(key))]
+    description = describe(key)
+    if language == "zh":
+        description = in_chinese(description)
+    rows = [("key", key), ("description", description)]
     field = field_of(key)
     if field is None:
         return rows

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.config import app
-from evomesh.config.explain import describe
+from evomesh.config.explain import describe, in_chinese
 from evomesh.config.loader import known_keys
 from evomesh.errors import UserError
 
@@ -42,6 +42,17 @@ def test_a_key_is_explained_with_its_origin() -> None:
     assert "Name of the run" in explained("JOB_NAME")
     assert "Older name" in explained("ckpt.load_ckpt_folder")
     assert "never materializes" in explained("model.parallel_output")
+
+
+def test_a_key_is_explained_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOMESH_LANG", "zh")
+    assert "description  最长的注意力片段" in explained("data.seq_len")
+    without_text = [
+        key
+        for key in known_keys()
+        if key.startswith("data.") and in_chinese(describe(key)) == describe(key)
+    ]
+    assert without_text == []
 
 
 def test_a_section_is_explained_with_its_keys() -> None:
