@@ -29,6 +29,12 @@ RendezvousPortOption = Annotated[
 EncodingOption = Annotated[
     str, typer.Option(help="Encoding of text files, such as gb18030 or utf-16.")
 ]
+WholeFilesOption = Annotated[
+    bool,
+    typer.Option(
+        "--whole-files", help="Take each file as one document, whatever its ending."
+    ),
+]
 
 _CHECKPOINT_HELP = (
     "Save folder (its newest step), one step in it, or Hugging Face model folder."

@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from evomesh.cli.options import EncodingOption
+from evomesh.cli.options import EncodingOption, WholeFilesOption
+from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.data.prepare.conversations import ChatOptions
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
     from evomesh.data.records.source_files import SourceFile
 
 PRINT_SECONDS = 10.0
+# What other programs call the formats.
+SIMILAR_FORMATS = {
+    "openai": "messages",
+    "chat": "messages",
+    "txt": "text",
+    "jsonl": "text",
+    "json": "text",
+}
 CHAT_FORMATS = ("alpaca", "messages", "sharegpt", "xtuner")
 
 InputsArgument = Annotated[
@@ -101,6 +111,7 @@ def tokenize(
     text_field: TextFieldOption = "text",
     encoding: EncodingOption = "utf-8",
     raw_lines: RawLinesOption = False,
+    whole_files: WholeFilesOption = False,
     bos: BosOption = None,
     eos: EosOption = True,
     append: AppendOption = False,
@@ -114,13 +125,19 @@ def tokenize(
     """Tokenize text or conversations into a .bin with its .meta.
 
     Inputs are txt (one document per line), json (a list), jsonl and csv, each also as
-    .gz or .zst; parquet and arrow; and .tar, .tar.gz and .zip archives of them.
+    .gz or .zst; parquet and arrow; and .tar, .tar.gz and .zip archives of them. With
+    --whole-files each file is a document: .py, .md, .rst, .html ...
     """
     from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads
-    from evomesh.errors import UserError
 
     set_encoder_threads(workers)
     if format in CHAT_FORMATS:
+        if whole_files:
+            raise UserError(
+                "--whole-files only applies to text",
+                fix="leave it out",
+                code="EVO-CLI-004",
+            )
         from evomesh.data.prepare.conversations import ChatOptions
 
         roles = tuple(role.strip() for role in train_on.split(","))
@@ -137,20 +154,34 @@ def tokenize(
         )
         return
     if format != "text":
-        raise UserError(
-            f"no format {format!r}",
-            where="--format",
-            expected="text, alpaca, messages, sharegpt or xtuner",
-            code="EVO-CLI-002",
-        )
+        raise _no_format(format)
     if split_ratio:
         raise UserError(
             "--split-ratio only applies to conversations",
             fix="tokenize training and validation text separately",
             code="EVO-CLI-004",
         )
-    text_options = TextOptions(text_field, raw_lines, bos, eos)
-    tokenize_text(inputs, output, tokenizer, text_options, append, encoding)
+    if whole_files and raw_lines:
+        raise UserError(
+            "--raw-lines and --whole-files exclude each other",
+            fix="leave out one of them",
+            code="EVO-CLI-004",
+        )
+    options = TextOptions(text_field, raw_lines, bos, eos)
+    tokenize_text(inputs, output, tokenizer, options, append, encoding, whole_files)
+
+
+def _no_format(name: str) -> UserError:
+    """Return the error for a format that does not exist, with what it may mean."""
+    known = ("text", *CHAT_FORMATS)
+    meant = SIMILAR_FORMATS.get(name) or next(iter(get_close_matches(name, known)), "")
+    return UserError(
+        f"no format {name!r}",
+        where="--format",
+        expected=" or ".join([", ".join(known[:-1]), known[-1]]),
+        fix=f"did you mean {meant}?" if meant else "",
+        code="EVO-CLI-002",
+    )
 
 
 def tokenize_text(
@@ -160,13 +191,14 @@ def tokenize_text(
     options: TextOptions,
     append: bool = False,
     encoding: str = "utf-8",
+    whole_files: bool = False,
 ) -> None:
-    """Run ``evomesh tokenize --format text``."""
+    """Run ``evomesh tokenize --format text``; with ``whole_files`` each file is a document."""
     from evomesh.data.prepare.tokenize import tokenize_files
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
-    files = find_source_files(inputs, encoding)
+    files = find_source_files(inputs, encoding, whole=whole_files)
     with progress_bar(sum(file.size for file in files)) as progress:
         fingerprint = tokenize_files(
             files,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomesh.cli.options import EncodingOption
+from evomesh.cli.options import EncodingOption, WholeFilesOption
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def train(
     ] = "",
     text_field: TextFieldOption = "text",
     encoding: EncodingOption = "utf-8",
+    whole_files: WholeFilesOption = False,
 ) -> None:
     """Train a tokenizer on text: txt, json, jsonl, csv, parquet and arrow, as `evomesh tokenize` reads them."""
     if kind not in KINDS:
@@ -81,7 +82,7 @@ def train(
     from evomesh.data.tokenizer import load_tokenizer
 
     recipe = TokenizerRecipe(vocab_size, kind, tuple(special or ()), chat)  # type: ignore[arg-type]
-    files = find_source_files(inputs, encoding)
+    files = find_source_files(inputs, encoding, whole=whole_files)
     path = train_tokenizer(files, Path(output), recipe, text_field)
     for line in _describe(load_tokenizer(path)):
         typer.echo(line)

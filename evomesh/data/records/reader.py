@@ -16,7 +16,7 @@ from evomesh.data.records import limits
 from evomesh.data.records.encodings import not_utf8
 from evomesh.data.records.json_stream import read_elements
 from evomesh.data.records.limits import UnpackLimitError
-from evomesh.data.records.source_files import READ_ERRORS, SourceFile
+from evomesh.data.records.source_files import READ_ERRORS, WHOLE_FILE, SourceFile
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
 
@@ -29,7 +29,7 @@ class SourceRecord:
     """One record of an input file.
 
     Attributes:
-        value: the text of a txt line, else a parsed JSON value.
+        value: the text of a txt line or of a whole file, else a parsed JSON value.
         where: file and line (or row) for messages.
         raw: the line as it was read; empty for formats without lines.
     """
@@ -42,7 +42,8 @@ class SourceRecord:
 def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Yield the records of an opened file: elements of a json list, rows of a table, lines of txt and jsonl.
 
-    Blank lines are skipped; a txt line is stripped.
+    Blank lines are skipped; a txt line is stripped. A whole file is one record as it
+    is, or none if it is blank.
 
     Raises:
         UserError: the content is not in the format that the name states, or a record is larger than ``limits`` allow;
@@ -55,6 +56,7 @@ def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
         "csv": _read_csv,
         "parquet": _read_table,
         "arrow": _read_table,
+        WHOLE_FILE: _read_whole,
     }[file.format]
     yield from _with_place(read(stream, file), file)
 
@@ -109,6 +111,16 @@ def _raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
 def _read_txt(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     for line, where in _nonblank_lines(stream, file):
         yield SourceRecord(_decode(line, where).strip(), where, line)
+
+
+def _read_whole(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
+    where = str(file.full_path)
+    content = stream.read(limits.MAX_RECORD_BYTES + 1)
+    if len(content) > limits.MAX_RECORD_BYTES:
+        raise limits.record_too_long(where)
+    text = _decode(content.removeprefix(UTF8_BOM), where)
+    if text.strip():
+        yield SourceRecord(text, where)
 
 
 def _read_jsonl(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:

@@ -32,6 +32,7 @@ from evomesh.errors import UserError
 from evomesh.outside_errors import fix_for
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
+WHOLE_FILE = "file"  # the format of a file of any name that is one document
 TABLE_FORMATS = ("parquet", "arrow")  # their readers seek
 COMPRESSIONS = ("gz", "zst")
 SHOWN_ENDINGS = 5  # in the message about a folder without any input file
@@ -64,7 +65,7 @@ class SourceFile:
 
     Attributes:
         path: the file, or the archive that contains it.
-        format: one of ``FORMATS``.
+        format: one of ``FORMATS``, or ``WHOLE_FILE``.
         compression: one of ``COMPRESSIONS``, or "".
         member: the member of the archive ``path``; None: ``path`` itself is the file.
         encoding: of a text file.
@@ -96,13 +97,16 @@ class SourceFile:
         return unpacks_too_far(where or str(self.full_path), self.packed_size)
 
 
-def find_source_files(inputs: list[str], encoding: str = UTF8) -> list[SourceFile]:
+def find_source_files(
+    inputs: list[str], encoding: str = UTF8, *, whole: bool = False
+) -> list[SourceFile]:
     """Find the files that paths, globs and folders name; archives are treated as folders.
 
     Folders are walked in sorted order.
 
     Args:
         encoding: of the text files.
+        whole: each file is one document, whatever its name ends in.
 
     Raises:
         UserError: an input matches nothing, a file's format or the encoding is unknown, an archive is damaged, or two
@@ -112,7 +116,7 @@ def find_source_files(inputs: list[str], encoding: str = UTF8) -> list[SourceFil
     found: list[SourceFile] = []
     named_by: dict[str, int] = {}  # real path of a file -> number of the input
     for number, item in enumerate(inputs):
-        files = _find_input(item)
+        files = _find_input(item, whole)
         for real_path in {os.path.realpath(file.path) for file in files}:
             first = named_by.setdefault(real_path, number)
             if first != number:
@@ -127,18 +131,22 @@ def find_source_files(inputs: list[str], encoding: str = UTF8) -> list[SourceFil
     return [replace(file, encoding=encoding) for file in found]
 
 
-def _find_input(item: str) -> list[SourceFile]:
+def _find_input(item: str, whole: bool) -> list[SourceFile]:
     """Return the files that one path, glob or folder names."""
     path = expand_home(item)
     if not path.is_dir():
-        return _match_files(item, path)
-    inside = list_source_files(path)
+        return _match_files(item, path, whole)
+    inside = list_source_files(path, whole=whole)
+    if not inside and whole:
+        raise UserError(
+            f"no file below {path}", where="input", code="EVO-DATA-002"
+        )
     if not inside:
         raise UserError(
             f"no {', '.join(FORMATS)} file below {path}{_other_endings(path)}",
             where="input",
-            fix="name the folder that holds them, or a file; of other files, write the text of each as a line of "
-            'a .jsonl: {"text": "..."}',
+            fix="name the folder that holds them, or a file; with --whole-files each text file is a document, "
+            "whatever its ending",
             code="EVO-DATA-002",
         )
     return inside
@@ -161,7 +169,7 @@ def _other_endings(folder: Path) -> str:
     return f"; files of other endings are not read: {', '.join(shown)}{more}"
 
 
-def _match_files(item: str, pattern: Path) -> list[SourceFile]:
+def _match_files(item: str, pattern: Path, whole: bool) -> list[SourceFile]:
     """Return the input files at a path or glob."""
     paths = [pattern]
     if not pattern.exists():
@@ -175,7 +183,7 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
         )
     found: list[SourceFile] = []
     for path in paths:
-        files = _source_files_at(path)
+        files = _source_files_at(path, whole)
         if not files:
             problem = (
                 "contains no such file"
@@ -193,8 +201,11 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
     return found
 
 
-def list_source_files(folder: Path) -> list[SourceFile]:
+def list_source_files(folder: Path, *, whole: bool = False) -> list[SourceFile]:
     """List all input files below a folder, in sorted order; hidden ones and unknown formats are ignored.
+
+    Args:
+        whole: each file is one document, whatever its name ends in.
 
     Raises:
         UserError: an archive is damaged, or of a kind that is not supported.
@@ -207,7 +218,7 @@ def list_source_files(folder: Path) -> list[SourceFile]:
         visible = _visible(names, (".",))
         for name in visible:
             path = Path(directory, name)
-            files = _source_files_at(path)
+            files = _source_files_at(path, whole)
             found += files
     return found
 
@@ -217,7 +228,7 @@ def _visible(names: Iterable[str], hidden: tuple[str, ...]) -> list[str]:
     return sorted(name for name in names if not name.startswith(hidden))
 
 
-def _source_files_at(path: Path) -> list[SourceFile]:
+def _source_files_at(path: Path, whole: bool) -> list[SourceFile]:
     """Return the file itself, or the files in an archive; nothing if the format is unknown."""
     if path.name.lower().endswith(UNSUPPORTED_SUFFIXES):
         raise UserError(
@@ -229,24 +240,29 @@ def _source_files_at(path: Path) -> list[SourceFile]:
     candidates: Sequence[ArchiveMember | None] = (
         list_members(path) if archive_kind(path) else [None]
     )
-    files = [_classify(path, member) for member in candidates]
+    files = [_classify(path, member, whole) for member in candidates]
     return [file for file in files if file is not None]
 
 
-def _classify(path: Path, member: ArchiveMember | None) -> SourceFile | None:
+def _classify(
+    path: Path, member: ArchiveMember | None, whole: bool
+) -> SourceFile | None:
     """Return the input file, or None if its name has no known format."""
     name = path.name
     if member:
         name = Path(member.name).name
         if name.startswith(APPLE_DOUBLE_PREFIX):
             return None
-    if name in METADATA_FILES or name.endswith(FINGERPRINT_SUFFIX):
+    is_metadata = name in METADATA_FILES or name.endswith(FINGERPRINT_SUFFIX)
+    if is_metadata and not whole:
         return None
     # "texts.jsonl.gz" is of the format "jsonl", compressed with "gz".
     parts = name.lower().split(".")
     compression = ""
     if parts[-1] in COMPRESSIONS:
         compression = parts.pop()
+    if whole:
+        return SourceFile(path, WHOLE_FILE, compression, member)
     # A name without a dot, such as "json", has no format.
     *stem, file_format = parts
     if not stem or file_format not in FORMATS:
