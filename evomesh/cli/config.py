@@ -273,6 +273,9 @@ def copy(
 def copy_with_base(source: Path, target: Path) -> list[Path]:
     """Copy a shipped config to ``target`` and its base file beside it; return what was written.
 
+    Of a config that is another name for one, that one is copied: guides say which lines
+    of the file to edit.
+
     Raises:
         UserError: ``target`` exists, or another file is where the base would be, or one cannot be written.
     """
@@ -283,6 +286,7 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
             fix="choose another name, or remove it first",
             code="EVO-CLI-005",
         )
+    source = _config_itself(source)
     copies = {}
     for base in _base_files(source):
         copied = target.parent / base.relative_to(source.parent)
@@ -302,6 +306,16 @@ def copy_with_base(source: Path, target: Path) -> list[Path]:
     except OSError as error:
         raise not_written(target, error) from None
     return list(copies.values())
+
+
+def _config_itself(source: Path) -> Path:
+    """Return the config that has the settings: the base of one that only names a base."""
+    statements = ast.parse(source.read_text(encoding="utf-8")).body
+    bases = _base_files(source)
+    # The docstring and ``_base_``.
+    if len(statements) == 2 and len(bases) == 1:
+        return bases[0]
+    return source
 
 
 @app.command()

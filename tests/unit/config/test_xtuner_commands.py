@@ -89,6 +89,17 @@ def test_a_copy_brings_the_config_that_it_is_based_on(here: Path) -> None:
     assert copied.ckpt.load_ckpt_info.path == "mistralai/Mistral-7B-v0.3"
 
 
+def test_a_copy_of_another_name_has_the_lines_that_a_guide_edits(here: Path) -> None:
+    """XTuner's migration guide edits these keys of this file."""
+    name = "internlm2_7b_w_internevo_dataset"
+    assert run("xtuner", "copy-cfg", name, ".") == f"wrote {name}_copy.py\n"
+    text = (here / f"{name}_copy.py").read_text()
+    lines = {line.partition(" = ")[0] for line in text.splitlines()}
+    assert {"dataset_folder", "max_length", "accumulative_counts"} <= lines
+    copied = load_config(f"{name}_copy.py").config
+    assert copied.data == load_config(CONFIGS / f"{name}.py").config.data
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])
 def test_translate_writes_the_same_config(name: str, here: Path) -> None:
