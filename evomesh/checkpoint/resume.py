@@ -227,7 +227,9 @@ def _changed_batch(
     fitting, rest = divmod(packs_before, now)
     advice = f"data.micro_num={fitting} keeps them"
     if rest:
-        advice = f"no data.micro_num keeps them, as {now} does not divide {packs_before}"
+        advice = (
+            f"no data.micro_num keeps them, as {now} does not divide {packs_before}"
+        )
     return [f"{words}, before {packs_before}; {advice}"]
 
 

@@ -122,7 +122,9 @@ def _check_config(config: Config, joined: Session, report: Report) -> None:
         report.add(CheckResult("config", "warn", warning))
     if not joined.warnings:
         report.add(
-            CheckResult("config", "ok", "the same on all ranks; the layout fits their number")
+            CheckResult(
+                "config", "ok", "the same on all ranks; the layout fits their number"
+            )
         )
 
 

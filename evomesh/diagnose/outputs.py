@@ -29,7 +29,9 @@ def output_results(
     if config.monitor.alert.sends:
         # Each rank makes the channels: any may be the one that has to tell of a crash.
         problems = gather_on_all_ranks(exchange, alert_problems(config, environment))
-        results.append(_judge("alerts", "each channel has its address", problems, places))
+        results.append(
+            _judge("alerts", "each channel has its address", problems, places)
+        )
     if config.monitor.trackers:
         problems = gather_on_all_ranks(exchange, tracker_problems(config))
         # The main rank alone feeds them.

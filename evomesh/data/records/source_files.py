@@ -138,9 +138,7 @@ def _find_input(item: str, whole: bool) -> list[SourceFile]:
         return _match_files(item, path, whole)
     inside = list_source_files(path, whole=whole)
     if not inside and whole:
-        raise UserError(
-            f"no file below {path}", where="input", code="EVO-DATA-002"
-        )
+        raise UserError(f"no file below {path}", where="input", code="EVO-DATA-002")
     if not inside:
         raise UserError(
             f"no {', '.join(FORMATS)} file below {path}{_other_endings(path)}",
