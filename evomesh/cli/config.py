@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,12 +137,7 @@ def show(
 
     loaded = load_config(config, overrides or [])
     if explain_key is not None:
-        from evomesh.config.explain import explain
-        from evomesh.error_codes.words import chosen_language
-
-        language = chosen_language(encoding=sys.stdout.encoding)
-        for label, text in explain(loaded, explain_key, language):
-            typer.echo(f"{label:<12} {text}")
+        _print_explanation(loaded, explain_key)
         return
     if lr:
         _show_learning_rate(loaded, as_json)
@@ -266,56 +260,10 @@ def copy(
             expected="an existing folder, or NAME.py in one",
             code="EVO-CLI-006",
         )
+    from evomesh.cli.config_copy import copy_with_base
+
     for written in copy_with_base(source, target):
         typer.echo(str(written))
-
-
-def copy_with_base(source: Path, target: Path) -> list[Path]:
-    """Copy a shipped config to ``target`` and its base file beside it; return what was written.
-
-    Of a config that is another name for one, that one is copied: guides say which lines
-    of the file to edit.
-
-    Raises:
-        UserError: ``target`` exists, or another file is where the base would be, or one cannot be written.
-    """
-    if target.exists():
-        raise UserError(
-            "already exists",
-            where=str(target),
-            fix="choose another name, or remove it first",
-            code="EVO-CLI-005",
-        )
-    source = _config_itself(source)
-    copies = {}
-    for base in _base_files(source):
-        copied = target.parent / base.relative_to(source.parent)
-        if copied.exists() and copied.read_bytes() != base.read_bytes():
-            raise UserError(
-                "already exists, with different content",
-                where=str(copied),
-                fix="choose another folder",
-                code="EVO-CLI-005",
-            )
-        copies[base] = copied
-    copies[source] = target
-    try:
-        for original, copied in copies.items():
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(original, copied)
-    except OSError as error:
-        raise not_written(target, error) from None
-    return list(copies.values())
-
-
-def _config_itself(source: Path) -> Path:
-    """Return the config that has the settings: the base of one that only names a base."""
-    statements = ast.parse(source.read_text(encoding="utf-8")).body
-    bases = _base_files(source)
-    # The docstring and ``_base_``.
-    if len(statements) == 2 and len(bases) == 1:
-        return bases[0]
-    return source
 
 
 @app.command()
@@ -408,12 +356,14 @@ def _config_folders() -> list[Path]:
     return [folder for folder in folders if (folder / "7B_sft.py").exists()][:1]
 
 
-def _base_files(config: Path) -> list[Path]:
-    """Return the file that ``_base_ = "..."`` of a shipped config names; none for a config that is whole."""
-    for node in ast.parse(config.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
-            return [config.parent / ast.literal_eval(node.value)]
-    return []
+def _print_explanation(loaded: LoadedConfig, key: str) -> None:
+    """Print what a key does, in the user's language."""
+    from evomesh.config.explain import explain
+    from evomesh.error_codes.words import chosen_language
+
+    language = chosen_language(encoding=sys.stdout.encoding)
+    for label, text in explain(loaded, key, language):
+        typer.echo(f"{label:<12} {text}")
 
 
 def _print_figures(loaded: LoadedConfig, figures: dict[str, Any]) -> None:

@@ -130,32 +130,46 @@ def tokenize(
     """
     from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads
 
+    _check_options(format, split_ratio, raw_lines, whole_files)
     set_encoder_threads(workers)
-    if format in CHAT_FORMATS:
-        if whole_files:
-            raise UserError(
-                "--whole-files only applies to text",
-                fix="leave it out",
-                code="EVO-CLI-004",
-            )
-        from evomesh.data.prepare.conversations import ChatOptions
-
-        roles = tuple(role.strip() for role in train_on.split(","))
-        options = ChatOptions(
-            cast("RecordSchema", format),
-            chat_template,
-            roles,
-            max_length,
-            split_ratio,
-            seed,
-        )
-        tokenize_conversations(
-            inputs, output, tokenizer, options, workers, append, encoding
+    if format == "text":
+        text_options = TextOptions(text_field, raw_lines, bos, eos)
+        tokenize_text(
+            inputs, output, tokenizer, text_options, append, encoding, whole_files
         )
         return
-    if format != "text":
-        raise _no_format(format)
-    if split_ratio:
+
+    from evomesh.data.prepare.conversations import ChatOptions
+
+    roles = tuple(role.strip() for role in train_on.split(","))
+    options = ChatOptions(
+        cast("RecordSchema", format),
+        chat_template,
+        roles,
+        max_length,
+        split_ratio,
+        seed,
+    )
+    tokenize_conversations(
+        inputs, output, tokenizer, options, workers, append, encoding
+    )
+
+
+def _check_options(
+    format_name: str, split_ratio: float, raw_lines: bool, whole_files: bool
+) -> None:
+    """Check that the format exists, and the options that others exclude.
+
+    Raises:
+        UserError: names the first that is wrong.
+    """
+    if format_name not in ("text", *CHAT_FORMATS):
+        raise _no_format(format_name)
+    if format_name != "text" and whole_files:
+        raise UserError(
+            "--whole-files only applies to text", fix="leave it out", code="EVO-CLI-004"
+        )
+    if format_name == "text" and split_ratio:
         raise UserError(
             "--split-ratio only applies to conversations",
             fix="tokenize training and validation text separately",
@@ -167,8 +181,6 @@ def tokenize(
             fix="leave out one of them",
             code="EVO-CLI-004",
         )
-    options = TextOptions(text_field, raw_lines, bos, eos)
-    tokenize_text(inputs, output, tokenizer, options, append, encoding, whole_files)
 
 
 def _no_format(name: str) -> UserError:

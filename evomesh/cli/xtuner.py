@@ -78,7 +78,8 @@ def copy_cfg(
     ],
 ) -> None:
     """Copy a shipped config to DIR/NAME_copy.py, to edit it, and the file that it is based on."""
-    from evomesh.cli.config import copy_with_base, xtuner_config
+    from evomesh.cli.config import xtuner_config
+    from evomesh.cli.config_copy import copy_with_base
 
     source = xtuner_config(name.removesuffix(".py"))
     target = folder / f"{source.stem}_copy.py"

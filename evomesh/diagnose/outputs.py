@@ -1,4 +1,4 @@
-"""Whether alerts and trackers can be used as the start of a run would use them."""
+"""The check of alerts and trackers: can the start of a run use them?"""
 
 from __future__ import annotations
 

@@ -115,11 +115,14 @@ def _read_txt(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
 
 def _read_whole(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     where = str(file.full_path)
-    content = stream.read(limits.MAX_RECORD_BYTES + 1)
-    if len(content) > limits.MAX_RECORD_BYTES:
+    most = limits.MAX_RECORD_BYTES
+    content = stream.read(most + 1)
+    if len(content) > most:
         raise limits.record_too_long(where)
-    text = _decode(content.removeprefix(UTF8_BOM), where)
-    if text.strip():
+    content = content.removeprefix(UTF8_BOM)
+    text = _decode(content, where)
+    is_blank = not text.strip()
+    if not is_blank:
         yield SourceRecord(text, where)
 
 

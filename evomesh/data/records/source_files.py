@@ -209,16 +209,20 @@ def list_source_files(folder: Path, *, whole: bool = False) -> list[SourceFile]:
         UserError: an archive is damaged, or of a kind that is not supported.
     """
     found: list[SourceFile] = []
+    for path in _visible_paths(folder):
+        files = _source_files_at(path, whole)
+        found += files
+    return found
+
+
+def _visible_paths(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, in sorted order."""
     for directory, folders, names in os.walk(folder, followlinks=True):
         # As datasets does: .git, .cache and what editors leave are not data. ``os.walk``
         # enters what is left in its list, in that order.
         folders[:] = _visible(folders, HIDDEN)
-        visible = _visible(names, (".",))
-        for name in visible:
-            path = Path(directory, name)
-            files = _source_files_at(path, whole)
-            found += files
-    return found
+        for name in _visible(names, (".",)):
+            yield Path(directory, name)
 
 
 def _visible(names: Iterable[str], hidden: tuple[str, ...]) -> list[str]:

@@ -28,7 +28,7 @@ def test_without_alerts_and_trackers_there_is_nothing_to_say() -> None:
 
 
 def test_a_channel_without_its_address_fails_as_the_start_of_a_run_does() -> None:
-    alert = {"channels": [SLACK]}
+    alert = {"channels": (SLACK,)}
     (result,) = results_of({}, alert=alert)
     config = Config.model_validate({"monitor": {"alert": alert}})
     with pytest.raises(UserError) as refused:
@@ -42,9 +42,9 @@ def test_a_channel_without_its_address_fails_as_the_start_of_a_run_does() -> Non
 
 
 def test_a_tracker_that_cannot_be_loaded_fails() -> None:
-    (result,) = results_of({}, trackers=[{"type": "no_such_module:Tracker"}])
+    (result,) = results_of({}, trackers=({"type": "no_such_module:Tracker"},))
     assert (result.check, result.status) == ("trackers", "fail")
     assert "no_such_module" in result.found
     assert result.fix.startswith("expected: MODULE:CLASS")
-    (result,) = results_of({}, trackers=[{"type": "jsonl"}])
+    (result,) = results_of({}, trackers=({"type": "jsonl"},))
     assert result.status == "ok"
