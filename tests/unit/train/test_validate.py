@@ -75,7 +75,7 @@ def test_conversations_need_not_be_tokenized_again(
     (folder / "cn/c.bin.json").write_text(json.dumps(record))
     caplog.set_level(logging.INFO, "evomesh")
     open_sets(folder)
-    assert "records with the schema messages" in caplog.text
+    assert "(schema messages) are not counted" in caplog.text
     assert "again" not in caplog.text
 
 
