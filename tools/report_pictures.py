@@ -38,6 +38,11 @@ BROWSERS = ("chromium", "google-chrome")
 PLAN_GPUS = 64
 
 
+def browser_path() -> str:
+    """Return the browser of this machine."""
+    return next(filter(None, map(shutil.which, BROWSERS)))
+
+
 def take(
     browser: Browser, page_file: Path, out: Path, width: int, height: int, scheme: str
 ) -> None:
@@ -122,11 +127,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="demo_data/tokenizer.json")
     options = parser.parse_args()
     folder: Path = options.folder
-    executable = next(filter(None, map(shutil.which, BROWSERS)))
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         file = Path(scratch) / "report.html"
         browser = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox"]
+            executable_path=browser_path(), args=["--no-sandbox"]
         )
         if options.run:
             file.write_text(run_page(options.run), "utf-8")
