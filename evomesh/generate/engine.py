@@ -16,11 +16,13 @@ from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import (
+    TokenLogprob,
     TokenSampler,
     argmax_suffices,
     penalize,
     top_logprobs,
 )
+from evomesh.generate.top_logits import choose_tokens
 from evomesh.models.language_model import LanguageModel, short_length
 
 LOGIT_ROWS = 512  # rows of V logits of a prompt in memory at a time
@@ -312,31 +314,72 @@ class GenerationEngine:
                 request.append(token)
                 for request, token in zip(requests, chosen, strict=True)
             ]
-        return [
-            self._choose_token(request, row)
-            for request, row in zip(requests, logits, strict=True)
-        ]
-
-    def _choose_token(self, request: _ActiveRequest, logits: Tensor) -> GeneratedToken:
-        sampling = request.sampling
-        penalty = sampling.repetition_penalty
+        penalties = {request.sampling.repetition_penalty for request in requests}
         penalized = logits
-        if penalty != 1.0:
-            seen = torch.tensor(request.ids, device=logits.device)
-            penalized = penalize(logits, seen, penalty)
-        token = request.sampler.next_token(penalized)
-        top_count = sampling.logprobs
-        if top_count < 0:
-            return request.append(token)
-        # The model's own log-probabilities, without the penalty.
-        logprob, top = top_logprobs(logits, token, top_count)
-        return request.append(token, logprob, top)
+        if penalties != {1.0}:
+            penalized = _penalized(requests, logits)
+        samplers = [request.sampler for request in requests]
+        chosen = choose_tokens(samplers, penalized)
+        logprobs = _logprobs(requests, logits, chosen)
+        return [
+            request.append(token, *logprobs.get(row, ()))
+            for row, (request, token) in enumerate(zip(requests, chosen, strict=True))
+        ]
 
     def _release(self, slot: int) -> None:
         # As in the cache, the last request in use moves into the free slot.
         self.cache.release(slot)
         self._running[slot] = self._running[-1]
         self._running.pop()
+
+
+def _penalized(
+    requests: Sequence[_ActiveRequest],
+    logits: Tensor,
+) -> Tensor:
+    """Return logits [B, V] in which the tokens that a request already has are lowered by its penalty."""
+    rows = []
+    for request, row in zip(requests, logits, strict=True):
+        seen = torch.tensor(request.ids)
+        seen = seen.to(
+            logits.device,
+            non_blocking=True,
+        )
+        penalty = request.sampling.repetition_penalty
+        penalized = penalize(row, seen, penalty)
+        rows.append(penalized)
+    return torch.stack(rows)
+
+
+def _logprobs(
+    requests: Sequence[_ActiveRequest],
+    logits: Tensor,
+    chosen: Sequence[int],
+) -> dict[int, tuple[float, list[TokenLogprob]]]:
+    """Return what ``GeneratedToken`` says of the rows whose requests want log-probabilities.
+
+    They are the model's own, without the penalty.
+    """
+    counts: dict[int, int] = {}
+    for row, request in enumerate(requests):
+        count = request.sampling.logprobs
+        if count >= 0:
+            counts[row] = count
+    if not counts:
+        return {}
+    wanted = [logits[row] for row in counts]
+    tokens = [chosen[row] for row in counts]
+    largest_count = max(counts.values())
+    found = top_logprobs(
+        torch.stack(wanted),
+        tokens,
+        largest_count,
+    )
+    answers = {}
+    pairs = zip(counts.items(), found, strict=True)
+    for (row, count), (logprob, top) in pairs:
+        answers[row] = (logprob, top[:count])
+    return answers
 
 
 def _target_scores(

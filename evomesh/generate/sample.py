@@ -193,29 +193,59 @@ class TokenSampler:
 
     def next_token(self, logits: Tensor) -> int:
         """Return the next token for logits [V]; unless greedy, this takes one uniform number from the stream."""
-        if self.sampling.greedy:
-            return int(logits.argmax())
-        # Inverse transform sampling: the first token whose cumulative probability
-        # exceeds a uniform number.
-        ranked = RankedTokens(logits.cpu(), self.sampling.temperature)
-        end = candidates_end(ranked, self.sampling)
-        threshold = self._random.random() * ranked.weight_before(end)
-        return ranked.find(threshold, end)
+        return draw_token(logits.cpu(), self.sampling, self.uniform())
+
+    def uniform(self) -> float:
+        """Return the random number of the next token, from 0 to 1, and take it from the stream unless greedy."""
+        return 0.0 if self.sampling.greedy else self._random.random()
+
+
+def draw_token(logits: Tensor, sampling: SamplingParams, uniform: float) -> int:
+    """Return the first token of logits [V] on the CPU whose cumulative probability exceeds ``uniform``.
+
+    That is inverse transform sampling. Greedy requests get the most probable token.
+    """
+    if sampling.greedy:
+        return int(logits.argmax())
+    ranked = RankedTokens(logits, sampling.temperature)
+    end = candidates_end(ranked, sampling)
+    threshold = uniform * ranked.weight_before(end)
+    return ranked.find(threshold, end)
 
 
 def top_logprobs(
-    logits: Tensor, token: int, count: int
-) -> tuple[float, list[TokenLogprob]]:
-    """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
+    logits: Tensor,
+    tokens: Sequence[int],
+    count: int,
+) -> list[tuple[float, list[TokenLogprob]]]:
+    """Return the log-probability of each row's token, and the ``count`` best tokens of the row with theirs.
+
+    Args:
+        logits: [B, V].
+        tokens: one for each row.
+    """
     logprobs = logits.log_softmax(-1)
-    vocab_size = len(logprobs)
-    count = min(count, vocab_size)
+    count = min(count, logprobs.shape[1])
     best = logprobs.topk(count)
-    ids = best.indices.tolist()
-    best_logprobs = best.values.tolist()
-    top = list(zip(ids, best_logprobs, strict=True))
-    own_logprob = float(logprobs[token])
-    return own_logprob, top
+    columns = torch.tensor(tokens).unsqueeze(1)
+    columns = columns.to(
+        logits.device,
+        non_blocking=True,
+    )
+    own = logprobs.gather(1, columns)
+    # In one tensor, for one copy to the host.
+    parts = [own, best.values, best.indices]
+    rows = torch.cat(
+        [part.double() for part in parts],
+        dim=1,
+    )
+    answers = []
+    for own_logprob, *others in rows.tolist():
+        best_logprobs = others[:count]
+        ids = map(int, others[count:])
+        top = list(zip(ids, best_logprobs, strict=True))
+        answers.append((own_logprob, top))
+    return answers
 
 
 def _with_top(logits: Tensor) -> tuple[Tensor, Tensor]:
