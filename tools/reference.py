@@ -124,6 +124,7 @@ GROUPS = (
         {
             "evomesh generate": "补全一个提示，或回答文件夹中的提示。",
             "evomesh eval": "用 lm-evaluation-harness 评测检查点。",
+            "evomesh validate": "打印一个检查点在 data.valid_folder 的每个验证集上的损失、困惑度和准确率。",
             "evomesh serve": "以 OpenAI API 提供模型服务。",
             "evomesh chat": "提供与模型对话的页面。",
         },

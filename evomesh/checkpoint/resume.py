@@ -84,7 +84,7 @@ def decide(
             return StartPoint(
                 "starting from scratch: auto_resume=False and no load_ckpt_info"
             )
-        return _from_load_info(info, reader)
+        return from_load_info(info, reader)
     note = ""
     if info is not None and not info.fallback:
         note = (
@@ -97,7 +97,7 @@ def decide(
     if branch is not None:
         return branch_from(branch, reader)
     if info is not None and info.fallback:
-        return _from_load_info(info, reader)
+        return from_load_info(info, reader)
     if folder is None:
         return StartPoint(
             f"starting from scratch: no save_ckpt_folder to resume from{note}"
@@ -112,7 +112,7 @@ def branch_from(path: str, reader: CheckpointReader) -> StartPoint:
         CheckpointError: there is no checkpoint with optimizer state.
     """
     info = LoadConfig(path=path, content=("all",))
-    start = _from_load_info(info, reader)
+    start = from_load_info(info, reader)
     source = start.path if start.checkpoint is None else start.checkpoint.folder
     reason = f"branching from {source}"
     return replace(start, reason=reason, is_branch=True)
@@ -253,14 +253,14 @@ def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
     return EVERYTHING if "all" in parts else frozenset(parts)
 
 
-def _from_load_info(info: LoadConfig, reader: CheckpointReader) -> StartPoint:
+def from_load_info(info: LoadConfig, reader: CheckpointReader) -> StartPoint:
     """Return what ``load_ckpt_info`` names, after checking that its ``ckpt_type`` suits the folder."""
     kind = info.ckpt_type.lower()
     actual = detect.kind_at(info.path)
     if kind in DETECTED_TYPES:
         hub = hub_model(info.path) if actual is None else ""
         if hub:
-            return _from_load_info(
+            return from_load_info(
                 info.model_copy(update={"path": hub, "ckpt_type": "hf"}), reader
             )
         if actual in (None, "evomesh"):

@@ -32,6 +32,7 @@ from evomesh.cli import (
     tokenizer,
     top,
     train,
+    validate,
     watch,
     xtuner,
 )
@@ -65,6 +66,7 @@ app.command("ledger")(ledger.ledger)
 app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
+app.command("validate")(validate.validate)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.command("explain")(explain.explain)

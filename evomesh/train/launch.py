@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from evomesh.config.layout import check_world, run_parallel, run_sizes, zero_note
 from evomesh.config.schema import Config
@@ -71,10 +72,12 @@ def launch(
     port: int = 8888,
     before_end: Callable[[str], None] | None = None,
     before_hang_ends: Callable[[str], None] | None = None,
+    console: Console | None = None,
 ) -> Iterator[RunContext]:
     """Join the other ranks, if there are any, and leave them at the end of the context.
 
     Args:
+        console: where the log is shown; standard output by default.
         before_end: called with a sentence, on another thread, before this process is ended because a rank is gone.
         before_hang_ends: called likewise because a rank is stuck, on the one rank that logs it.
 
@@ -85,11 +88,10 @@ def launch(
     """
     # 1. What this process can check alone.
     process = detect(os.environ, launcher, port)
-    setup_logging(shows=process.rank == 0)  # until the run folder is known
-    warnings = [
-        *check_world(config, process.world_size),
-        *idle_tasks(os.environ, process),
-    ]
+    is_first = process.rank == 0
+    setup_logging(shows=is_first, console=console)  # until the run folder is known
+    warnings = check_world(config, process.world_size)
+    warnings += idle_tasks(os.environ, process)
     device = _prepare_device(config, process)
     warnings += others_at_work(device)
 
@@ -106,7 +108,7 @@ def launch(
         if watch is not None:
             watch.before_end = before_end
             _agree_before_the_start(config, watch, request)
-        if process.rank == 0:
+        if is_first:
             _log_layout(config, process, warnings)
         yield _start_run(config, process, device)
     except BaseException as error:

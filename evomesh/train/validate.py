@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -15,14 +16,27 @@ from evomesh.train.tally import LossTally
 from evomesh.watchdog.activity import this_process
 from evomesh.watchdog.ring import Place
 
+logger = logging.getLogger(__name__)
+LONG_BATCHES = 50  # of a rank: a validation of so many is announced
+
 
 def validate(
-    stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device
+    stages: ModelStages,
+    sets: list[ValidationSet],
+    grid: Grid,
+    device: torch.device,
+    announced_from: int = LONG_BATCHES,
 ) -> dict[str, float]:
     """Return ``val/{name}_loss``, ``_acc``, ``_plex`` and ``_bpb`` of each set; one without target tokens is absent.
 
     Bits per byte (``_bpb``) are of those sets whose fingerprints count the bytes.
+
+    Args:
+        announced_from: batches of a rank from which on the log says that a validation begins, and how long it is.
     """
+    counts = {valid.name: valid.num_batches(grid.dp.size) for valid in sets}
+    if sum(counts.values()) >= announced_from:
+        logger.info("%s", announcement(counts, grid.dp.size))
     was_training = stages.module.training
     stages.module.eval()
     results: dict[str, float] = {}
@@ -48,6 +62,15 @@ def validate(
             results[f"val/{valid.name}_bpb"] = bits / valid.text_bytes
     stages.module.train(was_training)
     return results
+
+
+def announcement(counts: dict[str, int], dp_size: int) -> str:
+    """Return the line that says how many batches of which sets each rank is about to read."""
+    total = sum(counts.values())
+    of_sets = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    plural = "" if total == 1 else "es"
+    ranks = "" if dp_size == 1 else f" on each of {dp_size} data-parallel ranks"
+    return f"validating: {total:,} batch{plural}{ranks} ({of_sets})"
 
 
 def figures_of_average(averaged: dict[str, float]) -> dict[str, float]:

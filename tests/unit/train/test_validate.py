@@ -19,7 +19,7 @@ from evomesh.data.build import build_valid_data
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.grid import Grid
 from evomesh.train.stages import ModelStages
-from evomesh.train.validate import validate, validation_figures
+from evomesh.train.validate import announcement, validate, validation_figures
 from tests.support.golden import write_bin
 
 
@@ -82,3 +82,21 @@ def test_conversations_need_not_be_tokenized_again(
 def test_none_where_documents_are_left_out(folder: Path) -> None:
     names = validation_figures(open_sets(folder, valid_min_length=3))
     assert "val/en_loss" in names and "val/en_bpb" not in names
+
+
+def test_a_long_validation_is_announced(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "evomesh")
+    sets = open_sets(folder)
+    stages = cast(ModelStages, KnownLosses())
+    device = torch.device("cpu")
+    # Segments of at most 8 tokens: 4, 2, 8, 8 and 4 of "en" fill 4 packs, two in a batch.
+    validate(stages, sets, Grid(), device, announced_from=4)
+    assert "validating" not in caplog.text
+    validate(stages, sets, Grid(), device, announced_from=3)
+    assert "validating: 3 batches (cn 1, en 2)" in caplog.text
+    line = announcement({"en": 1200}, 4)
+    assert (
+        line == "validating: 1,200 batches on each of 4 data-parallel ranks (en 1,200)"
+    )
