@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +68,24 @@ def validate_checkpoint(
         UserError: no validation data, no such weights, or weights of another model.
     """
     refuse_missing_folder(loaded)
-    # Its lines say that a run begins, and none does.
-    logging.getLogger(launch.__module__).setLevel(logging.WARNING)
-    with launch(
-        loaded.config, launcher=launcher, port=port, console=console
-    ) as context:
-        return _validate(loaded.config, path, ema, context)
+    config = loaded.config
+    with (
+        _without_start_lines(),
+        launch(config, launcher=launcher, port=port, console=console) as context,
+    ):
+        return _validate(config, path, ema, context)
+
+
+@contextmanager
+def _without_start_lines() -> Iterator[None]:
+    """Leave out the lines that say that a run begins: none does."""
+    log = logging.getLogger(launch.__module__)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def refuse_missing_folder(loaded: LoadedConfig) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from evomesh.cli.app import app
+from evomesh.errors import UserError
 from tests.support.interpreter import Interpreter
 from tests.support.runs import metrics, write_run
 
@@ -41,18 +44,31 @@ def ended(interpreter: Interpreter, ranks: int, folder: Path, *command: str) -> 
 
 
 class TestOneProcess:
-    def test_figures_of_the_run(self, tmp_path: Path, interpreter: Interpreter) -> None:
+    def test_figures_of_the_run(
+        self,
+        tmp_path: Path,
+        interpreter: Interpreter,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         write_run(tmp_path, SHORT)
         done = interpreter.run(["evomesh", "train", "config.py"], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         rows = metrics(tmp_path)
         before = sorted(tmp_path.rglob("*"))
 
-        def validate(*options: str, code: int = 0) -> tuple[str, str]:
-            command = ["evomesh", "validate", "config.py", *options]
-            result = interpreter.run(command, cwd=tmp_path)
-            assert result.returncode == code, result.stdout + result.stderr
+        monkeypatch.chdir(tmp_path)
+        runner = CliRunner()
+
+        def validate(*options: str) -> tuple[str, str]:
+            result = runner.invoke(app, ["validate", "config.py", *options])
+            assert result.exit_code == 0, result.exception
             return result.stdout, result.stderr
+
+        def refused(*options: str) -> str:
+            result = runner.invoke(app, ["validate", "config.py", *options])
+            assert isinstance(result.exception, UserError)
+            assert result.exception.exit_code == 2
+            return str(result.exception)
 
         # 1. The newest checkpoint, an older one, the average, and weights of Hugging Face.
         newest, log = validate("--json")
@@ -81,13 +97,14 @@ class TestOneProcess:
         assert json.loads(foreign)["step"] is None
 
         # 2. What cannot be validated.
-        _, errors = validate("--set", "data.valid_folder=None", code=2)
+        errors = refused("--set", "data.valid_folder=None")
         assert "there is nothing to validate on: data.valid_folder is not set" in errors
-        _, errors = validate("--set", "ckpt.save_ckpt_folder=local:new", code=2)
+        errors = refused("--set", "ckpt.save_ckpt_folder=local:new")
         assert "(new) has none, there is no ckpt.load_ckpt_info" in errors
         assert "--checkpoint PATH" in errors
-        _, errors = validate("--set", "model.rope_base=500", code=2)
-        assert "model.rope_base" in errors and "EVO-CKPT-010" in errors
+        errors = refused("--set", "model.rope_base=500")
+        assert "model.rope_base" in errors
+        assert "--set ckpt.allow_changed_model=True" in errors
 
 
 class TestLayouts:
