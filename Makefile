@@ -68,8 +68,8 @@ gpu: ## the first hour on a GPU: tests, layouts, speed, profile, generation, ser
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) benchmarks/gpu.py $(PARTS); \
 	else $(MAKE) $(VENV)/.dev && $(PY) benchmarks/gpu.py $(PARTS); fi
 
-wheels: $(VENV)/.dev ## dependencies, all but torch, for a GPU machine without a package index (FOR=3.12: its Python)
-	$(PY) tools/wheels.py wheels --python $(or $(FOR),3.12)
+wheels: $(VENV)/.dev ## what `make gpu` needs, all but torch, for a machine without a package index (FOR=3.12: its Python)
+	$(PY) tools/wheels.py wheels --python $(or $(FOR),3.12) --for-gpu --without $(WITHOUT)
 
 clean: ## everything the two commands made, but for the environment
 	rm -rf $(DEMO) RUN llm_ckpts

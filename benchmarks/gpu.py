@@ -12,10 +12,10 @@ and the file when it is measured, so that a machine which is lent for a while le
     generate  tokens/s against transformers with the same weights
     serve     tokens/s of eight clients against one
 
-It needs Python 3.11, torch 2.11 and the package's other dependencies. Where there is no package index, bring them:
-`make wheels` on a machine that has one fills wheels/, and what is missing here is installed from there into
-.gpu_site/, next to the Python that is used and not into it. Without a GPU, small shapes run on the CPU, as the
-table's first line reports.
+It needs Python 3.11, torch 2.11, the package's other dependencies, and what some parts import beside them (NEEDS).
+Where there is no package index, bring them: `make wheels` on a machine that has one fills wheels/, and what is missing
+here is installed from there into .gpu_site/, next to the Python that is used and not into it. A part whose packages
+cannot be had is not run, the others are. Without a GPU, small shapes run on the CPU, as the table's first line reports.
 
 Exit code 1: a part failed, or a row is not what it has to be.
 """
@@ -37,8 +37,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "wheels"
-SITE = ROOT / ".gpu_site"
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+# Of each version of Python: compiled modules are made for one.
+SITE = ROOT / ".gpu_site" / PYTHON
 PARTS = ("tests", "layouts", "steps", "profile", "generate", "serve")
+# What a part imports beside the package's own dependencies, by the names of distributions.
+NEEDS = {
+    "tests": ("pytest", "pytest-timeout", "packaging"),
+    "generate": ("transformers",),
+    "serve": ("fastapi", "uvicorn", "prometheus-client", "httpx"),
+}
 HEADS = ("part", "case", "result", "compared with", "ratio")
 
 
@@ -47,43 +55,74 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def is_installed(name: str) -> bool:
+def installed_version(name: str) -> str | None:
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
-def missing_requirements() -> list[str]:
-    """The package's own dependencies that this Python lacks."""
+def is_installed(name: str) -> bool:
+    return installed_version(name) is not None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: "2.11.0+cu130" -> (2, 11, 0)."""
+    public = version.partition("+")[0]
+    return tuple(int(number) for number in re.findall(r"\d+", public))
+
+
+def unmet_requirements() -> list[str]:
+    """The package's own dependencies that this Python lacks or has too old, each with what it is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [re.split(r"[<>=!~\[; ]", line)[0] for line in project["dependencies"]]
-    return [name for name in names if not is_installed(name)]
+    unmet = []
+    for line in project["dependencies"]:
+        name, _, least = line.partition(">=")
+        version = installed_version(name)
+        if version is None:
+            unmet.append(name)
+        elif release(version) < release(least):
+            unmet.append(f"{name} {least} (it has {version})")
+    return unmet
+
+
+def missing_for(part: str) -> list[str]:
+    """What a part imports and this Python lacks."""
+    return [name for name in NEEDS.get(part, ()) if not is_installed(name)]
+
+
+def missing_wheels() -> list[str]:
+    """Distributions that lie in WHEELS and that this Python lacks.
+
+    A wheel for what this Python has could hide a build that belongs to its torch.
+    """
+    names = {wheel.name.partition("-")[0] for wheel in WHEELS.glob("*.whl")}
+    return sorted(name for name in names if not is_installed(name))
+
+
+def how_to_bring() -> str:
+    return (
+        f"install them, or run `make wheels FOR={PYTHON}` where there is a package index and copy "
+        f"{WHEELS.name}/ to {WHEELS}"
+    )
 
 
 def install_missing_wheels() -> None:
-    """Make what is missing importable from SITE; stops the program where it cannot be had."""
+    """Make what is missing importable from SITE; stops the program where the package itself cannot be imported."""
     sys.path.insert(0, str(SITE))
-    if not missing_requirements():
-        return
-    # A wheel for what this Python has could hide a build that belongs to its torch.
-    wheels = [
-        wheel
-        for wheel in sorted(WHEELS.glob("*.whl"))
-        if not is_installed(wheel.name.partition("-")[0])
-    ]
-    if wheels:
-        options = ["--quiet", "--no-index", "--no-deps", "--target", str(SITE)]
-        pip = [sys.executable, "-m", "pip", "install", *options, *map(str, wheels)]
-        subprocess.run(pip, check=True)
+    if names := missing_wheels():
+        # Isolated: settings of pip that are meant for other installations count for nothing.
+        options = ["--isolated", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        options += ["--no-index", "--find-links", str(WHEELS), "--target", str(SITE)]
+        pip = [sys.executable, "-m", "pip", "install", *options, *names]
+        if subprocess.run(pip, check=False).returncode:
+            sys.exit(
+                f"{WHEELS} has wheels that {sys.executable} cannot install, see above: they may be for another "
+                f"Python than {PYTHON} or another kind of machine; {how_to_bring()}"
+            )
         importlib.invalidate_caches()
-    if still_missing := missing_requirements():
-        sys.exit(
-            f"{sys.executable} lacks {', '.join(still_missing)}: install them, or run `make wheels "
-            f"FOR={sys.version_info.major}.{sys.version_info.minor}` where there is a package index and copy "
-            f"{WHEELS.name}/ to {WHEELS}"
-        )
+    if unmet := unmet_requirements():
+        sys.exit(f"{sys.executable} lacks {', '.join(unmet)}: {how_to_bring()}")
 
 
 def table_line(*cells: str) -> str:
@@ -178,6 +217,12 @@ def main() -> None:
 
         show(heading())
         for part in args.parts or PARTS:
+            if missing := missing_for(part):
+                names = ", ".join(missing)
+                show(table_line(part, "all", f"NOT RUN: lacks {names}", "", ""))
+                print(f"for {part}: {how_to_bring()}")
+                is_bad = True
+                continue
             for line in lines_of_part(part, part_command(part), args.minutes):
                 # What else a part prints, a warning say, is for the screen alone.
                 if line.startswith("| "):

@@ -20,8 +20,6 @@ import torch
 from gpu import HEADS, PARTS, ROOT, table_line
 from gpu_step import SHAPES, Case, measure, product_rate
 
-# As a package: the checkout has its own generate.py.
-from benchmarks import generate, serve
 from evomesh.layers.compiler import missing_for_compiling
 
 ON_CUDA = torch.cuda.is_available()
@@ -57,13 +55,20 @@ def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 def tests() -> Iterator[Row]:
-    done = run("-m", "pytest", "tests/gpu", "-rfE", "-p", "no:cacheprovider")
+    """A row for each file, so that one that hangs leaves those of the others."""
+    for file in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        yield from tests_of(name)
+
+
+def tests_of(name: str) -> Iterator[Row]:
+    done = run("-m", "pytest", name, "-rfE", "-p", "no:cacheprovider")
     for line in done.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             yield Row(line.split(" ")[1], f"FAILED: {line.partition(' - ')[2][:120]}")
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout)
     summary = ", ".join(counts[-3:]) or done.stdout[-200:].replace("\n", " ")
-    yield Row("tests/gpu", summary if done.returncode == 0 else f"FAILED: {summary}")
+    yield Row(name, summary if done.returncode == 0 else f"FAILED: {summary}")
 
 
 # -------------------------------------------------------------------------- layouts
@@ -289,6 +294,9 @@ def profile() -> Iterator[Row]:
 
 
 def generation() -> Iterator[Row]:
+    # As a package: the checkout has its own generate.py.
+    from benchmarks import generate
+
     options = generate.Options(
         shape="1.3B" if ON_CUDA else "10M",
         batches=(1, 8, 32) if ON_CUDA else (1, 4),
@@ -309,6 +317,8 @@ def generation() -> Iterator[Row]:
 
 
 def serving() -> Iterator[Row]:
+    from benchmarks import serve
+
     model = (
         serve.RandomModel(hidden=2048, layers=24, vocab=32000, dtype=DTYPE)
         if ON_CUDA

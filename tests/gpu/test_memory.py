@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks._memory import Sizes, bytes_in_16_bits, state_in_16_bits
+from benchmarks._memory import HALF, Sizes, bytes_in_16_bits, state_in_16_bits
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.layers import attention
 from evomesh.layers.loss import tokens_per_chunk
+from evomesh.layers.products import adds_wide_products
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
@@ -81,8 +82,17 @@ class Training:
         return torch.cuda.max_memory_allocated()
 
 
-def check(peak: int, of: Sizes, recompute: float, bound: float) -> None:
-    expected = bytes_in_16_bits(of, recompute)
+def rounded_product(of: Sizes, device: torch.device) -> int:
+    """Of the head's gradient, where torch cannot add it up in float32 in one pass: 2.11 on the meta device."""
+    if adds_wide_products(device, torch.bfloat16, torch.float32):
+        return 0
+    return HALF * of.vocab * of.hidden
+
+
+def check(
+    peak: int, of: Sizes, recompute: float, bound: float, device: torch.device
+) -> None:
+    expected = bytes_in_16_bits(of, recompute) + rounded_product(of, device)
     assert peak == pytest.approx(expected, rel=bound)
     assert peak - state_in_16_bits(of) == pytest.approx(
         expected - state_in_16_bits(of), rel=2 * bound
@@ -107,7 +117,7 @@ def test_peak_of_tensors_on_the_meta_device(
         == of.parameters
     )
     training.step()  # the second step is like all others
-    check(training.peak_of_tensors(), of, recompute, 0.02)
+    check(training.peak_of_tensors(), of, recompute, 0.02, META)
 
 
 @pytest.mark.gpu
@@ -125,9 +135,10 @@ def test_peak_of_the_allocator_on_cuda(
     chunk = min(tokens, tokens_per_chunk(vocab, on_cuda=True))
     of = Sizes(*shape, chunk=chunk)
     before = torch.cuda.memory_allocated()
-    training = Training(of, recompute, torch.device("cuda"))
+    device = torch.device("cuda")
+    training = Training(of, recompute, device)
     training.step()
-    check(training.peak_of_the_allocator() - before, of, recompute, 0.10)
+    check(training.peak_of_the_allocator() - before, of, recompute, 0.10, device)
 
 
 @pytest.mark.gpu
