@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -30,6 +31,30 @@ def test_rows_of_a_part_that_takes_too_long_are_kept_and_its_processes_end() -> 
         "| steps | first | 1 |",
         "| steps | rest | STOPPED after 0.05 minutes |  |  |",
     ]
+
+
+@pytest.mark.slow
+def test_a_part_ends_with_the_command_that_runs_it(tmp_path: Path) -> None:
+    """Its processes are a session of their own, which a signal to the command does not reach."""
+    program = (
+        "import sys; from benchmarks import gpu; gpu.install_missing_wheels = lambda: None; "
+        "gpu.heading = lambda: ''; gpu.part_command = lambda part: ['sh', '-c', 'echo $$; exec sleep 250']; "
+        f"sys.argv[1:] = ['steps', '--output', {str(tmp_path / 'gpu.md')!r}]; gpu.main()"
+    )
+    command = subprocess.Popen(
+        python(program),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "\n"  # the heading
+    part = int(command.stdout.readline())
+    command.terminate()
+    assert command.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(part, 0)
 
 
 @pytest.mark.slow
