@@ -35,7 +35,7 @@ def test_rows_of_a_part_that_takes_too_long_are_kept_and_its_processes_end() -> 
 
 @pytest.mark.slow
 def test_a_part_ends_with_the_command_that_runs_it(tmp_path: Path) -> None:
-    """Its processes are a session of their own, which a signal to the command does not reach."""
+    """Its processes are a separate session, which a signal to the command does not reach."""
     program = (
         "import sys; from benchmarks import gpu; gpu.install_missing_wheels = lambda: None; "
         "gpu.heading = lambda: ''; gpu.part_command = lambda part: ['sh', '-c', 'echo $$; exec sleep 250']; "
