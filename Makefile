@@ -4,7 +4,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 EVOMESH := $(VENV)/bin/evomesh
 CONSTRAINTS ?= constraints.txt
+# The oldest that pyproject.toml allows and the newest that PyPI serves; constraints.txt has the one between.
 TORCH_VERSIONS ?= 2.11.0 2.15.0
+TESTS ?= tests/unit tests/arch tests/dist
 DEMO ?= demo_data
 export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
@@ -52,13 +54,7 @@ test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or 
 
 # Another version of torch than the pinned one brings several GB of CUDA libraries, so this is never part of `make test`.
 test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
-	@for version in $(TORCH_VERSIONS); do \
-	  folder=.venvs/torch-$$version; mkdir -p $$folder && \
-	  sed "s/^torch==.*/torch==$$version/; /^setuptools==/d" constraints.txt > $$folder/constraints.txt && \
-	  $(MAKE) VENV=$$folder/venv CONSTRAINTS=$$folder/constraints.txt $$folder/venv/.dev && \
-	  echo "== torch $$version" && \
-	  OMP_NUM_THREADS=1 $$folder/venv/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/arch tests/dist || exit 1; \
-	done
+	TESTS="$(TESTS)" tools/test_versions.sh $(TORCH_VERSIONS)
 
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
 	$(PY) benchmarks/report.py

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tests.support.pool import Pool
 
 ZBV_SINCE = "2.13"  # the version of torch from which evomesh accepts the schedule
+# Folders whose tests of zbv run it; others only describe it, or check that it is refused.
+RUNS_SCHEDULES = {"dist", "e2e", "plan"}
 # Fixtures that start processes or servers, or read the whole standard library.
 SLOW_FIXTURES = {"pool", "interpreter", "endpoint", "questions"}
 
@@ -60,7 +62,8 @@ def pytest_collection_modifyitems(
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-        if "zbv" in item.name and not has_zbv and "dist" in item.path.parts:
+        runs_zbv = "zbv" in item.name and RUNS_SCHEDULES.intersection(item.path.parts)
+        if runs_zbv and not has_zbv:
             item.add_marker(pytest.mark.skip(f"zbv needs torch {ZBV_SINCE}"))
     if hasattr(config, "workerinput"):
         # pytest-xdist hands out groups, the largest first, and then single tests in this
