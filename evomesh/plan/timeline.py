@@ -307,6 +307,8 @@ _NO_KERNELS = ("profiler", "prim")
 # A product (see layers/products.py) and attention of the CPU, which torch's counters do not know.
 _ONEDNN_LINEAR = "_linear_pointwise"
 _CPU_ATTENTION = "flash_attention_for_cpu"
+# Products of attention by segments, whose operations torch counts only after 2.11.
+_VARLEN_PRODUCTS = {"_varlen_attn": 2, "_varlen_attn_backward": 5}
 
 
 def describe_kernel(
@@ -380,6 +382,8 @@ def _work(
     if _CPU_ATTENTION in func.__name__:
         return KernelKind.ATTENTION, _attention_flops(func, args)
     count = flop_registry.get(func.overloadpacket)
+    if count is None and func.overloadpacket.__name__ in _VARLEN_PRODUCTS:
+        return KernelKind.ATTENTION, _varlen_flops(func, args)
     if count is None:
         return KernelKind.MEMORY, 0
     # The counters do not know the overloads that name a dtype or a result.
@@ -405,6 +409,20 @@ def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:
         _, query, key, *_ = _tensors(args)
         products = 5
     return products * 2 * int(query.numel()) * int(key.shape[-2])
+
+
+def _varlen_flops(func: Any, args: tuple[Any, ...]) -> int:
+    """Return the operations of attention whose segments all count as the longest, as torch counts them on meta."""
+    name = func.overloadpacket.__name__
+    # Backward takes the gradient of the output before the query, and the output and its
+    # sums after the value; bounds of queries and keys follow, and their longest segments.
+    is_backward = "backward" in name
+    query = args[1] if is_backward else args[0]
+    first = 6 if is_backward else 3
+    bounds, _, longest_query, longest_key = args[first : first + 4]
+    _, heads, head_dim = query.shape
+    pairs = (bounds.numel() - 1) * longest_query * longest_key
+    return int(_VARLEN_PRODUCTS[name] * 2 * heads * head_dim * pairs)
 
 
 def _tensors(values: Any) -> list[Tensor]:

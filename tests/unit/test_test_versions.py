@@ -1,4 +1,4 @@
-"""tools/test_versions.sh goes on after a version that fails, and ends with what became of each."""
+"""tools/test_versions.sh tests all versions even if one fails, and ends with what became of each."""
 
 from __future__ import annotations
 

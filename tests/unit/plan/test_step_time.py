@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.published_steps import PublishedRow, published_rows
 from evomesh.config.data import DataConfig
@@ -97,6 +99,27 @@ def test_weights_of_fsdp_are_gathered_while_the_layer_before_computes() -> None:
     slow = DEVICE.model_copy(update={"links": links})
     waiting = time_rank(traced, layout, 8, 0, slow)
     assert waiting.exposed > 0.8 * waiting.busy["all_gather dp"]
+
+
+def attention_flops(traced: RankTimeline) -> list[int]:
+    kernels = [event for event in traced.part(FIRST) if isinstance(event, Kernel)]
+    return [event.flops for event in kernels if event.kind is KernelKind.ATTENTION]
+
+
+def test_attention_counts_where_torch_does_not_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch 2.11 has no formula for attention by segments, and later versions have one."""
+    segments, longest = 4, T // 4
+    one = config(num_layers=1)
+    data = one.data.model_copy(update={"seq_len": longest, "micro_bsz": segments})
+    one = one.model_copy(update={"data": data})
+    counted = attention_flops(trace_timeline(one, 1, 0))
+    assert counted == [products * 2 * D * segments * longest**2 for products in (2, 5)]
+    operators = torch.ops.torch_attn
+    for operator in (operators._varlen_attn, operators._varlen_attn_backward):
+        monkeypatch.delitem(flop_registry, operator, raising=False)
+    assert attention_flops(trace_timeline(one, 1, 0)) == counted
 
 
 @pytest.mark.slow
