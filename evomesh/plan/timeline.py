@@ -307,8 +307,8 @@ _NO_KERNELS = ("profiler", "prim")
 # A product (see layers/products.py) and attention of the CPU, which torch's counters do not know.
 _ONEDNN_LINEAR = "_linear_pointwise"
 _CPU_ATTENTION = "flash_attention_for_cpu"
-# Products of attention by segments, whose operations torch counts only after 2.11.
-_VARLEN_PRODUCTS = {"_varlen_attn": 2, "_varlen_attn_backward": 5}
+# Attention by segments, whose operations torch counts only after 2.11.
+_VARLEN_ATTENTION = ("_varlen_attn", "_varlen_attn_backward")
 
 
 def describe_kernel(
@@ -376,13 +376,14 @@ def _work(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> tuple[KernelKind, int]:
     """Return what bounds an operator, and the operations of its products."""
-    if func.overloadpacket.__name__ == _ONEDNN_LINEAR:
+    name = func.overloadpacket.__name__
+    if name == _ONEDNN_LINEAR:
         x, weight, *_ = _tensors(args)
         return KernelKind.MATRIX, 2 * x.numel() * weight.shape[0]
     if _CPU_ATTENTION in func.__name__:
         return KernelKind.ATTENTION, _attention_flops(func, args)
     count = flop_registry.get(func.overloadpacket)
-    if count is None and func.overloadpacket.__name__ in _VARLEN_PRODUCTS:
+    if count is None and name in _VARLEN_ATTENTION:
         return KernelKind.ATTENTION, _varlen_flops(func, args)
     if count is None:
         return KernelKind.MEMORY, 0
@@ -413,16 +414,18 @@ def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:
 
 def _varlen_flops(func: Any, args: tuple[Any, ...]) -> int:
     """Return the operations of attention whose segments all count as the longest, as torch counts them on meta."""
-    name = func.overloadpacket.__name__
-    # Backward takes the gradient of the output before the query, and the output and its
-    # sums after the value; bounds of queries and keys follow, and their longest segments.
-    is_backward = "backward" in name
-    query = args[1] if is_backward else args[0]
-    first = 6 if is_backward else 3
-    bounds, _, longest_query, longest_key = args[first : first + 4]
-    _, heads, head_dim = query.shape
-    pairs = (bounds.numel() - 1) * longest_query * longest_key
-    return int(_VARLEN_PRODUCTS[name] * 2 * heads * head_dim * pairs)
+    query, *_ = args
+    products = 2
+    bounds = 3  # their place, after query, key and value; the longest segment follows
+    if "backward" in func.__name__:
+        _, query, *_ = args
+        products = 5
+        bounds = 6
+    segments = args[bounds].numel() - 1
+    longest = args[bounds + 2]
+    heads = query[0].numel()  # numbers of all heads of a token
+    pairs = segments * longest**2
+    return int(products * 2 * heads * pairs)
 
 
 def _tensors(values: Any) -> list[Tensor]:
