@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks._memory import Sizes, bytes_in_16_bits
@@ -114,8 +115,10 @@ def test_a_stage_keeps_the_micro_batches_that_are_in_flight() -> None:
     of_a_stage = of_two_layers - 4 * T * D - message
     assert most(first, "kept activations") == pytest.approx(4 * of_a_stage, rel=0.01)
     assert most(last, "kept activations") == pytest.approx(of_two_layers, rel=0.01)
-    # What it has sent is the output that backward begins from; and a gradient arrives.
-    assert most(first, "pipeline buffers") == 5 * message
+    # What it has sent is the output that backward begins from, which torch keeps before
+    # 2.15 and gives up after the transfer from then on; and a gradient arrives.
+    outputs = 4 if torch.__version__ < "2.15" else 1
+    assert most(first, "pipeline buffers") == (outputs + 1) * message
     # An input, its gradient that is being sent, and the next input.
     assert most(last, "pipeline buffers") == 3 * message
 
