@@ -8,7 +8,7 @@ from pathlib import Path
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.hub_folders import cache_folder, cached_model
 from evomesh.config.user import expand_home
-from evomesh.storage.urls import split_url
+from evomesh.storage.urls import open_storage, split_url
 
 
 def local_folder(url: str) -> Path:
@@ -47,3 +47,21 @@ def hub_model(url: str) -> str:
         return ""
     cached = cached_model(name)
     return str(cached) if cached else ""
+
+
+def refuse_unknown_id(path: str) -> None:
+    """Refuse a path to nothing that reads as the id of a hub model, OWNER/MODEL.
+
+    Raises:
+        CheckpointError: with the command that downloads the model.
+    """
+    storage, folder = open_storage(path)
+    scheme, name = split_url(path)
+    is_plain = scheme == "local" and name == path  # local:OWNER/MODEL is a folder
+    looks_like_id = is_plain and folder.count("/") == 1
+    if looks_like_id:
+        # Beside other files it is a path with a typing error: "checkpoints/mien".
+        parent = folder.split("/")[0]
+        neighbors = storage.list(parent)
+        if not neighbors:
+            local_folder(path)

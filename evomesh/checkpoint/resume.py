@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evomesh.checkpoint import detect
 from evomesh.checkpoint.foreign_runs import NO_MOMENTS, newest_of_other_systems
-from evomesh.checkpoint.hub_cache import hub_model, local_folder
+from evomesh.checkpoint.hub_cache import hub_model, refuse_unknown_id
 from evomesh.checkpoint.loaders import (
     checkpoint_loaders,
     fill,
@@ -37,7 +37,6 @@ from evomesh.checkpoint.start_point import (
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
-from evomesh.storage.urls import open_storage, split_url
 
 logger = logging.getLogger(__name__)
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
@@ -333,15 +332,7 @@ def _refuse_absent(info: LoadConfig, reader: CheckpointReader) -> None:
     Raises:
         CheckpointError: always, unless a checkpoint has appeared in the meantime.
     """
-    storage, folder = open_storage(info.path)
-    scheme, _ = split_url(info.path)
-    looks_like_id = scheme == "local" and folder.count("/") == 1
-    if looks_like_id:
-        # Beside other files it is a path with a typing error: "checkpoints/mien".
-        parent = folder.split("/")[0]
-        neighbors = storage.list(parent)
-        if not neighbors:
-            local_folder(info.path)
+    refuse_unknown_id(info.path)
     reader.resolve(info.path)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from evomesh.cli.config_paths import path_warnings
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
 from evomesh.outside_errors import not_written
@@ -42,7 +43,10 @@ def check(
         bool, typer.Option("--verbose", "-v", help="Print every warning in full.")
     ] = False,
 ) -> None:
-    """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any."""
+    """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any.
+
+    Folders and files that it names and that are not on this machine are warnings.
+    """
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
     from evomesh.config.saving import saving_warning
@@ -61,12 +65,13 @@ def check(
     warnings = list(loaded.warnings)
     if gpus is not None:
         warnings += check_world(loaded.config, gpus)
-    for words in warnings if verbose else warning_lines(warnings, config):
-        typer.echo(f"warning: {words}")
+    shown = warnings if verbose else warning_lines(warnings, config)
     unsaved = saving_warning(loaded.config.ckpt)
-    if unsaved is not None:
-        typer.echo(f"warning: {unsaved}")
-        warnings.append(unsaved)
+    of_place = [] if unsaved is None else [unsaved]
+    of_place += path_warnings(loaded)
+    for words in (*shown, *of_place):
+        typer.echo(f"warning: {words}")
+    warnings += of_place
     count = ""
     if warnings:
         plural = "s" if len(warnings) > 1 else ""

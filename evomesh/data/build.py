@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evomesh.config.data import DataConfig
+from evomesh.data.config_folders import validation_files
 from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.loader import BatchStream
 from evomesh.data.packing.packs import PackRule
@@ -29,7 +30,7 @@ from evomesh.data.token_files.fingerprint import (
     check_vocabulary,
     read_fingerprint,
 )
-from evomesh.data.token_files.folders import check_folder, find_files, group_sets
+from evomesh.data.token_files.folders import find_files, group_sets
 from evomesh.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -140,11 +141,8 @@ def _open_valid_sets(
     config: DataConfig, vocab_size: int, rule: PackRule
 ) -> list[ValidationSet]:
     """Open the token files of ``data.valid_folder``: each folder is a set."""
-    assert config.valid_folder is not None
-
     # 1. The files, which must have been made by the tokenizer of the training data.
-    folder = check_folder(config.valid_folder, "data.valid_folder")
-    files = find_files(folder, "data.valid_folder")
+    folder, files = validation_files(config)
     check_vocabulary(files, vocab_size)
     train_files = []
     if config.train_folder is not None:

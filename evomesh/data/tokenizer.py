@@ -271,6 +271,17 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
     Raises:
         UserError: there is no tokenizer at the path.
     """
+    file = find_tokenizer_file(path, where)
+    is_bare = file.suffix != ".json" and not read_tokenizer_folder(file.parent).exists
+    return SentencePieceTokenizer(file) if is_bare else HfTokenizer(file)
+
+
+def find_tokenizer_file(path: str | Path, where: str = "--tokenizer") -> Path:
+    """Return the file that ``load_tokenizer`` reads.
+
+    Raises:
+        UserError: there is no tokenizer at the path.
+    """
     file = expand_home(path)
     if file.is_dir():
         file = _find_tokenizer(file, where)
@@ -281,8 +292,7 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
             expected="a tokenizer.json, a sentencepiece .model, or a folder with one of them",
             code="EVO-TOKEN-001",
         )
-    is_bare = file.suffix != ".json" and not read_tokenizer_folder(file.parent).exists
-    return SentencePieceTokenizer(file) if is_bare else HfTokenizer(file)
+    return file
 
 
 def _find_tokenizer(folder: Path, where: str) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from evomesh.config.data import DataConfig
 from evomesh.config.user import expand_home
+from evomesh.data.config_folders import training_files
 from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
 from evomesh.data.packing.packs import Pack, PackPlan
@@ -29,12 +30,7 @@ from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.data.packing.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.data.token_files.bin_dataset import BinDataset, LongLineCache
 from evomesh.data.token_files.fingerprint import check_vocabulary
-from evomesh.data.token_files.folders import (
-    assign_types,
-    check_folder,
-    find_files,
-    match_key,
-)
+from evomesh.data.token_files.folders import assign_types, match_key
 from evomesh.data.token_files.shared_index import remove_stale
 from evomesh.errors import UserError
 
@@ -298,9 +294,7 @@ def open_sources(
     Raises:
         UserError: no usable file, or a broken one.
     """
-    assert config.train_folder is not None
-    folder = check_folder(config.train_folder, "data.train_folder")
-    files = find_files(folder, "data.train_folder", config.data_order_path)
+    folder, files = training_files(config)
     types = assign_types(files, folder)
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from evomesh.config.data import DataConfig
-from evomesh.config.user import expand_home
+from evomesh.data.config_folders import absent_tokenizer
 from evomesh.data.packing.packs import PackPlan
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
 from evomesh.errors import UserError
@@ -190,22 +190,11 @@ def _content(file: dict[str, Any]) -> str:
     return str(file.get("hash", "no file"))
 
 
-def _absent_tokenizer(config: DataConfig) -> list[str]:
-    """Return a warning if the config names a tokenizer that is not there: a typo would show only after training."""
-    path = config.tokenizer_path
-    if path is None or expand_home(path).exists():
-        return []
-    return [
-        f"data.tokenizer_path={path!r} does not exist: training reads tokens and needs none, but generate, serve and "
-        "export will"
-    ]
-
-
 def find_warnings(
     report: Sequence[dict[str, Any]], sources: Sequence[BinDataset], config: DataConfig
 ) -> list[str]:
     """Return what a user should know before the run starts."""
-    warnings = _absent_tokenizer(config)
+    warnings = absent_tokenizer(config)
     for row, source in zip(report, sources, strict=True):
         name = row["file"]
         if row["packs"] == 0 and config.remainder != "carry":

@@ -39,7 +39,7 @@ TEXT_FOLDER = "a folder of text files (parquet, json, jsonl, csv, txt), or the i
 PREFERRED = ("parquet", "arrow", "json", "csv", "txt")  # among equally many files
 
 
-def _find_folder(name: str, key: str) -> Path:
+def find_text_folder(name: str, key: str) -> Path:
     """Return the folder that a path names, or the id of a dataset in the local hub cache.
 
     Raises:
@@ -80,7 +80,7 @@ def find_split_files(
         UserError: there are no files, the choice of the split is ambiguous, or an archive is damaged.
     """
     # 1. The files below the folder that belong to the subset.
-    root = _find_folder(folder, key)
+    root = find_text_folder(folder, key)
     names = _list_names(root, key)
     files = _select_subset(names, subset, root)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,9 +176,20 @@ def check_folder(folder: str | Path, key: str, expected: str = TREE) -> Path:
             f"cannot read the folder {path}: {error.strerror} (as user {user_name()})",
             where=key,
             expected=expected,
+            fix=_fix_of_variable(path),
             code="EVO-DATA-001",
         ) from None
     return path
+
+
+def _fix_of_variable(path: Path) -> str:
+    """Return what to write for a path like $DATA/train, "" for any other."""
+    name = re.search(r"\$\{?(\w+)", str(path))
+    if name is None:
+        return ""
+    return (
+        f"variables of the shell mean nothing in a path: write os.environ[{name[1]!r}]"
+    )
 
 
 def find_files(

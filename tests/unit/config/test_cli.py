@@ -28,15 +28,16 @@ def run(*arguments: str) -> str:
 
 def test_check() -> None:
     out = run("check", SEVEN_B, "--set", "data.train_folder=x")
-    assert out.endswith("7B_sft.py: ok, 7 warnings\n")
-    line, unsaved, _ = out.splitlines()
+    assert out.endswith("7B_sft.py: ok, 8 warnings\n")
+    line, unsaved, missing, _ = out.splitlines()
+    assert missing.startswith("warning: data.train_folder: cannot read the folder x: ")
     assert (
         unsaved.startswith("warning: ckpt.") and "nothing of the run is kept" in unsaved
     )
     assert "6 settings have no effect or need attention: ckpt.load_ckpt_info, " in line
     assert line.endswith(f"; why: evomesh config check {SEVEN_B} -v")
     in_full = run("check", SEVEN_B, "--set", "data.train_folder=x", "-v")
-    assert len(in_full.splitlines()) == 8
+    assert len(in_full.splitlines()) == 9
     assert "grad_scaler" in line and "only float16 needs a loss scale" in in_full
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")
