@@ -102,7 +102,7 @@ def _looks_of_text(
 
 
 def _sections(config: DataConfig) -> list[DataConfig]:
-    """Return the section of each data stage with a folder of its own; without stages the one there is."""
+    """Return the section of each data stage with another folder; without stages the one there is."""
     by_folder: dict[str | None, DataConfig] = {}
     for item in config.stages:
         section = item.section(config)
