@@ -8,6 +8,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.start_point import COUNTED, EVERYTHING, StartPoint
+from evomesh.config.start_anew import start_anew
 from evomesh.storage.base import join
 
 NO_MOMENTS = "its optimizer state is not read: AdamW's moments start anew"
@@ -67,8 +68,8 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             f"the save folder holds {found}, which auto_resume cannot read",
             where=folder.root,
             expected="checkpoints of evomesh, or InternEvo's on a disk",
-            fix=f"start from it: auto_resume=False, {_load_info_for(newest)} (a folder in a store must be copied to "
-            "a disk first); or set another save_ckpt_folder to start from scratch",
+            fix=f"start from it: {_start_from(newest)} (a folder in a store must be copied to a disk first); or set "
+            "another save_ckpt_folder to start from scratch",
             code="EVO-CKPT-009",
         )
     missing = sorted(
@@ -79,7 +80,7 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             f"InternEvo's newest checkpoint has no {', '.join(missing)}: it cannot resume a run",
             where=newest,
             expected="a complete checkpoint of InternEvo",
-            fix=f"start from its weights: auto_resume=False, {_load_info_for(newest, 'model')}; remove the folder to "
+            fix=f"start from its weights: {_start_from(newest, 'model')}; remove the folder to "
             "resume from the one before it; or set another save_ckpt_folder to start from scratch",
             code="EVO-CKPT-008",
         )
@@ -89,5 +90,5 @@ def newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
     )
 
 
-def _load_info_for(folder: str, content: str = "all") -> str:
-    return f'load_ckpt_info=dict(path="{folder}", content=("{content}",), ckpt_type="internevo")'
+def _start_from(folder: str, content: str = "all") -> str:
+    return start_anew(folder, (content,), "internevo")

@@ -9,10 +9,12 @@ from evomesh.checkpoint.native.ema_weights import EMA
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.optimizer import EmaConfig, OptimizerConfig
+from evomesh.config.start_anew import start_anew
 from evomesh.parallel.spec import LocalShard
 
 # Checkpoints of before the key, and all foreign ones.
 FIRST_TYPE = "adamw"
+NO_MOMENTS = ("model", "scheduler", "sampler")
 
 
 def refuse_other_optimizer(start: StartPoint, config: OptimizerConfig) -> None:
@@ -36,8 +38,7 @@ def refuse_other_optimizer(start: StartPoint, config: OptimizerConfig) -> None:
         where=folder,
         expected="the update rule that the optimizer state is of",
         fix=f"set optimizer.type to {stored!r}, or start a new optimizer state from its weights, schedule and data "
-        f'position, in another save_ckpt_folder: auto_resume=False, load_ckpt_info=dict(path="{folder}", '
-        'content=("model", "scheduler", "sampler"))',
+        f"position: {start_anew(folder, NO_MOMENTS)}",
         code="EVO-CKPT-010",
     )
 

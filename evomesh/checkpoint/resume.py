@@ -35,6 +35,7 @@ from evomesh.checkpoint.start_point import (
     StartPoint,
 )
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
+from evomesh.config.start_anew import start_anew
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
 
@@ -201,8 +202,7 @@ def _refuse_other_dtype(start: StartPoint, config: Config) -> None:
         f"model.dtype is {stored!r} in the checkpoint and {present!r} in the config",
         where=checkpoint.folder,
         expected="the dtype that the run began in",
-        fix=f"set model.dtype to {stored!r}, or start anew from the weights: auto_resume=False, "
-        f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+        fix=f"set model.dtype to {stored!r}, or start anew from the weights: {start_anew(checkpoint.folder)}",
         code="EVO-CKPT-010",
     )
 
@@ -350,8 +350,7 @@ def require_optimizer(checkpoint: Checkpoint, content: frozenset[str]) -> None:
             "it cannot resume a run",
             where=checkpoint.folder,
             expected="a checkpoint with optimizer state",
-            fix="start anew from its weights: auto_resume=False, "
-            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+            fix=f"start anew from its weights: {start_anew(checkpoint.folder)}",
             code="EVO-CKPT-008",
         )
 

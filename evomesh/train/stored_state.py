@@ -15,6 +15,7 @@ from typing import Any
 from evomesh.checkpoint.native.fields import array, integer, mapping
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.start_anew import start_anew
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.data.packing.staged_sampler import (
@@ -41,8 +42,7 @@ def check_stored_state(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             "it has no counters of a training, as weights that were imported have none: it cannot resume a run",
             where=checkpoint.folder,
-            fix="start anew from its weights: auto_resume=False, "
-            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+            fix=f"start anew from its weights: {start_anew(checkpoint.folder)}",
             code="EVO-CKPT-008",
         )
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evomesh.config.data import DataConfig
+from evomesh.config.start_anew import WITHOUT_POSITION, start_anew
 from evomesh.config.user import expand_home
 from evomesh.data.config_folders import training_files
 from evomesh.data.packing.loader import PackStream, StepSampler
@@ -178,8 +179,7 @@ def _resume_position(
         raise UserError(
             "the checkpoint was trained with data.stages, and this config has none",
             where="resuming the data position",
-            fix="restore data.stages, or load only the weights: "
-            'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+            fix=f"restore data.stages, or load only the weights: {start_anew()}",
             code="EVO-DATA-020",
         )
     theirs = state.get("internevo")
@@ -202,7 +202,7 @@ def _resume_position(
             where="resuming the data position",
             expected="InternEvo's data, data.seed, micro_num x data-parallel size and rampup_batch_size",
             fix="set them to InternEvo's values, or do not load the position: "
-            'ckpt.load_ckpt_info=dict(path=..., content=("model", "optimizer", "scheduler")), auto_resume=False',
+            f"{start_anew(content=WITHOUT_POSITION)}",
             code="EVO-DATA-020",
         )
     return position

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from evomesh.config.data import DataConfig
+from evomesh.config.start_anew import start_anew
 from evomesh.data.config_folders import absent_tokenizer
 from evomesh.data.packing.packs import PackPlan
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
@@ -160,7 +161,7 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
         "\n".join(lines),
         where="data.train_folder",
         fix="restore the old files to resume with the same order, or start a new pass over the new files with the "
-        'checkpoint\'s weights: ckpt.load_ckpt_info=dict(path=..., content=("model",)), auto_resume=False',
+        f"checkpoint's weights: {start_anew()}",
         code="EVO-DATA-020",
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evomesh.config.start_anew import start_anew
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.packs import PackOrder
 from evomesh.errors import UserError
@@ -223,8 +224,7 @@ class PackSampler:
                     f"the checkpoint's data has {key} {state[key]}, this run has {current[key]}",
                     where="resuming the data position",
                     expected="the data that the checkpoint was trained on",
-                    fix="restore it, or load only the weights: "
-                    'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+                    fix=f"restore it, or load only the weights: {start_anew()}",
                     code="EVO-DATA-020",
                 )
         # Ramp-up and unit count packs of the global batch: those of the checkpoint keep

@@ -12,6 +12,7 @@ import xxhash
 
 from evomesh.config.data import DataConfig
 from evomesh.config.data_stages import check_data_stages
+from evomesh.config.start_anew import WITHOUT_POSITION, start_anew
 from evomesh.data.packing.corpus import Corpus, open_corpus
 from evomesh.data.packing.loader import PackStream
 from evomesh.data.packing.mixture import MixedSampler
@@ -229,8 +230,7 @@ def _resume_position(sampler: StagedSampler, state: dict[str, Any]) -> SamplerPo
             raise UserError(
                 f"the checkpoint is {system}'s, which has no data stages",
                 where="data.stages",
-                fix="do not load the position: ckpt.load_ckpt_info=dict(path=..., "
-                'content=("model", "optimizer", "scheduler")), auto_resume=False',
+                fix=f"do not load the position: {start_anew(content=WITHOUT_POSITION)}",
                 code="EVO-DATA-020",
             )
     return sampler.resume(state)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.config.data_stages import DataStageConfig
+from evomesh.config.start_anew import start_anew
 from evomesh.data.packing.mixture import MixedSampler
 from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
@@ -361,7 +362,6 @@ def _other_data(what: str, before: object, now: object) -> UserError:
         f"{what}: {before} in the checkpoint, {now} in this run",
         where=f"resuming the data position ({WHERE})",
         expected="the data and the stages that the checkpoint was trained with; later stages may change",
-        fix="restore them, or load only the weights: "
-        'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
+        fix=f"restore them, or load only the weights: {start_anew()}",
         code="EVO-DATA-020",
     )
