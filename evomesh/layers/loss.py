@@ -15,42 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import IGNORE, LossConfig
+from evomesh.config.schema import IGNORE
+from evomesh.layers.block_softmax import (
+    BlockLoss,
+    BlockSoftmax,
+    LossTerms,
+    VocabularyShard,
+)
 from evomesh.layers.dtype import promote
 from evomesh.layers.loss_gradients import LossGradients
 from evomesh.layers.products import matmul_nt
 from evomesh.monitor.profile import region
-from evomesh.parallel.collectives import MAX, all_reduce_no_grad
 from evomesh.parallel.grid import Axis
 
 MIN_CHUNK_TOKENS = 512  # tokens per chunk, at least
+CPU_CHUNK_TOKENS_16_BIT = 2048
 CUDA_CHUNK_TOKENS = 4096
 CUDA_CHUNK_LOGITS = 2**29  # logits of one chunk on CUDA, at most: 2 GiB in float32
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Terms of the loss of a target besides its negative log-likelihood.
-
-    Attributes:
-        label_smoothing: share of the target spread evenly over the vocabulary.
-        z_loss_coeff: c of the z-loss c log(Z)^2, where Z is the sum of the exponentials of all logits. It keeps
-            the logits from drifting: adding a constant to all of them changes no probability (PaLM, 2204.02311).
-    """
-
-    label_smoothing: float = 0.0
-    z_loss_coeff: float = 0.0
-
-    @property
-    def smooths(self) -> bool:
-        return self.label_smoothing > 0
-
-    @classmethod
-    def of(cls, config: LossConfig) -> LossTerms:
-        return cls(config.label_smoothing, config.z_loss_coeff)
-
-
-PLAIN = LossTerms()
+CPU_BLOCK_LOGITS = (
+    2**20
+)  # logits of one block on the CPU: 4 MiB in float32, which its caches hold
 
 
 class LossOutput(NamedTuple):
@@ -95,7 +79,8 @@ def linear_cross_entropy(
         chunk: C; 0 means ``tokens_per_chunk``.
         axis: the tensor axis; every rank of it gets the whole result.
     """
-    chunk = chunk or tokens_per_chunk(weight.shape[0], not hidden.is_cpu)
+    in_16_bits = weight.dtype != promote(weight.dtype)
+    chunk = chunk or tokens_per_chunk(weight.shape[0], not hidden.is_cpu, in_16_bits)
     scale = _scalar_on_device(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad
@@ -126,32 +111,31 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return torch.tanh(logits / cap) * cap
 
 
-def _logits_and_slope(
-    hidden: Tensor, weight: Tensor, cap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of a chunk [C, V], and with a soft cap its derivative, 1 - tanh(logits / cap)^2."""
-    logits = matmul_nt(hidden, weight)
-    logits = logits.to(promote(hidden.dtype))
-    if cap is None:
-        return logits, None
-    tanh = logits.div_(cap).tanh_()
-    slope = 1 - tanh.square()
-    return tanh.mul_(cap), slope
-
-
-def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
+def tokens_per_chunk(rows: int, on_cuda: bool, in_16_bits: bool = True) -> int:
     """Choose the tokens of a chunk for a weight of ``rows`` rows.
 
     Each chunk adds one gradient of the whole weight to a float32 sum. On CUDA that sum
     is memory bound and the products are not: it takes as long as the products of some
     400 tokens, whatever the vocabulary. With 4096 tokens it is a tenth of them; only a
-    vocabulary above 131,072 rows gets smaller chunks, for the sake of memory.
+    vocabulary above 131,072 rows gets smaller chunks, for the sake of memory. On a CPU
+    only 16-bit products are so fast that the sum counts.
     """
     if not on_cuda:
-        return MIN_CHUNK_TOKENS
+        return CPU_CHUNK_TOKENS_16_BIT if in_16_bits else MIN_CHUNK_TOKENS
     multiples_that_fit = CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS
     tokens_that_fit = max(multiples_that_fit, 1) * MIN_CHUNK_TOKENS
     return min(tokens_that_fit, CUDA_CHUNK_TOKENS)
+
+
+def _tokens_per_block(chunk: int, weight: Tensor, axis: Axis) -> int:
+    """Choose how many tokens of a chunk go through the softmax together.
+
+    Its dozen passes over the logits are bound by memory on a CPU, unless a block stays
+    in the caches. A block has two messages where ranks share the vocabulary.
+    """
+    if not weight.is_cpu or axis.size > 1:
+        return chunk
+    return max(CPU_BLOCK_LOGITS // weight.shape[0], 1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -195,31 +179,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept_hidden = hidden[kept]
         kept_labels = labels[kept]
         losses = _KeptLosses.zeros(len(kept_labels), hidden)
-        shard = _VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
-        gradients = None
-        if with_grad:
-            gradients = LossGradients(kept_hidden, weight)
+        gradients = LossGradients(kept_hidden, weight) if with_grad else None
+        shard = VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
+        grad_scale = scale if with_grad else None
+        softmax = BlockSoftmax(shard, terms, softcap, grad_scale)
+        block = _tokens_per_block(chunk, weight, axis)
 
         for start in range(0, len(kept_labels), chunk):
+            # 2. Logits of the chunk, which its losses overwrite with their gradients, block by block.
             part = slice(start, start + chunk)
+            logits = matmul_nt(kept_hidden[part], weight)
             chunk_labels = kept_labels[part]
-            is_target = chunk_labels != IGNORE
-            label = chunk_labels.clamp(min=0).unsqueeze(1)  # [C, 1]
+            for first in range(0, len(logits), block):
+                rows = slice(first, first + block)
+                result = softmax.apply_(logits[rows], chunk_labels[rows])
+                losses.add(start + first, result, terms)
 
-            # 2. Logits of the chunk, then its loss. From here on `logits` holds exp(logit - top).
-            logits, slope = _logits_and_slope(kept_hidden[part], weight, softcap)
-            result = shard.exponentiate_(logits, label, with_mean=terms.smooths)
-            losses.add(part, is_target, result, terms)
-
-            # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
+            # 3. Gradients of the chunk's hidden rows and of the weight.
             if gradients is not None:
-                shard.subtract_target_(logits, label, result, terms)
-                if slope is not None:
-                    logits.mul_(slope)
-                token_scale = scale * is_target
-                factor = token_scale.unsqueeze(1) / result.exp_sum  # [C, 1]
-                gradients.add(part, logits, factor)
-            del logits, slope  # or the logits of two chunks would exist at one time
+                gradients.add(part, logits)
+            del logits  # or the logits of two chunks would exist at one time
 
         # 4. Scatter the kept rows back to all T tokens.
         num_tokens = len(labels)
@@ -273,149 +252,28 @@ class _KeptLosses:
 
     def add(
         self,
-        part: slice,
-        is_target: Tensor,
-        result: _ChunkLoss,
+        start: int,
+        result: BlockLoss,
         terms: LossTerms,
     ) -> None:
-        """Add the chunk of the rows ``part``, of which only those with a target count."""
+        """Add the block of the rows from ``start`` on, of which only those with a target count."""
+        is_target = result.is_target
+        stop = start + len(is_target)
+        part = slice(start, stop)
         self.correct[part] = result.correct & is_target
         self.nll[part] = result.nll.where(is_target, 0.0)
 
-        cross_entropy = result.cross_entropy(terms.label_smoothing)
+        smoothing = terms.label_smoothing
+        cross_entropy = result.cross_entropy(smoothing)
         counted = cross_entropy.where(is_target, 0.0)
-        self.cross_entropy.add_(counted.sum())
+        total = counted.sum()
+        self.cross_entropy.add_(total)
 
         if terms.z_loss_coeff:
             z_loss = result.z_loss(terms)
             counted = z_loss.where(is_target, 0.0)
-            self.z_loss.add_(counted.sum())
-
-
-@dataclass(frozen=True)
-class _ChunkLoss:
-    """Loss of one chunk, the same on all ranks.
-
-    Attributes:
-        exp_sum: [C, 1] sum over the vocabulary of the shifted exponentials.
-        log_sum: [C] logarithm of the sum of the exponentials of all logits.
-        nll: [C] negative log-likelihood of the label.
-        mean_nll: [C] mean of -log p over the vocabulary; meaningless unless requested.
-        correct: [C] whether no logit is larger than the label's.
-    """
-
-    exp_sum: Tensor
-    log_sum: Tensor
-    nll: Tensor
-    mean_nll: Tensor
-    correct: Tensor
-
-    def cross_entropy(self, smoothing: float) -> Tensor:
-        """Return [C], the cross entropy with the smoothed target."""
-        if not smoothing:
-            return self.nll
-        return (1 - smoothing) * self.nll + smoothing * self.mean_nll
-
-    def z_loss(self, terms: LossTerms) -> Tensor:
-        return terms.z_loss_coeff * self.log_sum.square()
-
-
-@dataclass(frozen=True)
-class _VocabularyShard:
-    """This rank's columns of the logits: ``columns`` from ``first`` on, of which ``unpadded`` are in the vocabulary."""
-
-    first: int
-    columns: int
-    unpadded: int
-    vocab_size: int
-    axis: Axis
-
-    @classmethod
-    def of_rank(cls, columns: int, vocab_size: int, axis: Axis) -> _VocabularyShard:
-        first = axis.rank * columns
-        unpadded = min(max(vocab_size - first, 0), columns)
-        return cls(first, columns, unpadded, vocab_size, axis)
-
-    def exponentiate_(
-        self,
-        logits: Tensor,
-        label: Tensor,
-        *,
-        with_mean: bool,
-    ) -> _ChunkLoss:
-        """Replace ``logits`` [C, V] by exp(logit - largest logit) and return the loss; ``label`` [C, 1] is global.
-
-        A label counts as correct if no logit is larger, so that ties count the same in
-        every layout.
-        """
-        # exp(-inf) = 0: padding columns take no part in any sum.
-        logits[:, self.unpadded :] = -torch.inf
-
-        # 1. The largest logit of the whole vocabulary, so that no exponential overflows.
-        local_top = logits.amax(dim=-1, keepdim=True)
-        top = all_reduce_no_grad(local_top, self.axis, op=MAX)
-
-        # 2. What has to be read before the logits are overwritten: the label's logit, and the sum for smoothing.
-        column, is_here = self._local_column(label)
-        found = logits.gather(1, column)
-        label_logit = found.masked_fill(~is_here, 0.0)
-        logit_sum = torch.zeros_like(label_logit)
-        if with_mean:
-            in_vocabulary = logits[:, : self.unpadded]
-            logit_sum = in_vocabulary.sum(dim=-1, keepdim=True)
-
-        # 3. One all-reduce for all three sums over the vocabulary. The label's logit is one too: the rank that holds
-        # its column adds it, all others add 0.
-        logits.sub_(top)
-        logits.exp_()
-        local_exp_sum = logits.sum(dim=-1, keepdim=True)
-        local_sums = torch.cat([local_exp_sum, label_logit, logit_sum], dim=1)  # [C, 3]
-        sums = all_reduce_no_grad(local_sums, self.axis)
-        exp_sum, label_logit, logit_sum = sums.chunk(3, dim=1)
-
-        # 4. -log p = log(sum of exp(z)) - z, for the label and on average over the vocabulary; all [C, 1].
-        log_sum = top + exp_sum.log()
-        nll = log_sum - label_logit
-        mean_nll = log_sum - logit_sum / self.vocab_size
-        correct = label_logit == top
-        return _ChunkLoss(
-            exp_sum,
-            log_sum.squeeze(1),
-            nll.squeeze(1),
-            mean_nll.squeeze(1),
-            correct.squeeze(1),
-        )
-
-    def subtract_target_(
-        self,
-        exponentials: Tensor,
-        label: Tensor,
-        loss: _ChunkLoss,
-        terms: LossTerms,
-    ) -> None:
-        """Replace ``exponentials`` [C, V] by ``exp_sum`` times d(token loss) / d(logit).
-
-        That is the probability minus the smoothed target; z-loss adds 2 c log_sum times the probability.
-        """
-        exp_sum = loss.exp_sum
-        smoothing = terms.label_smoothing
-        if terms.z_loss_coeff:
-            factor = 1 + 2 * terms.z_loss_coeff * loss.log_sum
-            exponentials.mul_(factor[:, None])
-
-        # The smoothed target: 1 - s at the label, and s / vocabulary size in every column.
-        column, is_here = self._local_column(label)
-        minus_target = is_here * exp_sum * (smoothing - 1)
-        exponentials.scatter_add_(1, column, minus_target)
-        if smoothing:
-            in_vocabulary = exponentials[:, : self.unpadded]
-            in_vocabulary -= exp_sum * (smoothing / self.vocab_size)
-
-    def _local_column(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each label's local column (0 if another rank has it), and whether this rank has it."""
-        column = label - self.first
-        is_here = (column >= 0) & (column < self.columns)
-        return column.masked_fill(~is_here, 0), is_here
+            total = counted.sum()
+            self.z_loss.add_(total)
 
 
 def _scalar_on_device(

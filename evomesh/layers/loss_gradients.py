@@ -31,25 +31,10 @@ class LossGradients:
         self._transposed = uses_onednn(hidden_rows, weight)
         self._weight_sum: Tensor | None = None
 
-    def add(self, part: slice, logit_grad: Tensor, factor: Tensor) -> None:
-        """Add one chunk, whose d(loss) / d(logits) is ``logit_grad`` [C, V] times ``factor`` [C, 1].
-
-        The factor contains the loss scale. For wide weights it moves to the [C, D] side
-        of both products, which saves a pass over the logits; a gradient that is rounded
-        to a narrow dtype must be multiplied first.
-        """
-        weight = self._weight
-        hidden_chunk = self._hidden_rows[part]
-        is_wide = weight.dtype == logit_grad.dtype
-        if is_wide:
-            hidden_chunk = hidden_chunk * factor
-        else:
-            logit_grad = logit_grad.mul_(factor).to(weight.dtype)
-        hidden_grad = matmul_nt(logit_grad, weight.T)
-        if is_wide:
-            hidden_grad.mul_(factor)
-        self.hidden[part] = hidden_grad
-        self._add_to_weight(logit_grad, hidden_chunk)
+    def add(self, part: slice, logit_grad: Tensor) -> None:
+        """Add one chunk, whose d(loss) / d(logits) is ``logit_grad`` [C, V], in the weight's dtype."""
+        self.hidden[part] = matmul_nt(logit_grad, self._weight.T)
+        self._add_to_weight(logit_grad, self._hidden_rows[part])
 
     def _add_to_weight(self, logit_grad: Tensor, hidden_chunk: Tensor) -> None:
         # left right^T is the chunk's gradient: [V, D], or transposed [D, V].

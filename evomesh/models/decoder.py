@@ -47,6 +47,7 @@ from evomesh.layers.attention import (
     attend,
     outside_graph,
 )
+from evomesh.layers.block_softmax import LossTerms
 from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dropout import (
     ATTENTION_OUTPUT,
@@ -58,7 +59,7 @@ from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.linear import ColumnParallelLinear
-from evomesh.layers.loss import LossOutput, LossTerms, linear_cross_entropy, soft_cap
+from evomesh.layers.loss import LossOutput, linear_cross_entropy, soft_cap
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement

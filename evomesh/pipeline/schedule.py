@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.loss import PLAIN, LossOutput, LossTerms
+from evomesh.layers.block_softmax import PLAIN, LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.layers.sequence_bounds import micro_batch_bounds
 from evomesh.parallel.collectives import launch_send, receive
 from evomesh.parallel.grid import Axis, Grid

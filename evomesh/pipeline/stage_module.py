@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.layers.block_softmax import LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
 from evomesh.parallel.collectives import gather_from_axis, shard_to_axis
 from evomesh.parallel.grid import Axis

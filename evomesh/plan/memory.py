@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config
-from evomesh.layers.loss import LossTerms
+from evomesh.layers.block_softmax import LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.spec import local_shard
 from evomesh.pipeline.schedule import PipelineSchedule

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
-from evomesh.layers.loss import LossTerms
+from evomesh.layers.block_softmax import LossTerms
 from evomesh.optim.slot import ParameterSlot
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.spec import optimizer_axes, spec_of

@@ -20,7 +20,7 @@ from evomesh.config.layout import pipeline_schedule, run_sizes
 from evomesh.config.schema import Config
 from evomesh.config.size import tokens_per_step
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossTerms
+from evomesh.layers.block_softmax import LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import axis_members
 from evomesh.parallel.grid import Grid

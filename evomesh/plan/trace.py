@@ -20,7 +20,8 @@ from torch import Tensor
 from evomesh.config.layout import check_world, run_parallel
 from evomesh.config.schema import Config
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.layers.block_softmax import LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid

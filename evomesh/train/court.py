@@ -30,7 +30,8 @@ from evomesh.data.packing.ledger import LedgerEntry, StepLedger
 from evomesh.data.packing.staged import StagedCorpus
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
-from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.layers.block_softmax import LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.layers.block_softmax import LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.monitor.profile import region
 from evomesh.optim.clip import UpdateLimits
 from evomesh.optim.gradient_profile import GradientFigures, GradientObserver

@@ -15,7 +15,8 @@ from evomesh.config.optimizer import OptimizerConfig
 from evomesh.config.parameter_groups import ParameterGroupConfig
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput, LossTerms
+from evomesh.layers.block_softmax import LossTerms
+from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis, Grid

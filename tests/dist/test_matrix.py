@@ -14,7 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from evomesh.layers.loss import PLAIN, LossTerms
+from evomesh.layers.block_softmax import PLAIN, LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from evomesh.layers.loss import PLAIN
+from evomesh.layers.block_softmax import PLAIN
 from evomesh.parallel.modes import MODES
 from evomesh.pipeline.torch_stages import BoundedStage
 from evomesh.train.stages import build_stages

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from torch.distributed.pipelining import schedules
 
-from evomesh.layers.loss import PLAIN
+from evomesh.layers.block_softmax import PLAIN
 from evomesh.parallel.traffic import group_names, record_traffic
 from evomesh.watchdog import ring
 from evomesh.watchdog.activity import this_process

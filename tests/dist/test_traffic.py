@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.layers.loss import PLAIN
+from evomesh.layers.block_softmax import PLAIN
 from evomesh.parallel.traffic import record_traffic
 from tests.dist.layouts import Layout, T, packs, stages_of
 from tests.support.pool import Pool

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.config.schema import IGNORE
-from evomesh.layers import loss_gradients, products
+from evomesh.layers import loss, loss_gradients, products
 from evomesh.layers.loss import (
+    CPU_CHUNK_TOKENS_16_BIT,
     MIN_CHUNK_TOKENS,
     LossOutput,
     linear_cross_entropy,
@@ -203,9 +204,42 @@ def test_chunks_on_cuda_have_tokens_enough_for_the_sum_of_their_gradients(
     rows: int, tokens: int
 ) -> None:
     assert tokens_per_chunk(rows, on_cuda=True) == tokens
-    assert tokens_per_chunk(rows, on_cuda=False) == MIN_CHUNK_TOKENS
     gibibytes = rows * tokens * 4 / 2**30
     assert gibibytes <= 2 or tokens == MIN_CHUNK_TOKENS
+
+
+def test_chunks_on_a_cpu_depend_on_the_dtype() -> None:
+    assert tokens_per_chunk(8000, on_cuda=False, in_16_bits=False) == MIN_CHUNK_TOKENS
+    assert tokens_per_chunk(8000, on_cuda=False) == CPU_CHUNK_TOKENS_16_BIT
+
+
+@covers("loss.label_smoothing", "loss.z_loss_coeff", "model.final_logit_softcapping")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_blocks_of_a_chunk_change_no_bit_of_its_results(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, labels = inputs(dtype)
+
+    def results() -> list[Tensor]:
+        out = linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            vocab_size=V,
+            chunk=17,
+            label_smoothing=0.1,
+            z_loss_coeff=0.2,
+            softcap=3.0,
+            grad_scale=0.6,
+        )
+        gradients = torch.autograd.grad(out.scaled_sum, [hidden, weight])
+        return [out.nll, out.correct, *gradients]
+
+    whole = results()
+    monkeypatch.setattr(loss, "CPU_BLOCK_LOGITS", tokens * V)
+    for blocks, expected in zip(results(), whole, strict=True):
+        assert torch.equal(blocks, expected)
 
 
 class _NarrowProducts(TorchDispatchMode):

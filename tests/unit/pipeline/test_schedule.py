@@ -10,7 +10,7 @@ from torch.torch_version import TorchVersion
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.loss import PLAIN
+from evomesh.layers.block_softmax import PLAIN
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.pipeline.schedule import PipelineSchedule, refuse_zbv

@@ -21,7 +21,7 @@ from evomesh.config.schema import (
     ZeroConfig,
 )
 from evomesh.data.batch import Batch
-from evomesh.layers import attention, loss
+from evomesh.layers import attention, block_softmax
 from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
@@ -243,7 +243,7 @@ class TestHostWaitsOfAStep:
             monkeypatch.setattr(attention, "_varlen", reading(attention._varlen))
         elif place == "loss":
             monkeypatch.setattr(
-                loss._VocabularyShard,
+                block_softmax.VocabularyShard,
                 "_local_column",
                 lambda self, target: target.tolist(),
             )

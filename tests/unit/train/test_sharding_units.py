@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from evomesh.layers.loss import PLAIN
+from evomesh.layers.block_softmax import PLAIN
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.process_group import fake_world
