@@ -297,22 +297,16 @@ class _SplitRotate(torch.autograd.Function):
         minus_sin = -sin  # negates the angle
         dq, dk, dv = grads
 
-        tokens, query_heads, head_dim = dq.shape
+        tokens, _, head_dim = dq.shape
         kv_heads = dk.shape[1]
         dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
         dk = dk.unsqueeze(2)  # [T, G, 1, H]
         dv = dv.unsqueeze(2)
         dq_and_dk = torch.cat([dq, dk], dim=2)
         rotated = _rotated(dq_and_dk, cos, minus_sin, ctx.interleaved)
-
-        # Both parts are written to their places in the fused gradient.
-        heads = query_heads + 2 * kv_heads
-        width = heads * head_dim
-        dqkv = dq.new_empty(tokens, width)
-        place = _queries_and_keys(dqkv, kv_heads, head_dim)
-        place.copy_(rotated)
-        _, _, dv_place = parts_of_groups(dqkv, kv_heads, head_dim)
-        dv_place.copy_(dv)
+        rotated = rotated.to(dv.dtype)
+        groups = torch.cat([rotated, dv], dim=2)
+        dqkv = groups.flatten(1)
         for_tables_and_settings = [None] * 5
         return dqkv, *for_tables_and_settings
 
