@@ -259,6 +259,14 @@ def _queries_and_keys(qkv: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     return groups[:, :, :-1]
 
 
+def _join_by_group(queries: Tensor, keys: Tensor) -> Tensor:
+    """Join [T, G R, H] queries and [T, G, H] keys to what ``_queries_and_keys`` returns."""
+    tokens, kv_heads, head_dim = keys.shape
+    grouped = queries.reshape(tokens, kv_heads, -1, head_dim)
+    keys = keys.unsqueeze(2)
+    return torch.cat([grouped, keys], dim=2)
+
+
 class _SplitRotate(torch.autograd.Function):
     """Split and rotate qkv in one pass, and its gradient in another; slices and concatenations would take one per part.
 
@@ -297,14 +305,15 @@ class _SplitRotate(torch.autograd.Function):
         minus_sin = -sin  # negates the angle
         dq, dk, dv = grads
 
-        tokens, _, head_dim = dq.shape
-        kv_heads = dk.shape[1]
-        dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
-        dk = dk.unsqueeze(2)  # [T, G, 1, H]
-        dv = dv.unsqueeze(2)
-        dq_and_dk = torch.cat([dq, dk], dim=2)
-        rotated = _rotated(dq_and_dk, cos, minus_sin, ctx.interleaved)
+        dq_and_dk = _join_by_group(dq, dk)
+        rotated = _rotated(
+            dq_and_dk,
+            cos,
+            minus_sin,
+            ctx.interleaved,
+        )
         rotated = rotated.to(dv.dtype)
+        dv = dv.unsqueeze(2)  # [T, G, 1, H]
         groups = torch.cat([rotated, dv], dim=2)
         dqkv = groups.flatten(1)
         for_tables_and_settings = [None] * 5
