@@ -94,13 +94,29 @@ def _explained() -> Iterator[None]:
 
 
 def _key_hint(error: Any) -> str:
-    """Say how a config key is set, if an unknown option has the name of a single one; else ""."""
-    option = getattr(error, "option_name", None)
-    if option is None or error.ctx is None:
+    """Say how config keys are set, if what the command rejects looks like one; else ""."""
+    if error.ctx is None:
         return ""
     takes_keys = any("--set" in each.opts for each in error.ctx.command.params)
     if not takes_keys:
         return ""
+    option = getattr(error, "option_name", None)
+    return _settings_hint(error.message) if option is None else _option_hint(option)
+
+
+def _settings_hint(message: str) -> str:
+    """Say that --set takes one setting, where others follow it as they do XTuner's --cfg-options."""
+    # The words that no parameter takes are in parentheses at the end.
+    _, _, extra = message.rpartition("(")
+    words = extra.removesuffix(")").split()
+    if not words or not all("=" in word for word in words):
+        return ""
+    settings = " ".join(f"--set {word}" for word in words)
+    return f"  fix: each setting has its own --set: {settings}"
+
+
+def _option_hint(option: str) -> str:
+    """Name the config key that has the name of the unknown option, if there is a single one."""
     from evomesh.config.loader import known_keys
 
     name = option.lstrip("-").replace("-", "_")

@@ -1,4 +1,4 @@
-"""An unknown option that has the name of a config key: the message says how the key is set."""
+"""An unknown option or word that looks like a config key: the message says how keys are set."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ def test_the_key_of_an_unknown_option_is_named(options: list[str], hint: str) ->
         assert hint in result.output
     else:
         assert "a config key is set" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--set", "seed=1", "a.b=2", "c=3"], "--set a.b=2 --set c=3"),
+        (["--set", "seed=1", "a.b=2", "y.py"], ""),
+        (["y.py"], ""),
+    ],
+)
+def test_settings_that_follow_one_set_are_named(words: list[str], hint: str) -> None:
+    result = CliRunner().invoke(app, ["train", "x.py", *words])
+    assert result.exit_code == 2
+    assert ("fix: each setting has its own --set" in result.output) == bool(hint)
+    assert hint in result.output
