@@ -32,9 +32,8 @@ MIN_CHUNK_TOKENS = 512  # tokens per chunk, at least
 CPU_CHUNK_TOKENS_16_BIT = 2048
 CUDA_CHUNK_TOKENS = 4096
 CUDA_CHUNK_LOGITS = 2**29  # logits of one chunk on CUDA, at most: 2 GiB in float32
-CPU_BLOCK_LOGITS = (
-    2**20
-)  # logits of one block on the CPU: 4 MiB in float32, which its caches hold
+# Logits of one block on the CPU: 16 MiB in float32, which most processors hold in their caches.
+CPU_BLOCK_LOGITS = 2**22
 
 
 class LossOutput(NamedTuple):
