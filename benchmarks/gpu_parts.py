@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from gpu import HEADS, PARTS, ROOT, table_line
-from gpu_step import SHAPES, Case, measure, product_rate
+from gpu_step import SHAPES, Case, measure, packaged_kernels, product_rate
 
 from evomesh.layers.compiler import missing_for_compiling
 
@@ -212,6 +212,11 @@ def step_cases() -> Iterator[tuple[Case, bool]]:
     yield case("7B-width", 4096, recompute=1.0), True
     yield case("7B-width", 4096), False
     yield case("1.3B", 32768, recompute=1.0, micro_num=1), True
+    # Beside the rows above with torch's own.
+    for kernel in packaged_kernels(DEVICE):
+        yield replace(case("1.3B", 4096), kernel=kernel), True
+        long = case("1.3B", 32768, recompute=1.0, micro_num=1)
+        yield replace(long, kernel=kernel), True
 
 
 def steps() -> Iterator[Row]:
@@ -221,7 +226,7 @@ def steps() -> Iterator[Row]:
         packs = f"{case.micro_num} x {case.tokens}" + (
             ", packed" if case.packed else ""
         )
-        title = f"{case.name}, {packs}, recompute {case.recompute:g}, {blocks}"
+        title = f"{case.title}, {packs}, recompute {case.recompute:g}, {blocks}"
         try:
             found = measure(case, 6, is_compiled)
         except torch.OutOfMemoryError:

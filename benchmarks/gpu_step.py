@@ -1,6 +1,7 @@
 """Speed and memory of complete training steps on one GPU, as `evomesh train` runs them, from batch to metrics.
 
 Run: python benchmarks/gpu_step.py [--shape 1.3B 7B-width] [--tokens 2048 4096 8192 32768] [--recompute 0 1] [--packed]
+     [--kernel auto FA3]
 
 Model, optimizer and step are those of the product, on synthetic tokens in pinned memory: bfloat16 weights with float32
 master weights, compiled blocks, variable-length attention. One row per shape, pack length and fraction of recomputed
@@ -37,8 +38,11 @@ from _memory import Sizes, bytes_in_16_bits
 from _product import Training, made_up
 from train_step import Shape, model_flops, product_rates
 
+from evomesh.config.model import AttentionKernel
 from evomesh.config.schema import ModelConfig
 from evomesh.data.batch import Batch
+from evomesh.errors import UserError
+from evomesh.layers.attention_kernel import attention_kernel
 from evomesh.layers.loss import tokens_per_chunk
 from evomesh.monitor.metrics import model_tflops
 from evomesh.train.allocator import keep_freed_memory
@@ -66,10 +70,15 @@ class Case:
     packed: bool
     dtype: str
     device: torch.device
+    kernel: AttentionKernel = "auto"
 
     @property
     def shape(self) -> Shape:
         return SHAPES[self.name]
+
+    @property
+    def title(self) -> str:
+        return self.name if self.kernel == "auto" else f"{self.name}, {self.kernel}"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -93,6 +102,7 @@ class Case:
             no_bias=True,
             checkpoint=self.recompute,
             compile=compiled,
+            attention_kernel=self.kernel,
         )
 
     def batch(self) -> Batch:
@@ -135,7 +145,26 @@ class Measured:
     memory: int
 
 
+def packaged_kernels(device: torch.device) -> list[AttentionKernel]:
+    """Kernels of packages that are installed here and run on this device."""
+    names: tuple[AttentionKernel, ...] = ("FA3", "FA4")
+    usable = []
+    for name in names:
+        try:
+            with attention_kernel(name, torch.bfloat16, device):
+                usable.append(name)
+        except UserError:
+            continue
+    return usable
+
+
 def measure(case: Case, steps: int, compiled: bool) -> Measured:
+    dtype = getattr(torch, case.dtype)
+    with attention_kernel(case.kernel, dtype, case.device):
+        return measure_with_kernel(case, steps, compiled)
+
+
+def measure_with_kernel(case: Case, steps: int, compiled: bool) -> Measured:
     on_cuda = case.device.type == "cuda"
     # Not the product's own weights: drawing billions of them takes longer than all the steps.
     training = Training(case.model(compiled), case.device, draw_on_device=on_cuda)
@@ -195,7 +224,7 @@ def row(case: Case, found: Measured, rate: float) -> str:
         else "not counted"
     )
     cells = (
-        case.name,
+        case.title,
         case.tokens,
         len(case.lengths),
         f"{case.recompute:g}",
@@ -216,9 +245,17 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     for name in args.shape or names:
         for count in args.tokens or tokens:
             for recompute in args.recompute:
-                yield Case(
-                    name, count, args.micro_num, recompute, args.packed, dtype, device
-                )
+                for kernel in args.kernel:
+                    yield Case(
+                        name,
+                        count,
+                        args.micro_num,
+                        recompute,
+                        args.packed,
+                        dtype,
+                        device,
+                        kernel,
+                    )
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -239,6 +276,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--packed", action="store_true", help="eight documents in a pack instead of one"
+    )
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=["auto", "FA3", "FA4"],
+        default=["auto"],
+        help="model.attention_kernel",
     )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=10)
@@ -284,7 +328,7 @@ def main() -> None:
         cells = (
             row(case, found, rate)
             if found
-            else _line(case.name, case.tokens, "out of memory", *[""] * 6)
+            else _line(case.title, case.tokens, "out of memory", *[""] * 6)
         )
         print(cells, flush=True)
         gc.collect()

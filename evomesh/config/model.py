@@ -32,6 +32,8 @@ ModelFamily = Literal[
 GateActivation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["before", "after", "both"]
 LayerType = Literal["full_attention", "sliding_attention"]
+# Which flash attention torch calls on a GPU: its own, or that of a package.
+AttentionKernel = Literal["auto", "FA3", "FA4"]
 # Beyond the trained length: unscaled, or with dynamic NTK.
 RotaryType = Literal["origin", "dynamic"]
 
@@ -250,6 +252,11 @@ class ModelConfig(Section):
     use_flash_attn: bool = Field(
         True,
         description="Accepted for InternEvo; the fastest available kernel is used on every device.",
+    )
+    attention_kernel: AttentionKernel = Field(
+        "auto",
+        description="Flash attention in training on a GPU: auto (torch's own), or that of an installed package: "
+        "FA3 (flash_attn_interface, for H100 and H200) or FA4 (flash_attn.cute, for B200 too).",
     )
     use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
     output_tf32: bool = Field(

@@ -108,6 +108,7 @@ NOTHING = (
     "model.dropout_selective_checkpoint",
     "model.num_chunks",
     "model.use_flash_attn",
+    "model.attention_kernel",
     "model.compile",
     "hybrid_zero_optimizer.overlap_sync_grad",
     "hybrid_zero_optimizer.overlap_sync_param",

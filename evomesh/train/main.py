@@ -16,6 +16,8 @@ from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.warning_lines import warning_lines
+from evomesh.layers.attention_kernel import attention_kernel
+from evomesh.layers.dtype import parameter_dtype
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import TrainingRun, build_run
@@ -74,16 +76,20 @@ def run_training(
                 before_end=alerts.ended_by_peer,
                 before_hang_ends=alerts.ended_by_hang,
             ) as context:
-                exit_code = _train(
-                    loaded,
-                    context,
-                    exports,
-                    alerts,
-                    profile=profile,
-                    memory_profile=memory_profile,
-                    until=until,
-                    blames=blames,
-                )
+                model = loaded.config.model
+                dtype = parameter_dtype(model.dtype)
+                kernel = model.attention_kernel
+                with attention_kernel(kernel, dtype, context.device):
+                    exit_code = _train(
+                        loaded,
+                        context,
+                        exports,
+                        alerts,
+                        profile=profile,
+                        memory_profile=memory_profile,
+                        until=until,
+                        blames=blames,
+                    )
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
                 _finish(exports, exit_code)

@@ -264,6 +264,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.dropout_selective_checkpoint", False, W),
     CompatibilityRow("model.num_chunks", 4, E, STAGES),
     CompatibilityRow("model.use_flash_attn", False, W),
+    CompatibilityRow("model.attention_kernel", "FA3", E),
     CompatibilityRow("model.compile", False, E),
     CompatibilityRow("model.mup.base_hidden_size", 256, E),
     CompatibilityRow("model.mup.base_head_dim", 32, E, MUP),

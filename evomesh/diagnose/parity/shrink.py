@@ -129,6 +129,7 @@ def _small_model(config: Config, sizes: AxisSizes) -> ModelConfig:
         "vocab_size": vocab_size,
         "nope_layers": tuple(nope_layers),
         "compile": False,
+        "attention_kernel": "auto",
     }
     if model.num_kv_attention_heads is not None:
         values["num_kv_attention_heads"] = kv_heads

@@ -62,6 +62,7 @@ def test_every_key_of_the_model_is_classified_on_purpose() -> None:
         ("parallel.tensor.size", "nothing"),
         ("ckpt.save_ckpt_folder", "nothing"),
         ("model.compile", "nothing"),
+        ("model.attention_kernel", "nothing"),
         ("model.checkpoint", "nothing"),
         ("run.job_name", "nothing"),
         ("data.train_folder", "nothing"),  # its content is compared by the manifest
