@@ -1,4 +1,4 @@
-"""The package whose flash attention torch calls in place of its own (``model.attention_kernel``)."""
+"""The package whose flash attention torch calls instead of the built-in one (``model.attention_kernel``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _USE_AUTO = f'set {_KEY}="auto", with which torch takes its own kernel'
 
 @dataclass(frozen=True)
 class _FlashPackage:
-    """What a flash attention of a package needs.
+    """Package with a flash attention, and what it needs.
 
     Attributes:
         module: that torch imports.
