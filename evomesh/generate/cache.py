@@ -61,9 +61,7 @@ class KeyValueCache:
                 f"{self.slots} slots of {self.context_length} tokens"
             )
         self.lengths += lengths
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), longest)
+        bounds = bounds_of_prompts(lengths, device)
 
         def store(cached: Tensor, packed: Tensor) -> None:
             sequences = torch.split(packed, list(lengths))  # each [length, G, H]
@@ -180,6 +178,14 @@ class KeyValueCache:
                 used[target_slots] = used[source_slots]
         self.lengths = [self.lengths[source] for source in sources]
 
+    def can_admit(self, lengths: Sequence[int]) -> bool:
+        """Return whether prompts of these lengths find room in free slots: a slot has room for any."""
+        return len(self.lengths) + len(lengths) <= self.slots
+
+    def shortage(self) -> int:
+        """Return how much room is missing for the next token of all sequences: none, each has its slot."""
+        return 0
+
     def size_in_bytes(self) -> int:
         """Return the memory that this rank's cache occupies."""
         return sum(
@@ -201,6 +207,21 @@ class KeyValueCache:
             shape = (self.slots, like.shape[1], tokens, like.shape[2])
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
+
+
+def bounds_of_prompts(
+    lengths: Sequence[int],
+    device: torch.device,
+) -> SequenceBounds:
+    """Return the bounds of whole prompts, packed one after the other."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    longest = max(lengths)
+    return SequenceBounds(
+        positions.to(device),
+        cu_seqlens.to(device),
+        longest,
+    )
 
 
 def _store_sequence(cached: Tensor, sequence: Tensor) -> None:

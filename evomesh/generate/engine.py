@@ -15,6 +15,8 @@ from torch import Tensor
 from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
 from evomesh.generate.options import SamplingParams
+from evomesh.generate.paged_cache import PagedCache
+from evomesh.generate.paged_decoding import PagedMode, choose_decoding
 from evomesh.generate.sample import (
     TokenLogprob,
     TokenSampler,
@@ -94,6 +96,8 @@ class GenerationEngine:
         context_length: maximum number of tokens of one request, prompt and answer together. From the first step on,
             keys and values of slots * context_length tokens are held in memory.
         vocab_size: prompts with ids outside 0 .. vocab_size - 1 are rejected; None: that of the model's config.
+        paged: keep keys and values in pages (``paged_decoding.py``): "auto": if torch has a kernel for them here; "on":
+            or refuse; "off".
         prefill_tokens: prompts that are read in one step have at most this many tokens together (a longer prompt is
             read alone), so that running requests do not wait long for them.
     """
@@ -106,6 +110,7 @@ class GenerationEngine:
         context_length: int,
         vocab_size: int | None = None,
         prefill_tokens: int = 8192,
+        paged: PagedMode = "auto",
     ) -> None:
         if slots < 1 or context_length < 2:
             raise UserError(
@@ -121,11 +126,15 @@ class GenerationEngine:
         )
         self.prefill_tokens = prefill_tokens
         self.device = next(model.parameters()).device
-        self.cache = KeyValueCache(slots, context_length)
+        self.decoding = choose_decoding(model, slots, context_length, paged)
         self._short_length = short_length(model)
         self._running: list[_ActiveRequest] = []  # by slot
         self._waiting: deque[_ActiveRequest] = deque()
         self._next_number = 0
+
+    @property
+    def cache(self) -> KeyValueCache | PagedCache:
+        return self.decoding.cache
 
     @property
     def active(self) -> int:
@@ -185,6 +194,7 @@ class GenerationEngine:
         discard the engine.
         """
         self._queue_outgrown()
+        self._queue_crowded()
         admitted = self._admit()
         tokens: list[GeneratedToken] = []
         if self._running:
@@ -210,6 +220,15 @@ class GenerationEngine:
                 self._release(slot)
                 self._waiting.appendleft(request)
 
+    def _queue_crowded(self) -> None:
+        """Take the pages of the newest requests until all others have room; first in the queue, they are read again."""
+        while self.cache.shortage():
+            numbers = [request.number for request in self._running]
+            newest = numbers.index(max(numbers))
+            request = self._running[newest]
+            self._release(newest)
+            self._waiting.appendleft(request)
+
     def _admit(self) -> list[_ActiveRequest]:
         """Take waiting requests, as far as slots and ``prefill_tokens`` allow."""
         admitted: list[_ActiveRequest] = []
@@ -219,6 +238,9 @@ class GenerationEngine:
             next_request = self._waiting[0]
             total_tokens += len(next_request.ids)
             if admitted and total_tokens > self.prefill_tokens:
+                break
+            lengths = [len(request.ids) for request in (*admitted, next_request)]
+            if not self.cache.can_admit(lengths):
                 break
             admitted.append(self._waiting.popleft())
         return admitted
@@ -296,10 +318,7 @@ class GenerationEngine:
     def _decode(self, requests: list[_ActiveRequest]) -> list[GeneratedToken]:
         """Choose the next token of requests whose other tokens are in the cache."""
         last_tokens = [request.ids[-1] for request in requests]
-        ids = torch.tensor(last_tokens, device=self.device)
-        bounds, attend = self.cache.decode_step(self.device)
-        hidden = self.model(ids, bounds, attend)
-        logits = self.model.logits(hidden)
+        logits = self.decoding.next_logits(last_tokens)
         return self._choose_tokens(requests, logits)
 
     def _choose_tokens(

@@ -1,0 +1,339 @@
+"""How an engine makes the next logits: with the cache in rows or in pages, the latter as one captured graph.
+
+Shapes: B sequences in use, R rows of a step (B or more), W pages of the longest table, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from evomesh.errors import UserError
+from evomesh.generate.cache import KeyValueCache
+from evomesh.generate.paged_attention import (
+    PagedKernel,
+    PagedRows,
+    attend_to_pages,
+    attention_layers,
+    fault_of_kernel,
+    reason_against_pages,
+)
+from evomesh.generate.paged_cache import PAGE_SIZE, PagedCache
+from evomesh.generate.staged import StagedModel
+from evomesh.layers.attention import Attention, SequenceBounds
+from evomesh.models.language_model import LanguageModel, short_length
+from evomesh.rounding import next_power_of_two
+
+logger = logging.getLogger(__name__)
+
+PagedMode = Literal["auto", "on", "off"]
+Step: TypeAlias = Callable[[], Tensor]
+Capture: TypeAlias = Callable[[Step], Step]
+CAPTURED_AFTER = 8  # steps of the same number of rows: capturing takes as long as some
+# A replay runs the same kernels on the same numbers.
+REPLAY_TOLERANCE = 1e-2
+
+
+class RowDecoding:
+    """The next logits with a ``KeyValueCache``."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int,
+        context_length: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.cache = KeyValueCache(slots, context_length)
+
+    def next_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [B, V] that follow these tokens, one of each sequence in use."""
+        ids = torch.tensor(tokens, device=self.device)
+        bounds, attend = self.cache.decode_step(self.device)
+        hidden = self.model(ids, bounds, attend)
+        return self.model.logits(hidden)
+
+
+@dataclass(frozen=True)
+class PagedSettings:
+    """How pages are used.
+
+    Attributes:
+        kernel: attends to them.
+        capture: makes a graph of a step; ``run_eagerly`` makes none.
+        page_size: tokens of a page.
+        pages: of the pool; None: enough for every slot.
+    """
+
+    kernel: PagedKernel
+    capture: Capture
+    page_size: int = PAGE_SIZE
+    pages: int | None = None
+
+
+class PagedDecoding:
+    """The next logits with a ``PagedCache``.
+
+    A step has a power of two of rows, of which the last ones may be empty. Its inputs are in
+    one tensor, always the same one for a number of rows, so that its kernels can be captured
+    once and launched together from then on.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int,
+        context_length: int,
+        device: torch.device,
+        settings: PagedSettings,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.settings = settings
+        self.cache = PagedCache(
+            slots,
+            context_length,
+            page_size=settings.page_size,
+            pages=settings.pages,
+        )
+        self._steps: dict[int, _PagedStep] = {}  # by number of rows
+
+    def next_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [B, V] that follow these tokens, one of each sequence in use.
+
+        They are valid until the next call.
+        """
+        count = len(tokens)
+        step = self._step_of(count)
+        places = self.cache.extend()
+        logits = step.run(tokens, places)
+        return logits[:count]
+
+    def _step_of(self, count: int) -> _PagedStep:
+        """Return the step with the fewest rows for ``count`` sequences."""
+        rows = min(next_power_of_two(count), self.cache.slots)
+        if rows not in self._steps:
+            self._steps[rows] = _PagedStep(self, rows)
+        return self._steps[rows]
+
+
+class _PagedStep:
+    """One decoding step of R rows.
+
+    Attributes:
+        inputs: [R, 3 + W] int32: the token, its position and its place in the pool, then the pages of the sequence.
+    """
+
+    def __init__(self, decoding: PagedDecoding, rows: int) -> None:
+        self._model = decoding.model
+        self._cache = decoding.cache
+        self._settings = decoding.settings
+        device = decoding.device
+        width = 3 + self._cache.pages_per_row
+        self._on_host = torch.zeros(
+            (rows, width),
+            dtype=torch.int32,
+            pin_memory=device.type == "cuda",
+        )
+        self.inputs = self._on_host.to(device, copy=True)
+        self._query_bounds = torch.arange(
+            rows + 1,
+            dtype=torch.int32,
+            device=device,
+        )
+        self._compute: Step = self.compute
+        self._runs = 0
+
+    def run(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+        """Return the logits [R, V] of the next step."""
+        self._fill(tokens, places)
+        self._runs += 1
+        if self._runs == CAPTURED_AFTER:
+            self._compute = self._settings.capture(self.compute)
+        return self._compute()
+
+    def _fill(self, tokens: Sequence[int], places: Sequence[int]) -> None:
+        """Copy what a step needs to the device, at once.
+
+        The step before has ended by now, since its tokens are known: nothing reads the host's
+        copy any more. Empty rows are sequences of one token in page 0.
+        """
+        width = self.inputs.shape[1]
+        empty = [0] * width
+        lines: list[list[int]] = []
+        for row, table in enumerate(self._cache.tables):
+            line = [
+                tokens[row],
+                self._cache.lengths[row] - 1,
+                places[row],
+                *table,
+            ]
+            line += empty[len(line) :]
+            lines.append(line)
+        missing = len(self.inputs) - len(lines)
+        lines += [empty] * missing
+        numbers = self._on_host.numpy()
+        numbers[:] = lines
+        self.inputs.copy_(
+            self._on_host,
+            non_blocking=True,
+        )
+
+    def compute(self) -> Tensor:
+        """Return the logits [R, V] of what is in ``inputs``, without a look at the host."""
+        ids = self.inputs[:, 0].long()
+        positions = self.inputs[:, 1]
+        places = self.inputs[:, 2].long()
+        rows = PagedRows(
+            lengths=positions + 1,
+            tables=self.inputs[:, 3:],
+            query_bounds=self._query_bounds,
+            longest=self._cache.pages_per_row * self._cache.page_size,
+        )
+
+        def store_and_attend(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            bounds: SequenceBounds,
+            module: Attention,
+        ) -> Tensor:
+            keys, values = self._cache.store(module, k, v, places)
+            return self._settings.kernel(
+                q,
+                keys,
+                values,
+                rows,
+                module.window,
+                module.scores.scale,
+            )
+
+        bounds = SequenceBounds(positions.long(), self._query_bounds, 1)
+        hidden = self._model(ids, bounds, store_and_attend)
+        return self._model.logits(hidden)
+
+
+def run_eagerly(step: Step) -> Step:
+    """Return the step as it is."""
+    return step
+
+
+def capture_graph(step: Step) -> Step:
+    """Capture the kernels of a step in a CUDA graph, and return what launches them; the step itself if that fails."""
+    try:
+        return _replayed(step)
+    except RuntimeError as error:
+        _warn_of_graph(str(error).splitlines()[0])
+        return step
+
+
+def _replayed(step: Step) -> Step:
+    # What a step needs for its first run must not be allocated while it is captured.
+    side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream()
+    side_stream.wait_stream(current)
+    with torch.cuda.stream(side_stream):
+        expected = step()
+    current.wait_stream(side_stream)
+
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = step()
+    graph.replay()
+    if not _agree(logits, expected):
+        _warn_of_graph("it computes other logits")
+        return step
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    largest = expected.abs().max()
+    scale = float(largest.nan_to_num(nan=1.0, posinf=1.0))
+    return torch.allclose(
+        found,
+        expected,
+        rtol=0,
+        atol=REPLAY_TOLERANCE * scale,
+        equal_nan=True,
+    )
+
+
+def _warn_of_graph(reason: str) -> None:
+    logger.warning(
+        "decoding: a step cannot be captured as a CUDA graph (%s); its kernels are launched one by one",
+        reason,
+    )
+
+
+def choose_decoding(
+    model: LanguageModel,
+    slots: int,
+    context_length: int,
+    paged: PagedMode,
+) -> RowDecoding | PagedDecoding:
+    """Return how to decode: in pages where torch has a kernel for them that computes what dense attention does.
+
+    Raises:
+        UserError: ``paged`` is "on", and it cannot be.
+    """
+    device = next(model.parameters()).device
+    reason = _reason_against(model, device, paged)
+    if reason and paged == "on":
+        raise UserError(
+            f"this model cannot be decoded with paged keys and values: {reason}",
+            where="--paged",
+            expected="a GPU, 16-bit weights, and torch 2.12 or newer",
+            fix="leave it out",
+            code="EVO-GEN-005",
+        )
+    if reason or paged == "off":
+        return RowDecoding(model, slots, context_length, device)
+    capture = capture_graph if can_capture(model) else run_eagerly
+    settings = PagedSettings(attend_to_pages, capture)
+    return PagedDecoding(model, slots, context_length, device, settings)
+
+
+def _reason_against(
+    model: LanguageModel,
+    device: torch.device,
+    paged: PagedMode,
+) -> str:
+    """Return why the model is not decoded in pages; a kernel that is wrong is warned of."""
+    if paged == "off":
+        return ""
+    reason = reason_against_pages(model, device)
+    if reason:
+        return reason
+    fault = fault_of_kernel(attend_to_pages, model, device)
+    if not fault:
+        return ""
+    if paged == "auto":
+        logger.warning(
+            "decoding: keys and values are not paged, because torch's kernel cannot be relied on here: %s",
+            fault,
+        )
+    return f"torch's kernel cannot be relied on here: {fault}"
+
+
+def can_capture(model: LanguageModel) -> bool:
+    """Return whether a step makes no messages and copies nothing from the host.
+
+    longrope's tables are made of Python numbers.
+    """
+    if isinstance(model, StagedModel) or short_length(model) is not None:
+        return False
+    axes = {layer.placement.axis.size for layer in attention_layers(model)}
+    return axes == {1}
