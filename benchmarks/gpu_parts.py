@@ -14,13 +14,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu import HEADS, PARTS, ROOT, table_line
 from gpu_step import SHAPES, Case, measure, packaged_kernels, product_rate
 
 from evomesh.layers.compiler import missing_for_compiling
+
+if TYPE_CHECKING:
+    from benchmarks.generate import Options
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -318,6 +321,24 @@ def generation() -> Iterator[Row]:
             f"{batch.ours:,.0f} tokens/s",
             f"transformers {batch.theirs:,.0f}",
             f"{batch.ratio:.2f}",
+        )
+    yield from pages(replace(options, prompt=512) if ON_CUDA else options)
+
+
+def pages(options: Options) -> Iterator[Row]:
+    """Keys and values in rows, in pages, and in pages with a captured graph."""
+    from benchmarks import paged
+
+    for found in paged.compare(options):
+        case = f"{options.shape}, {found.size} sequences of up to {options.prompt}, {DTYPE}: {found.way}"
+        if found.reason:
+            yield Row(case, f"not possible: {found.reason}")
+            continue
+        yield Row(
+            case,
+            f"{found.speed:,.0f} tokens/s, {found.same} answers as in rows",
+            "rows",
+            f"{found.ratio:.2f}",
         )
 
 

@@ -15,6 +15,7 @@ from evomesh.cli.options import (
     LauncherOption,
     OptionalCheckpointOption,
     OverrideOption,
+    PagedOption,
     RendezvousPortOption,
     TemplateOption,
     TokenizerPathOption,
@@ -23,7 +24,7 @@ from evomesh.cli.options import (
 from evomesh.cli.run import run
 from evomesh.cli.usage import single_command
 from evomesh.errors import UserError
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import PagedMode, SamplingParams
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.restore import LoadedModel
@@ -62,6 +63,7 @@ def generate(
     dynamic_ntk: DynamicNtkOption = None,
     ema: EmaOption = False,
     device: DeviceOption = "",
+    paged: PagedOption = "auto",
     config: ConfigFileOption = None,
     overrides: OverrideOption = None,
     launcher: LauncherOption = "auto",
@@ -99,9 +101,9 @@ def generate(
     template = chat_template if chat else "none"
     loaded = _load(ckpt, tokenizer, template, device, config, dynamic_ntk, ema)
     if chat:
-        answer_message(loaded, prompt, sampling)
+        answer_message(loaded, prompt, sampling, paged)
     else:
-        complete_prompt(loaded, prompt, sampling)
+        complete_prompt(loaded, prompt, sampling, paged)
 
 
 def _what_is_missing(ckpt: str | None, prompt: str | None) -> str:
@@ -123,7 +125,12 @@ def answer_prompt_folder(
     run_generation_section(load_config(config, overrides or []), launcher, port)
 
 
-def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) -> None:
+def complete_prompt(
+    loaded: LoadedModel,
+    prompt: str,
+    sampling: SamplingParams,
+    paged: PagedMode = "auto",
+) -> None:
     """Print a prompt and its completion as it is generated, or several completions one after the other."""
     from evomesh.data.tokenizer import encode_prompt
 
@@ -135,10 +142,15 @@ def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) 
             expected="some text to complete",
             code="EVO-GEN-002",
         )
-    _print_answers(loaded, ids, sampling, start=0)
+    _print_answers(loaded, ids, sampling, start=0, paged=paged)
 
 
-def answer_message(loaded: LoadedModel, text: str, sampling: SamplingParams) -> None:
+def answer_message(
+    loaded: LoadedModel,
+    text: str,
+    sampling: SamplingParams,
+    paged: PagedMode = "auto",
+) -> None:
     """Print the model's answer to a user's message as it is generated, or several answers.
 
     Raises:
@@ -155,7 +167,7 @@ def answer_message(loaded: LoadedModel, text: str, sampling: SamplingParams) -> 
             code="EVO-TOKEN-007",
         )
     ids = loaded.template.encode_prompt([ChatMessage("user", text, train=False)])
-    _print_answers(loaded, ids, sampling, start=len(ids))
+    _print_answers(loaded, ids, sampling, start=len(ids), paged=paged)
 
 
 def shim(
@@ -215,7 +227,11 @@ def _load(
 
 
 def _print_answers(
-    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
+    loaded: LoadedModel,
+    ids: list[int],
+    sampling: SamplingParams,
+    start: int,
+    paged: PagedMode,
 ) -> None:
     """Print what follows a prompt of ids.
 
@@ -225,13 +241,17 @@ def _print_answers(
     if not sampling.eos_ids:
         sampling = replace(sampling, eos_ids=loaded.eos_ids)
     if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
-        _print_completions(loaded, ids, sampling, start)
+        _print_completions(loaded, ids, sampling, start, paged)
     else:
-        _print_stream(loaded, ids, sampling, start)
+        _print_stream(loaded, ids, sampling, start, paged)
 
 
 def _print_stream(
-    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
+    loaded: LoadedModel,
+    ids: list[int],
+    sampling: SamplingParams,
+    start: int,
+    paged: PagedMode,
 ) -> None:
     """Print the prompt from ``start``, then its completion token by token."""
     from evomesh.generate.decode import stream_tokens
@@ -239,7 +259,7 @@ def _print_stream(
     decode = loaded.tokenizer.decode
     visible = ids[start:]
     shown = decode(visible)  # the text that is printed already
-    tokens = stream_tokens(loaded.model, [ids], sampling)
+    tokens = stream_tokens(loaded.model, [ids], sampling, paged=paged)
     # What is refused is refused before the prompt is shown.
     first = list(islice(tokens, 1))
     _print_now(shown)
@@ -265,13 +285,17 @@ def _print_now(text: str) -> None:
 
 
 def _print_completions(
-    loaded: LoadedModel, ids: list[int], sampling: SamplingParams, start: int
+    loaded: LoadedModel,
+    ids: list[int],
+    sampling: SamplingParams,
+    start: int,
+    paged: PagedMode,
 ) -> None:
     """Print every completion after the prompt, once all are complete."""
     from evomesh.generate.decode import generate_tokens
 
     prompts = [ids]
-    (completions,) = generate_tokens(loaded.model, prompts, sampling)
+    (completions,) = generate_tokens(loaded.model, prompts, sampling, paged=paged)
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"--- answer {number} of {len(completions)}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import PagedMode, SamplingParams
 
 OverrideOption = Annotated[
     list[str] | None,
@@ -63,6 +63,13 @@ EmaOption = Annotated[
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, ... [default: cuda if available].")
+]
+PagedOption = Annotated[
+    PagedMode,
+    typer.Option(
+        help="Decode with keys and values in pages and one CUDA graph per step: auto (on a GPU with 16-bit weights), "
+        "on or off."
+    ),
 ]
 ConfigFileOption = Annotated[
     str | None,

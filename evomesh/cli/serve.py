@@ -14,6 +14,7 @@ from evomesh.cli.options import (
     ConfigFileOption,
     DeviceOption,
     EmaOption,
+    PagedOption,
     TemplateOption,
     TokenizerPathOption,
 )
@@ -80,6 +81,7 @@ def serve(
     device: DeviceOption = "",
     name: NameOption = None,
     config: ConfigFileOption = None,
+    paged: PagedOption = "auto",
 ) -> None:
     """Serve a model over the OpenAI API. Routes: /v1/models, /v1/completions, /v1/chat/completions."""
     from evomesh.serve.load import ModelOptions
@@ -93,6 +95,7 @@ def serve(
         context_length=context,
         slots=slots,
         queue=queue,
+        paged=paged,
     )
     _serve_model(
         ckpt,
@@ -120,6 +123,7 @@ def chat(
     device: DeviceOption = "",
     name: NameOption = None,
     config: ConfigFileOption = None,
+    paged: PagedOption = "auto",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Serve a page to chat with a model. The API of `evomesh serve` is at the same address."""
@@ -134,6 +138,7 @@ def chat(
         context_length=context,
         slots=slots,
         queue=queue,
+        paged=paged,
         extended_context=True,
     )
     _serve_model(

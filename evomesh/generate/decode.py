@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from evomesh.errors import UserError
 from evomesh.generate.beam import beam_search
 from evomesh.generate.engine import GenerationEngine, check_eos_ids, check_prompt
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import PagedMode, SamplingParams
 from evomesh.models.language_model import LanguageModel
 
 UNLIMITED = 2**63 - 1
@@ -31,6 +31,7 @@ def stream_tokens(
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
+    paged: PagedMode = "auto",
 ) -> Iterator[StreamedToken]:
     """Yield tokens as they are generated; prompts of a batch may differ in length and do not affect each other.
 
@@ -40,6 +41,7 @@ def stream_tokens(
         batch_size: answers that are generated at the same time; None: all.
         numbers: numbers of the prompts, 0, 1, ... if None: answer a of prompt number p draws from the random stream
             (seed, p * num_return_sequences + a).
+        paged: whether keys and values are kept in pages, as in ``GenerationEngine``.
     Raises:
         UserError: a prompt is empty, or it or ``sampling.eos_ids`` contains ids that the model does not know.
     """
@@ -48,7 +50,12 @@ def stream_tokens(
     num_answers = len(prompts) * answers_per_prompt
     slots = batch_size or max(num_answers, 1)
     context_length = _context_length(prompts, sampling)
-    engine = GenerationEngine(model, slots=slots, context_length=context_length)
+    engine = GenerationEngine(
+        model,
+        slots=slots,
+        context_length=context_length,
+        paged=paged,
+    )
     vocab_size = engine.vocab_size
     check_eos_ids(sampling, vocab_size)
     for index, prompt in enumerate(prompts):
@@ -80,13 +87,15 @@ def generate_tokens(
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
+    paged: PagedMode = "auto",
 ) -> list[list[list[int]]]:
     """Return the new token ids as [prompt][answer], each with the id that ended the answer.
 
     Arguments are those of ``stream_tokens``. With beams, ``batch_size`` prompts at a
-    time are searched, and prompt number p draws from (seed, p).
+    time are searched, and prompt number p draws from (seed, p); their cache has no pages.
     """
     if sampling.num_beams > 1:
+        _refuse_pages(paged)
         batch_size = batch_size or max(len(prompts), 1)
         numbers = numbers or range(len(prompts))
         return _search_in_batches(model, prompts, sampling, batch_size, numbers)
@@ -94,11 +103,32 @@ def generate_tokens(
     for _ in prompts:
         answers.append([[] for _ in range(sampling.num_return_sequences)])
     tokens = stream_tokens(
-        model, prompts, sampling, batch_size=batch_size, numbers=numbers
+        model,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        numbers=numbers,
+        paged=paged,
     )
     for new in tokens:
         answers[new.prompt][new.answer].append(new.token)
     return answers
+
+
+def _refuse_pages(paged: PagedMode) -> None:
+    """Refuse to search beams in pages.
+
+    Raises:
+        UserError: pages are asked for.
+    """
+    if paged == "on":
+        raise UserError(
+            "a beam search does not keep keys and values in pages",
+            where="paged",
+            expected="auto or off",
+            fix="leave it out",
+            code="EVO-GEN-005",
+        )
 
 
 def _search_in_batches(

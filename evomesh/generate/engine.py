@@ -14,9 +14,13 @@ from torch import Tensor
 
 from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import PagedMode, SamplingParams
 from evomesh.generate.paged_cache import PagedCache
-from evomesh.generate.paged_decoding import PagedMode, choose_decoding
+from evomesh.generate.paged_decoding import (
+    PagedDecoding,
+    RowDecoding,
+    choose_decoding,
+)
 from evomesh.generate.sample import (
     TokenLogprob,
     TokenSampler,
@@ -98,6 +102,7 @@ class GenerationEngine:
         vocab_size: prompts with ids outside 0 .. vocab_size - 1 are rejected; None: that of the model's config.
         paged: keep keys and values in pages (``paged_decoding.py``): "auto": if torch has a kernel for them here; "on":
             or refuse; "off".
+        pages: of the pool; None: as many as hold the context length of every slot. With fewer, requests wait for them.
         prefill_tokens: prompts that are read in one step have at most this many tokens together (a longer prompt is
             read alone), so that running requests do not wait long for them.
     """
@@ -111,6 +116,7 @@ class GenerationEngine:
         vocab_size: int | None = None,
         prefill_tokens: int = 8192,
         paged: PagedMode = "auto",
+        pages: int | None = None,
     ) -> None:
         if slots < 1 or context_length < 2:
             raise UserError(
@@ -126,7 +132,13 @@ class GenerationEngine:
         )
         self.prefill_tokens = prefill_tokens
         self.device = next(model.parameters()).device
-        self.decoding = choose_decoding(model, slots, context_length, paged)
+        self.decoding: RowDecoding | PagedDecoding = choose_decoding(
+            model,
+            slots,
+            context_length,
+            paged,
+            pages,
+        )
         self._short_length = short_length(model)
         self._running: list[_ActiveRequest] = []  # by slot
         self._waiting: deque[_ActiveRequest] = deque()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.config.schema import GenerationConfig
+
+PagedMode = Literal["auto", "on", "off"]  # whether keys and values are kept in pages
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,15 @@ class PagedRows:
         lengths: [B] int32, tokens of each sequence, the new one included.
         tables: [B, W] int32, its pages.
         query_bounds: [B + 1] int32, 0 .. B: each sequence has one query.
+        key_bounds: [B + 1] int32, as if all were of the longest length; torch's kernel asks for it, but goes by the
+            lengths.
         longest: an upper bound of the lengths, a Python int so that no kernel waits for the device.
     """
 
     lengths: Tensor
     tables: Tensor
     query_bounds: Tensor
+    key_bounds: Tensor
     longest: int
 
 
@@ -67,7 +70,7 @@ def attend_to_pages(
         keys,
         values,
         rows.query_bounds,
-        _key_bounds(rows),
+        None if _has_other_kernel() else rows.key_bounds,
         1,
         rows.longest,
         window_size=window_size,
@@ -79,13 +82,12 @@ def attend_to_pages(
     return out
 
 
-def _key_bounds(rows: PagedRows) -> Tensor | None:
-    """Return bounds of keys, which torch's own kernel asks for and does not use, and others refuse."""
+def _has_other_kernel() -> bool:
+    """Return whether the user has activated FA3 or FA4, which take either pages or bounds of keys."""
     from torch.nn import attention
 
     current = getattr(attention, "current_flash_attention_impl", None)
-    has_other_kernel = current is not None and current() is not None
-    return None if has_other_kernel else rows.query_bounds * rows.longest
+    return current is not None and current() is not None
 
 
 def reason_against_pages(model: nn.Module, device: torch.device) -> str:
@@ -171,11 +173,14 @@ def _difference(kernel: PagedKernel, layer: Attention, device: torch.device) -> 
         generator=random,
         device=device,
     )
+    longest = table_width * PAGE_SIZE
+    query_bounds = torch.arange(count + 1, device=device).int()
     rows = PagedRows(
         lengths=torch.tensor(CHECKED_LENGTHS, device=device).int(),
         tables=shuffled.view(count, table_width).int(),
-        query_bounds=torch.arange(count + 1, device=device).int(),
-        longest=table_width * PAGE_SIZE,
+        query_bounds=query_bounds,
+        key_bounds=query_bounds * longest,
+        longest=longest,
     )
     found = kernel(
         q,

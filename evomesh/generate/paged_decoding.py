@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
+from evomesh.generate.options import PagedMode
 from evomesh.generate.paged_attention import (
     PagedKernel,
     PagedRows,
@@ -31,7 +32,6 @@ from evomesh.rounding import next_power_of_two
 
 logger = logging.getLogger(__name__)
 
-PagedMode = Literal["auto", "on", "off"]
 Step: TypeAlias = Callable[[], Tensor]
 Capture: TypeAlias = Callable[[Step], Step]
 CAPTURED_AFTER = 8  # steps of the same number of rows: capturing takes as long as some
@@ -148,6 +148,8 @@ class _PagedStep:
             dtype=torch.int32,
             device=device,
         )
+        self._longest = self._cache.pages_per_row * self._cache.page_size
+        self._key_bounds = self._query_bounds * self._longest
         self._compute: Step = self.compute
         self._runs = 0
 
@@ -195,7 +197,8 @@ class _PagedStep:
             lengths=positions + 1,
             tables=self.inputs[:, 3:],
             query_bounds=self._query_bounds,
-            longest=self._cache.pages_per_row * self._cache.page_size,
+            key_bounds=self._key_bounds,
+            longest=self._longest,
         )
 
         def store_and_attend(
@@ -283,18 +286,27 @@ def choose_decoding(
     slots: int,
     context_length: int,
     paged: PagedMode,
+    pages: int | None = None,
 ) -> RowDecoding | PagedDecoding:
     """Return how to decode: in pages where torch has a kernel for them that computes what dense attention does.
 
     Raises:
-        UserError: ``paged`` is "on", and it cannot be.
+        UserError: ``paged`` is "on" where it cannot be, or there are too few pages for a single sequence.
     """
+    needed = -(-context_length // PAGE_SIZE)
+    if pages is not None and pages < needed:
+        raise UserError(
+            f"{pages} pages of {PAGE_SIZE} tokens hold no sequence of {context_length} tokens",
+            where="pages",
+            expected=f"at least {needed}",
+            code="EVO-GEN-001",
+        )
     device = next(model.parameters()).device
     reason = _reason_against(model, device, paged)
     if reason and paged == "on":
         raise UserError(
             f"this model cannot be decoded with paged keys and values: {reason}",
-            where="--paged",
+            where="paged",
             expected="a GPU, 16-bit weights, and torch 2.12 or newer",
             fix="leave it out",
             code="EVO-GEN-005",
@@ -302,7 +314,7 @@ def choose_decoding(
     if reason or paged == "off":
         return RowDecoding(model, slots, context_length, device)
     capture = capture_graph if can_capture(model) else run_eagerly
-    settings = PagedSettings(attend_to_pages, capture)
+    settings = PagedSettings(attend_to_pages, capture, pages=pages)
     return PagedDecoding(model, slots, context_length, device, settings)
 
 

@@ -16,7 +16,7 @@ from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.decode import generate_tokens
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import PagedMode, SamplingParams
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis
@@ -92,6 +92,7 @@ def answer_prompts(
     batch_size: int | None,
     dp: Axis,
     first_number: int,
+    paged: PagedMode = "auto",
 ) -> list[PromptResult]:
     """Return the results of all prompts of a task in order, on every rank; data-parallel ranks share the work.
 
@@ -99,6 +100,7 @@ def answer_prompts(
         batch_size: answers that are generated at the same time; None: 8.
         first_number: number of the task's first prompt among those of all tasks. It keys the random streams, so that
             neither the layout nor the batch size changes an answer.
+        paged: whether keys and values are kept in pages.
     """
     answerable = [
         index for index, prompt in enumerate(prompts) if has_room(prompt, sampling)
@@ -110,6 +112,7 @@ def answer_prompts(
         sampling,
         batch_size=batch_size or DEFAULT_BATCH_SIZE,
         numbers=[first_number + index for index in mine],
+        paged=paged,
     )
     answers_by_index: dict[int, list[list[int]]] = {}
     my_answers = dict(zip(mine, answers, strict=True))

@@ -13,6 +13,7 @@ from evomesh.config.schema import RotaryType
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
+from evomesh.generate.options import PagedMode
 from evomesh.models.language_model import has_rotary_types, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
@@ -33,6 +34,7 @@ class ModelOptions:
         rotary_type: None: that of the config.
         ema: take the moving average of the weights.
         context_length: None: the trained length, or four times that with dynamic NTK or ``extended_context``.
+        paged: whether keys and values are kept in pages.
         extended_context: let users see how each rotary type copes with texts beyond the trained length.
     """
 
@@ -45,6 +47,7 @@ class ModelOptions:
     slots: int = 8
     queue: int = 64
     extended_context: bool = False
+    paged: PagedMode = "auto"
 
 
 def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationService:
@@ -90,12 +93,12 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
         rotary_type=rotary_type,
     )
     limits = ServiceLimits(context_length, options.slots, options.queue)
-    engines = EngineLoop(_engine_builders(loaded, limits))
+    engines = EngineLoop(_engine_builders(loaded, limits, options.paged))
     return GenerationService(model, engines, limits)
 
 
 def _engine_builders(
-    loaded: LoadedModel, limits: ServiceLimits
+    loaded: LoadedModel, limits: ServiceLimits, paged: PagedMode
 ) -> dict[RotaryType, Callable[[], GenerationEngine]]:
     """Return what builds the engine of each rotary type, all on the same weights.
 
@@ -107,6 +110,7 @@ def _engine_builders(
         slots=limits.slots,
         context_length=limits.context_length,
         vocab_size=loaded.vocab_size,
+        paged=paged,
     )
     if not has_rotary_types(loaded.model):
         return {loaded.config.model.rotary_type: partial(build, loaded.model)}

@@ -121,6 +121,7 @@ def run_generation_section(
                 batch_size=section.batch_size,
                 dp=context.grid.dp,
                 first_number=first_number,
+                paged=section.paged,
             )
             first_number += len(prompts)
             if is_main:

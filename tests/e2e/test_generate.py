@@ -143,6 +143,10 @@ def test_a_users_own_model_trains_and_writes(
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--device", "gpu"], "--device: 'gpu' cannot be used"),
         (["--prompt", "a", "--tokenizer", "missing.json"], "missing.json"),
+        (
+            ["--prompt", "a", "--paged", "on"],
+            "with paged keys and values: it is on cpu",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_exit_2(
@@ -292,8 +296,10 @@ def test_any_layout_and_batch_size_gives_the_same_results(
         ),
         (["generation.data_folder=wild"], "a.bin line 2"),
         (["model.hidden_size=64"], "the model wants"),
+        (["generation.paged=on"], "with paged keys and values: it is on cpu"),
     ],
 )
+@covers("generation.paged")
 def test_a_section_that_cannot_be_done(
     section: Path, interpreter: Interpreter, settings: list[str], part: str
 ) -> None:

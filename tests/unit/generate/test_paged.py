@@ -16,6 +16,7 @@ from evomesh.config.rope import RopeScaling
 from evomesh.errors import UserError
 from evomesh.generate import engine as engine_module
 from evomesh.generate import paged_attention, paged_decoding
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.paged_attention import PagedRows, attend_to_pages, fault_of_kernel
@@ -98,7 +99,7 @@ def in_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     def install(**changes: Any) -> None:
         def chosen(
-            model: LanguageModel, slots: int, length: int, paged: str
+            model: LanguageModel, slots: int, length: int, *_: object
         ) -> PagedDecoding:
             return PagedDecoding(model, slots, length, CPU, settings(**changes))
 
@@ -240,9 +241,12 @@ def test_requests_wait_for_pages_and_the_newest_gives_way(
     third = engine.add([1, 2, 3], wanted, (0, 0))
     made: dict[int, list[GeneratedToken]] = defaultdict(list)
     waiting = []
+    finished = []
     while engine.active:
         for token in engine.step():
             made[token.request].append(token)
+            if token.finish:
+                finished.append(token.request)
         waiting.append(engine.waiting)
     for number, prompt in (
         (first, [3, 7, 11]),
@@ -251,6 +255,7 @@ def test_requests_wait_for_pages_and_the_newest_gives_way(
     ):
         assert ids(made[number]) == uncached_greedy(model, prompt, 14)
     # The second one had begun, and waited for the end of the first.
+    assert finished == [first, second, third]
     assert max(waiting) == 2 and waiting[0] < 2
 
 
@@ -423,6 +428,10 @@ def test_a_right_kernel_is_used_unless_switched_off(usable: None) -> None:
     for paged in ("auto", "on"):
         assert isinstance(choose_decoding(model, 2, 20, paged), PagedDecoding)
     assert isinstance(choose_decoding(model, 2, 20, "off"), RowDecoding)
+    few = choose_decoding(model, 8, 600, "auto", pages=3)
+    assert isinstance(few, PagedDecoding) and few.cache.free_pages == 3
+    with pytest.raises(UserError, match="2 pages of 256 tokens hold no sequence"):
+        choose_decoding(model, 8, 600, "auto", pages=2)
 
 
 def test_a_wrong_kernel_is_warned_of_and_not_used(
@@ -499,3 +508,10 @@ def test_empty_rows_change_nothing() -> None:
     assert rows.lengths.tolist() == [6, 3, 4, 1]
     assert rows.tables[3].tolist() == [0] * 5
     assert rows.longest == 20
+
+
+def test_a_beam_search_has_no_pages() -> None:
+    beams = SamplingParams(num_beams=2, max_new_tokens=3)
+    with pytest.raises(UserError, match="beam search does not keep"):
+        generate_tokens(tiny(), [[3, 7]], beams, paged="on")
+    assert generate_tokens(tiny(), [[3, 7]], beams, paged="auto")
