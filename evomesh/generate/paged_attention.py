@@ -24,7 +24,7 @@ CHECKED_LENGTHS = (1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE + 7
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Where the keys and values of each sequence are.
+    """The places of the keys and values of each sequence.
 
     Attributes:
         lengths: [B] int32, tokens of each sequence, the new one included.

@@ -28,7 +28,7 @@ PAGE_SIZE = 256  # torch's kernel takes multiples of it
 
 
 class PagedCache:
-    """Rotated keys and values of up to ``slots`` sequences, in pages that are taken and given back.
+    """Rotated keys and values of up to ``slots`` sequences, in pages that are taken and returned.
 
     Sequences in use occupy rows 0 .. B - 1, as in ``KeyValueCache``. Before each call of the
     model comes ``prefill`` (whole new sequences, packed) or ``extend`` (one token of each
@@ -155,7 +155,7 @@ class PagedCache:
 
     @torch.inference_mode()
     def release(self, row: int) -> None:
-        """Give back the pages of a sequence, erased; the last sequence in use moves into its row.
+        """Return the pages of a sequence to the pool, erased; the last sequence in use moves into its row.
 
         Erased with zeros, because what an earlier sequence left might be no numbers.
         """

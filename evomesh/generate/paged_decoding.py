@@ -1,4 +1,4 @@
-"""How an engine makes the next logits: with the cache in rows or in pages, the latter as one captured graph.
+"""The next logits of an engine: with the cache in rows, or in pages and as one captured graph.
 
 Shapes: B sequences in use, R rows of a step (B or more), W pages of the longest table, V vocabulary.
 """
@@ -63,7 +63,7 @@ class RowDecoding:
 
 @dataclass(frozen=True)
 class PagedSettings:
-    """How pages are used.
+    """The settings of paged decoding.
 
     Attributes:
         kernel: attends to them.
