@@ -9,7 +9,7 @@ and the file when it is measured, so that a machine which is lent for a while le
     layouts   two ranks, compiled blocks, against one process: losses and gradient norms. On one GPU they share it
     steps     whole training steps: tokens/s and the share of the best matrix product measured in the same run
     profile   `evomesh train --profile`: where a step's time goes
-    generate  tokens/s against transformers with the same weights; keys and values in rows, in pages, in pages with a graph
+    generate  tokens/s against transformers with the same weights; keys in rows, in pages, and with a graph
     serve     tokens/s of eight clients against one
 
 It needs Python 3.11, torch 2.11, the package's other dependencies, and what some parts import beside them (NEEDS).
