@@ -82,7 +82,8 @@ AppendOption = Annotated[
 ChatTemplateOption = Annotated[
     str,
     typer.Option(
-        help="internlm, chatml, llama3, or tokenizer (the template in the tokenizer's folder)."
+        help="internlm, chatml, llama3, one of XTuner's, such as xtuner_mistral, or tokenizer (the template in the "
+        "tokenizer's folder)."
     ),
 ]
 TrainOnOption = Annotated[

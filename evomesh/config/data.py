@@ -27,8 +27,23 @@ class StopWhenConfig(Section):
     )
 
 
-# The built-in chat templates (``evomesh.data.chat_styles``).
-ChatTemplateName = Literal["internlm", "chatml", "llama3"]
+# The built-in chat templates (``evomesh.data.chat_styles``), and those of XTuner
+# (``evomesh.data.instruction_styles``).
+ChatTemplateName = Literal[
+    "internlm",
+    "chatml",
+    "llama3",
+    "xtuner_default",
+    "xtuner_zephyr",
+    "xtuner_mistral",
+    "xtuner_code_llama",
+    "xtuner_llama2",
+    "xtuner_vicuna",
+    "xtuner_wizardcoder",
+    "xtuner_deepseek_coder",
+    "xtuner_baichuan",
+    "xtuner_baichuan2",
+]
 
 
 class DataConfig(Section):

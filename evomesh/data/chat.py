@@ -11,6 +11,8 @@ from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.chat_styles import INTERNLM, STYLES, TEMPLATED_STYLES, style_source
 from evomesh.data.folder_template import JinjaTemplate
+from evomesh.data.instruction_styles import INSTRUCTION_STYLES
+from evomesh.data.instruction_template import InstructionTemplate
 from evomesh.data.style_template import InternlmTemplate, StyleTemplate
 from evomesh.data.tokenizer import Tokenizer, check_embedded
 from evomesh.errors import UserError
@@ -24,8 +26,10 @@ def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """
     if name == "tokenizer":
         return JinjaTemplate(tokenizer)
+    if name in INSTRUCTION_STYLES:
+        return InstructionTemplate(INSTRUCTION_STYLES[name], name, tokenizer)
     if name not in STYLES:
-        choices = ", ".join([*STYLES, "tokenizer"])
+        choices = ", ".join([*STYLES, "tokenizer", *INSTRUCTION_STYLES])
         raise UserError(
             f"no chat template {name!r}",
             where="--chat-template",
@@ -57,8 +61,8 @@ def choose_template(
 def portable_source(name: str, tokenizer: Tokenizer) -> str | None:
     """Return the Jinja template of a built-in style, with the names that the tokenizer gives its marks.
 
-    None where no template gives the style's ids: for ``internlm``, and for a tokenizer that does not recognize the
-    marks in text.
+    None where no template gives the style's ids: for ``internlm`` and XTuner's, whose parts are encoded apart, and for
+    a tokenizer that does not recognize the marks in text.
 
     Raises:
         UserError: the tokenizer lacks one of the marks.

@@ -568,7 +568,19 @@ def test_raw_data_is_tokenized_by_a_command(
 
 
 def test_a_template_that_is_not_built_in_is_reported(here: Path) -> None:
-    edit = ("PROMPT_TEMPLATE.internlm2_chat", "PROMPT_TEMPLATE.vicuna")
+    loaded = load_with_template(here, "moss_sft")
+    (command,) = loaded.preparation
+    assert command[command.index("--chat-template") + 1] == "tokenizer"
+    assert loaded.config.data.chat_template is None
+    assert any(
+        "no template moss_sft: the conversations get the tokenizer's own" in words
+        for words in loaded.warnings
+    )
+
+
+def load_with_template(here: Path, name: str) -> LoadedConfig:
+    """A config whose conversations get a prompt template of XTuner."""
+    edit = ("PROMPT_TEMPLATE.internlm2_chat", f"PROMPT_TEMPLATE.{name}")
     dataset = "train_dataset"
     use = f"""
 from xtuner.dataset import process_hf_dataset
@@ -576,14 +588,23 @@ from xtuner.dataset import process_hf_dataset
                  template_map_fn=dict(type=template_map_fn_factory, template=prompt_template))
 train_dataloader['dataset'] = {dataset}
 # PART 4: """
-    loaded = load(here, edit, ("# PART 4: ", use), name=RAW)
+    return load(here, edit, ("# PART 4: ", use), name=RAW)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("vicuna", "xtuner_vicuna"),
+        ("mixtral", "xtuner_mistral"),
+        ("default", "xtuner_default"),
+    ],
+)
+def test_a_template_without_special_tokens(here: Path, theirs: str, ours: str) -> None:
+    loaded = load_with_template(here, theirs)
     (command,) = loaded.preparation
-    assert command[command.index("--chat-template") + 1] == "tokenizer"
-    assert loaded.config.data.chat_template is None
-    assert any(
-        "no template vicuna: the conversations get the tokenizer's own" in words
-        for words in loaded.warnings
-    )
+    assert command[command.index("--chat-template") + 1] == ours
+    assert loaded.config.data.chat_template == ours
+    assert not any("no template" in words for words in loaded.warnings)
 
 
 def test_a_map_function_of_the_user_is_refused_with_the_formats(here: Path) -> None:

@@ -32,6 +32,20 @@ TEMPLATES = {
     "qwen_chat": "chatml",
     "internlm_chat": "internlm",
     "llama3_chat": "llama3",
+    "default": "xtuner_default",
+    "zephyr": "xtuner_zephyr",
+    "mistral": "xtuner_mistral",
+    "mixtral": "xtuner_mistral",
+    "deepseek_moe": "xtuner_mistral",
+    "code_llama_chat": "xtuner_code_llama",
+    "llama2_chat": "xtuner_llama2",
+    "vicuna": "xtuner_vicuna",
+    "wizardlm": "xtuner_vicuna",
+    "wizardcoder": "xtuner_wizardcoder",
+    "deepseek_coder": "xtuner_deepseek_coder",
+    "deepseekcoder": "xtuner_deepseek_coder",
+    "baichuan_chat": "xtuner_baichuan",
+    "baichuan2_chat": "xtuner_baichuan2",
 }
 # Arguments of the loaders that a command carries, or that follow from it.
 KNOWN_ARGUMENTS = ("folder", "file_type", "data_order_path", "min_length")
