@@ -1,7 +1,7 @@
 """Llama 2 shape with grouped key/value heads, no biases, 7,241,732,096 parameters.
 
 Command:   torchrun --nnodes=1 --nproc_per_node=8 train.py --config configs/7B_llama2.py --launcher torch
-Hardware:  8 GPUs of 80 GiB; 131,072 tokens a step
+Hardware:  8 GPUs of 80 GB; 131,072 tokens a step
 Expect:    loss about ln(32000) = 10.4 at step 0
 """
 

@@ -1,7 +1,7 @@
 """InternLM 7B, 7,321,948,160 parameters: InternEvo's own example.
 
 Command:   torchrun --nnodes=1 --nproc_per_node=8 train.py --config configs/7B_sft.py --launcher torch
-Hardware:  8 GPUs of 80 GiB; 131,072 tokens a step
+Hardware:  8 GPUs of 80 GB; 131,072 tokens a step
 Expect:    loss 11.6 at step 0 and 9.8 at step 5 with InternEvo's data; ln(103168) = 11.5 is chance
 """
 

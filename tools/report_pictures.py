@@ -92,7 +92,7 @@ def plan_page(config: str) -> str:
     device = load_device("H100")
     spans = predict_spans(settings, PLAN_GPUS, device)
     name = Path(config).name
-    memory = memory_of_ranks(settings, PLAN_GPUS, spans)
+    memory = memory_of_ranks(settings, PLAN_GPUS, spans, device)
     figures = PlanFigures(name, settings, PLAN_GPUS, device, spans, memory)
     return render_plan_page(plan_payload(figures))
 

@@ -1,7 +1,7 @@
 """InternLM2 1.8B: full fine-tuning on token files, with XTuner's names.
 
 Command:   evomesh xtuner train internlm2_1_8b_w_tokenized_dataset --deepspeed deepspeed_zero1
-Hardware:  1 GPU of 80 GiB or more of them
+Hardware:  1 GPU of 80 GB or more of them
 Expect:    weights of internlm/internlm2-1_8b; docs/xtuner.md says what each key becomes
 """
 

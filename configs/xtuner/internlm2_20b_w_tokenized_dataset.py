@@ -1,7 +1,7 @@
 """InternLM2 20B: full fine-tuning on token files, with XTuner's names.
 
 Command:   evomesh xtuner train internlm2_20b_w_tokenized_dataset --deepspeed deepspeed_zero1
-Hardware:  32 GPUs of 80 GiB, with --deepspeed deepspeed_zero3
+Hardware:  32 GPUs of 80 GB, with --deepspeed deepspeed_zero3
 Expect:    weights of internlm/internlm2-20b; docs/xtuner.md says what each key becomes
 """
 

@@ -1,7 +1,7 @@
 """Mistral 7B: full fine-tuning on token files, with XTuner's names.
 
 Command:   evomesh xtuner train mistral_7b_w_tokenized_dataset --deepspeed deepspeed_zero1
-Hardware:  8 GPUs of 80 GiB
+Hardware:  8 GPUs of 80 GB
 Expect:    weights of mistralai/Mistral-7B-v0.3; docs/xtuner.md says what each key becomes
 """
 

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
     from evomesh.config.schema import Config
     from evomesh.parallel.traffic import TrafficLog
+    from evomesh.plan.device import Device
     from evomesh.plan.memory import PeakMemory
     from evomesh.plan.memory_timeline import MemoryTimeline
-    from evomesh.plan.trace import RankMemory, StepTrace
+    from evomesh.plan.trace import RankMemory, StepTrace, TracedDevice
 
 MIB = 2**20
 GIB = 2**30
+# GiB that torch reports of a GPU with 80 GB, at least: see evomesh/plan/devices.
+_GPU_MEMORY = 79.1
 # Of a device's memory: so far a trace of one micro-batch may be from that of the step.
 _UNSURE = 0.05
 WHERE = {
@@ -41,7 +44,7 @@ GpuMemoryOption = Annotated[
     typer.Option(
         "--gpu-memory",
         min=1,
-        help="Memory of one GPU, in GiB; without it that of the device, or 80.",
+        help="Memory of one GPU, in GiB; without it that of the device, or 79.1, what a GPU of 80 GB has.",
     ),
 ]
 DeviceOption = Annotated[
@@ -112,6 +115,7 @@ class RankPrediction:
         peak, timeline: None for a custom model, whose activations are not counted.
         step: None where no step was traced.
         note: about the layout, beside the warnings; None if there is nothing to say.
+        device: whose code paths the rank takes.
     """
 
     config: Config
@@ -123,6 +127,7 @@ class RankPrediction:
     step: StepTrace | None
     warnings: list[str]
     note: str | None
+    device: TracedDevice
 
 
 def plan(
@@ -157,13 +162,15 @@ def plan(
     check_time_options(device, search, write, price, html)
     timed = timed_device(device, gpu_memory, gpus)
     settings = load_config(config, overrides or []).config
-    prediction = _predict(settings, gpus, rank, trace)
+    prediction = _predict(settings, gpus, rank, trace, timed)
     if as_json:
         facts = _facts(prediction)
         typer.echo(json.dumps(facts))
         return
     console = Console()
-    capacity = timed.memory_gib if timed is not None else gpu_memory or 80
+    capacity = gpu_memory or _GPU_MEMORY
+    if timed is not None:
+        capacity = timed.memory_gib
     _print_rank(console, prediction, capacity)
     if timed is None:
         return
@@ -233,12 +240,15 @@ def check_time_options(
         )
 
 
-def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPrediction:
+def _predict(
+    config: Config, gpus: int, rank: int, trace: bool, timed: Device | None = None
+) -> RankPrediction:
     from evomesh.config.layout import check_world, zero_note
     from evomesh.config.size import parameter_count
     from evomesh.plan.memory import PeakMemory
     from evomesh.plan.step_memory import trace_step_memory
-    from evomesh.plan.trace import hold
+    from evomesh.plan.step_time import traced_device
+    from evomesh.plan.trace import TracedDevice, hold
     from evomesh.plan.trace import trace as trace_step
 
     if rank >= gpus:
@@ -252,12 +262,13 @@ def _predict(config: Config, gpus: int, rank: int, trace: bool) -> RankPredictio
     step = trace_step(config, gpus, rank) if trace else None
     memory = step or hold(config, gpus, rank)
     peak = timeline = None
+    device = TracedDevice.CUDA if timed is None else traced_device(timed)
     if parameter_count(config.model) is not None:
-        timeline = trace_step_memory(config, gpus, rank)
+        timeline = trace_step_memory(config, gpus, rank, device)
         peak = PeakMemory.of_timeline(timeline)
     note = zero_note(config, gpus)
     return RankPrediction(
-        config, gpus, rank, memory, peak, timeline, step, warnings, note
+        config, gpus, rank, memory, peak, timeline, step, warnings, note, device
     )
 
 
@@ -395,7 +406,6 @@ def _describe_peak(
 
 def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
     """Return the single changes with which the rank fits, of each kind of change the smallest."""
-    from evomesh.config.layout import pipeline_schedule
     from evomesh.plan.layout_choice import (
         LayoutChoice,
         choice_of,
@@ -404,24 +414,48 @@ def _changes_that_fit(prediction: RankPrediction, capacity: int) -> list[str]:
         single_changes,
         with_choice,
     )
-    from evomesh.plan.memory import peak_memory, trace_memory
+    from evomesh.plan.memory import peak_memory
+    from evomesh.plan.trace import TracedDevice
 
     config = prediction.config
     gpus = prediction.gpus
     rank = prediction.rank
+    device = prediction.device
     now = choice_of(config, gpus)
 
     def fits(choice: LayoutChoice) -> bool:
         changed = with_choice(config, choice)
-        quick = trace_memory(changed, gpus, rank).peak().missing(capacity)
-        is_clear = abs(quick) > _UNSURE * capacity
-        # Other schedules keep more with every micro-batch, which one does not show.
-        if is_clear and (quick > 0 or pipeline_schedule(changed) == "1f1b"):
-            return quick <= 0
-        return peak_memory(changed, gpus, rank).missing(capacity) <= 0
+        if device is TracedDevice.CUDA:
+            quick = _fits_clearly(changed, gpus, rank, capacity)
+            if quick is not None:
+                return quick
+        exact = peak_memory(changed, gpus, rank, device)
+        return exact.missing(capacity) <= 0
 
     several = single_changes(config, now, gpus)
     return [difference(now, choice) for choice in least_changes(several, fits)]
+
+
+def _fits_clearly(
+    config: Config,
+    gpus: int,
+    rank: int,
+    capacity: int,
+) -> bool | None:
+    """Return whether a step fits by a trace of one micro-batch; None where that does not tell."""
+    from evomesh.config.layout import pipeline_schedule
+    from evomesh.plan.memory import trace_memory
+
+    traced = trace_memory(config, gpus, rank)
+    peak = traced.peak()
+    missing = peak.missing(capacity)
+    if abs(missing) <= _UNSURE * capacity:
+        return None
+    # Other schedules keep more with every micro-batch, which one does not show.
+    shows_all = missing > 0 or pipeline_schedule(config) == "1f1b"
+    if shows_all:
+        return missing <= 0
+    return None
 
 
 def _format_ranges(numbers: list[int]) -> str:

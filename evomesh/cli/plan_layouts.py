@@ -40,8 +40,18 @@ def describe_counts(counts: SearchCounts, traces: int, seconds: float) -> list[s
     return lines
 
 
+def describe_order() -> str:
+    """Return by which rule the layouts are in their order."""
+    from evomesh.plan.search import AS_FAST
+
+    return (
+        f"up to {AS_FAST:.0%} slower than the fastest: the least memory first; then by speed; "
+        "GiB are those of tensors and of what is estimated beside them"
+    )
+
+
 def layouts_table(result: SearchResult, price: float | None) -> Table:
-    """Return the best layouts, each with what makes it slower than the one above."""
+    """Return the best layouts, each compared with the one above."""
     from rich.table import Table
 
     table = Table("layout", title="fastest layouts that fit")
@@ -49,14 +59,14 @@ def layouts_table(result: SearchResult, price: float | None) -> Table:
     table.add_column("tokens/s/GPU", justify="right")
     if price is not None:
         table.add_column("cost of 1e9 tokens", justify="right")
-    table.add_column("why it is slower than the one above")
+    table.add_column("compared with the one above")
     better: LayoutPrediction | None = None
     for prediction in result.fitting:
         time = prediction.time
         assert time is not None
         cells = [
             str(prediction.choice),
-            f"{prediction.peak.total / GIB:.1f}",
+            f"{prediction.peak.needed / GIB:.1f}",
             f"{time.tokens_per_second:,.0f}",
         ]
         if price is not None:
@@ -68,7 +78,10 @@ def layouts_table(result: SearchResult, price: float | None) -> Table:
 
 
 def reason(better: LayoutPrediction, found: LayoutPrediction) -> str:
-    """Return why a layout is slower than a better one: the part of a step that grew most."""
+    """Return why a layout is slower than a better one: the part of a step that grew most.
+
+    Others come after it because they need more memory.
+    """
     assert better.time is not None
     assert found.time is not None
     slower = found.time.seconds / better.time.seconds - 1
@@ -81,9 +94,13 @@ def reason(better: LayoutPrediction, found: LayoutPrediction) -> str:
 
 
 def _as_fast(better: LayoutPrediction, found: LayoutPrediction) -> str:
-    """Return what equally fast layouts differ in, where that is memory."""
-    more = (found.peak.total - better.peak.total) / GIB
-    return f"as fast, with {more:.1f} GiB more" if more >= 0.05 else "as fast"
+    """Return what layouts differ in of which the later one is not slower, where that is memory."""
+    assert better.time is not None
+    assert found.time is not None
+    faster = 1 - found.time.seconds / better.time.seconds
+    speed = f"{faster:.1%} faster" if faster >= 0.0005 else "as fast"
+    more = (found.peak.needed - better.peak.needed) / GIB
+    return f"{speed}, with {more:.1f} GiB more" if more >= 0.05 else speed
 
 
 def _grown_most(better: StepTime, found: StepTime) -> tuple[str, float]:

@@ -52,7 +52,7 @@ def write_plan_page(
         gpus=subject.gpus,
         device=subject.device,
         step=spans,
-        memory=memory_of_ranks(subject.config, subject.gpus, spans),
+        memory=memory_of_ranks(subject.config, subject.gpus, spans, subject.device),
         layouts=None if result is None else _layouts(result),
         price=subject.price,
     )
@@ -63,17 +63,19 @@ def write_plan_page(
 
 
 def memory_of_ranks(
-    config: Config, gpus: int, spans: StepSpans
+    config: Config, gpus: int, spans: StepSpans, device: Device
 ) -> list[MemoryTimeline]:
     """Return the memory of each rank of the pipeline over a step; none for a custom model."""
     from evomesh.config.size import parameter_count
     from evomesh.plan.step_memory import trace_step_memory
+    from evomesh.plan.step_time import traced_device
 
     if parameter_count(config.model) is None:
         return []
     timelines = []
+    traced = traced_device(device)
     for rank in spans.ranks:
-        timeline = trace_step_memory(config, gpus, rank.rank)
+        timeline = trace_step_memory(config, gpus, rank.rank, traced)
         timelines.append(timeline)
     return timelines
 
@@ -84,6 +86,7 @@ def _layouts(result: SearchResult) -> list[LayoutRow]:
     rows = []
     for prediction in result.fitting:
         assert prediction.time is not None
-        row = LayoutRow(str(prediction.choice), prediction.peak.total, prediction.time)
+        needed = prediction.peak.needed
+        row = LayoutRow(str(prediction.choice), needed, prediction.time)
         rows.append(row)
     return rows

@@ -66,6 +66,7 @@ def print_layouts(
         describe_counts,
         describe_near,
         describe_nearest,
+        describe_order,
         layouts_table,
     )
     from evomesh.plan.layout_predictor import PartsPredictor
@@ -84,6 +85,7 @@ def print_layouts(
         console.print(line, highlight=False)
     if not result.fitting:
         return result
+    console.print(describe_order(), highlight=False)
     console.print(layouts_table(result, price))
     for line in describe_near(result):
         console.print(line, highlight=False)

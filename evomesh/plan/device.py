@@ -67,6 +67,8 @@ class Device(FileTable):
 
     Attributes:
         kind: whose code paths a rank takes.
+        memory_gib: the least that torch reports of such a device; less than on its data sheet, whose GB are smaller
+            and of which the driver keeps a part.
         launch: microseconds that the shortest kernel takes.
         host: processors on which the ranks themselves compute; None for GPUs.
         operators, messages: measured rates, which go before those of the data sheet.

@@ -37,7 +37,7 @@ from evomesh.plan.stage_parts import (
     stage_bytes,
 )
 from evomesh.plan.stage_shape import PipelineShape, StageShape
-from evomesh.plan.step_time import RankSeconds, StepTime, combine
+from evomesh.plan.step_time import RankSeconds, StepTime, combine, traced_device
 from evomesh.train.stages import end_weights
 
 
@@ -83,7 +83,7 @@ class PartsPredictor:
         for rank in self._different_ranks(choice):
             traced = self._rank_memory(config, choice, rank)
             peaks.append(traced.peak())
-        return max(peaks, key=lambda peak: peak.total)
+        return max(peaks, key=lambda peak: peak.needed)
 
     def step_time(self, choice: LayoutChoice) -> StepTime:
         """Return the time of a step, in the order of the pipeline's schedule."""
@@ -199,6 +199,7 @@ class PartsPredictor:
             },
             micro_batches=micro_batches_in_flight(config, rank, choice.pipeline),
             communicators=self.sizes(choice).communicators,
+            device=traced_device(self.device),
         )
 
     def _stage_bytes(self, shape: ShardShape, stage: StageShape) -> StageBytes:

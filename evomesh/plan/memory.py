@@ -29,7 +29,7 @@ from evomesh.pipeline.stages import stages_of_rank
 from evomesh.plan.memory_timeline import MemoryTimeline
 from evomesh.plan.outside_memory import communicators, outside_tensors
 from evomesh.plan.step_memory import trace_step_memory
-from evomesh.plan.trace import built_rank, empty_batch, ignore_output
+from evomesh.plan.trace import TracedDevice, built_rank, empty_batch, ignore_output
 from evomesh.train.stages import ModelStages
 from evomesh.train.storage_watch import StorageWatch
 
@@ -65,9 +65,14 @@ class PeakMemory:
         """Bytes of tensors."""
         return sum(self.kinds.values())
 
+    @property
+    def needed(self) -> int:
+        """Bytes of tensors and of what is estimated beside them."""
+        return self.total + sum(self.outside.values())
+
     def missing(self, capacity: int) -> int:
-        """Return the bytes that a GPU of ``capacity`` bytes lacks; 0 or less where the step fits."""
-        return self.total + sum(self.outside.values()) - capacity
+        """Return the bytes that a device of ``capacity`` bytes lacks; 0 or less where the step fits."""
+        return self.needed - capacity
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class TracedMemory:
         peaks: the most bytes beyond ``held`` in each phase, with one micro-batch.
         micro_batches: how many of them keep activations at one time.
         communicators: of the rank; None: unknown.
+        device: that was traced.
     """
 
     held: dict[str, int]
@@ -87,6 +93,7 @@ class TracedMemory:
     peaks: dict[str, Peak]
     micro_batches: int
     communicators: int | None = None
+    device: TracedDevice = TracedDevice.CUDA
 
     def peak(self) -> PeakMemory:
         """Return the peak of all phases, with all micro-batches in flight."""
@@ -112,17 +119,22 @@ class TracedMemory:
         if self.communicators is None:
             return PeakMemory(present, phase)
         total = sum(present.values())
-        outside = outside_tensors(self.communicators, total)
+        outside = outside_tensors(self.communicators, total, self.device)
         return PeakMemory(present, phase, outside)
 
 
-def peak_memory(config: Config, world_size: int, rank: int = 0) -> PeakMemory:
+def peak_memory(
+    config: Config,
+    world_size: int,
+    rank: int = 0,
+    device: TracedDevice = TracedDevice.CUDA,
+) -> PeakMemory:
     """Count what ``rank`` holds at the peak of a step.
 
     Raises:
         UserError: the layout does not fit.
     """
-    timeline = trace_step_memory(config, world_size, rank)
+    timeline = trace_step_memory(config, world_size, rank, device)
     return PeakMemory.of_timeline(timeline)
 
 
@@ -236,10 +248,14 @@ def _trace_step(
 
 
 class LiveBytes(StorageWatch):
-    """Counts the bytes of tensors that come to life on the meta device, and the peak of each phase."""
+    """Counts the bytes of tensors that come to life on a device, and the peak of each phase."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        device: TracedDevice = TracedDevice.CUDA,
+    ) -> None:
         super().__init__()
+        self._device = device.value
         self.alive = Peak()
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
@@ -257,7 +273,7 @@ class LiveBytes(StorageWatch):
         self.peaks = {}
 
     def made(self, tensor: Tensor, operator: Any) -> None:
-        if tensor.is_meta:
+        if tensor.device.type == self._device:
             self._count(tensor.untyped_storage())
 
     def resized(self, storage: torch.UntypedStorage) -> None:

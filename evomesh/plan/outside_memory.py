@@ -1,8 +1,9 @@
-"""Memory of a GPU that no tensor has: estimates, each with what it is made of."""
+"""Memory of a GPU that no tensor has: estimates, each with what it is made of. For a CPU there are none."""
 
 from __future__ import annotations
 
 from evomesh.parallel.grid import Grid
+from evomesh.plan.trace import TracedDevice
 
 MIB = 2**20
 # The context of CUDA with the kernels of torch, cuBLAS and its workspace, cuDNN.
@@ -21,12 +22,16 @@ def communicators(grid: Grid) -> int:
     return len({id(axis.group) for axis in axes if axis.size > 1})
 
 
-def outside_tensors(communicators: int, peak: int) -> dict[str, int]:
+def outside_tensors(
+    communicators: int, peak: int, device: TracedDevice = TracedDevice.CUDA
+) -> dict[str, int]:
     """Return the estimated bytes outside of tensors, by name.
 
     Args:
         peak: bytes of tensors.
     """
+    if device is TracedDevice.CPU:
+        return {}
     return {
         CONTEXT: CUDA_CONTEXT,
         NCCL: communicators * NCCL_COMMUNICATOR,

@@ -19,6 +19,7 @@ from evomesh.plan.part_time import time_parts
 from evomesh.plan.part_trace import ShardShape, shape_period, trace_parts
 from evomesh.plan.stage_parts import LayerPart, ShardParts, StageMakeup
 from evomesh.plan.stage_shape import StageShape
+from evomesh.plan.step_time import traced_device
 
 
 class PartLibrary:
@@ -168,7 +169,7 @@ class PartLibrary:
         return parts, f"{direction} layer {like}"
 
     def _trace(self, shape: ShardShape) -> ShardParts:
-        traced = trace_parts(self._config, shape)
+        traced = trace_parts(self._config, shape, traced_device(self._device))
         dtype = self._config.model.dtype.removeprefix("torch.")
         self.num_traces += 1
         return ShardParts(

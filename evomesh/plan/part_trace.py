@@ -34,7 +34,13 @@ from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.plan.layout_choice import LayoutChoice, Mode, with_choice
 from evomesh.plan.memory import LiveBytes, Peak, local_bytes
 from evomesh.plan.timeline import Event, RecordedStreams, Timeline, TimelineRecorder
-from evomesh.plan.trace import built_rank, empty_batch, ignore_output
+from evomesh.plan.trace import (
+    TracedDevice,
+    built_rank,
+    empty_batch,
+    host_batch,
+    ignore_output,
+)
 
 F_START = "F start"
 F_END = "F end"
@@ -133,7 +139,9 @@ class PartTrace:
     message: int
 
 
-def trace_parts(config: Config, shape: ShardShape) -> PartTrace:
+def trace_parts(
+    config: Config, shape: ShardShape, device: TracedDevice = TracedDevice.CUDA
+) -> PartTrace:
     """Trace one micro-batch of a rank.
 
     Raises:
@@ -142,7 +150,7 @@ def trace_parts(config: Config, shape: ShardShape) -> PartTrace:
     small, world_size, rank = small_world(config, shape)
     timeline = Timeline()
     streams = RecordedStreams(timeline)
-    build = built_rank(small, world_size, rank, streams.interface())
+    build = built_rank(small, world_size, rank, streams.interface(), device)
     with build as (grid, stages, optimizer):
         model = stages.models[0]
         schedule = stages.schedule
@@ -151,13 +159,14 @@ def trace_parts(config: Config, shape: ShardShape) -> PartTrace:
         if isinstance(schedule, PipelineSchedule):
             run = schedule.rehearse
             message = schedule.message_bytes(small.data.packed_length)
-        batch = empty_batch(small, 1)
+        make_batch = host_batch if device is TracedDevice.CPU else empty_batch
+        batch = make_batch(small, 1)
         terms = LossTerms.of(small.loss)
         # Buckets are launched in the last micro-batch, which is none of these.
         optimizer.expect_micro_batches(3)
 
         marks: dict[str, int] = {}
-        live = _PartBytesCount()
+        live = _PartBytesCount(device)
 
         def begin(part: str) -> None:
             marks[part] = timeline.marks
@@ -169,7 +178,7 @@ def trace_parts(config: Config, shape: ShardShape) -> PartTrace:
             # empty storages.
             run(batch, [1.0], terms, ignore_output)
             timeline.restart()
-        recorder = TimelineRecorder(timeline, streams, grid)
+        recorder = TimelineRecorder(timeline, streams, grid, device.value)
         with _parts(model, begin), live.watching(), recorder:
             begin(F_START)
             run(batch, [1.0], terms, ignore_output)
@@ -237,8 +246,8 @@ def _events_by_part(timeline: Timeline) -> dict[str, list[Event]]:
 class _PartBytesCount(LiveBytes):
     """Counts the bytes that are alive when each part begins, and the peak in it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: TracedDevice) -> None:
+        super().__init__(device)
         self._before: dict[str, Peak] = {}
 
     def begin_part(self, part: str) -> None:

@@ -29,6 +29,9 @@ from evomesh.plan.step_time import StepTime
 
 # How many are predicted to the end.
 BEST = 10
+# Predictions are not exact enough to tell apart layouts whose times differ by less: of
+# these the one that leaves the most memory comes first.
+AS_FAST = 0.01
 # Faster ones that do not fit, for which a change is named.
 _NEAR = 3
 
@@ -103,7 +106,9 @@ class SearchCounts:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The fastest layouts that fit, by speed, then the nearest to fitting.
+    """The fastest layouts that fit, then the nearest to fitting.
+
+    First come those within ``AS_FAST`` of the fastest, by memory, then the others, by speed.
 
     Attributes:
         near: faster ones that do not fit.
@@ -131,10 +136,11 @@ def search(predictor: LayoutPredictor) -> SearchResult:
             fitting.append(found)
     counts.fitting = len(fitting)
     fastest = _fastest(predictor, fitting)
-    nearest = sorted(too_large, key=lambda found: found.peak.total)
+    nearest = sorted(too_large, key=lambda found: found.peak.needed)
     near = []
     if fastest:
-        near = list(_near_misses(predictor, fastest[0], fitting + too_large))
+        least = min(map(_seconds, fastest))
+        near = list(_near_misses(predictor, least, fitting + too_large))
     return SearchResult(fastest + nearest, near, counts)
 
 
@@ -175,39 +181,63 @@ def _least_recomputing(
 def _fastest(
     predictor: LayoutPredictor, fitting: Sequence[LayoutPrediction]
 ) -> list[LayoutPrediction]:
-    """Return the fastest, with their times."""
+    """Return the fastest, with their times: those that are as fast as the fastest by memory, then the others."""
     bounds = []
     for position, found in enumerate(fitting):
         least = predictor.least_seconds(found.choice)
-        bounds.append((least, found.peak.total, position))
-    best: list[LayoutPrediction] = []
+        bounds.append((least, found.peak.needed, position))
+    timed: list[LayoutPrediction] = []
     for least, _, position in sorted(bounds):
-        if len(best) == BEST and least > _seconds(best[-1]):
+        if len(timed) >= BEST and least > _slowest_shown(timed):
             break
         found = fitting[position]
         time = predictor.step_time(found.choice)
-        best.append(replace(found, time=time))
-        best.sort(key=_rank_key)
-        del best[BEST:]
-    return best
+        timed.append(replace(found, time=time))
+        timed.sort(key=_rank_key)
+    return _by_memory_where_as_fast(timed)[:BEST]
+
+
+def _slowest_shown(timed: Sequence[LayoutPrediction]) -> float:
+    """Return the seconds above which a layout changes nothing: of the last one shown, or as fast as the first."""
+    as_fast = _seconds(timed[0]) * (1 + AS_FAST)
+    return max(_seconds(timed[BEST - 1]), as_fast)
+
+
+def _by_memory_where_as_fast(
+    timed: Sequence[LayoutPrediction],
+) -> list[LayoutPrediction]:
+    """Order layouts, given by speed, so that those as fast as the first come by memory."""
+    if not timed:
+        return []
+    fastest = timed[0].seconds_per_token()
+    limit = fastest * (1 + AS_FAST)
+    as_fast = []
+    slower = []
+    for found in timed:
+        if found.seconds_per_token() <= limit:
+            as_fast.append(found)
+        else:
+            slower.append(found)
+    as_fast.sort(key=_memory_key)
+    return as_fast + slower
 
 
 def _near_misses(
     predictor: LayoutPredictor,
-    fastest: LayoutPrediction,
+    fastest: float,
     found: Iterable[LayoutPrediction],
 ) -> Iterator[NearMiss]:
-    """Yield layouts without recomputing that would be faster than the fastest one if they fitted."""
+    """Yield layouts without recomputing that would take less than ``fastest`` seconds if they fitted."""
     faster = []
     for prediction in found:
         plain = replace(prediction.choice, recompute=0.0)
-        could_be_faster = predictor.least_seconds(plain) < _seconds(fastest)
+        could_be_faster = predictor.least_seconds(plain) < fastest
         missing = predictor.peak(plain).missing(predictor.capacity)
         if could_be_faster and missing > 0:
             faster.append((missing, str(plain), plain))
     left = _NEAR
     for missing, _, choice in sorted(faster):
-        if predictor.step_time(choice).seconds < _seconds(fastest):
+        if predictor.step_time(choice).seconds < fastest:
             yield NearMiss(choice, missing, changes_that_fit(predictor, choice))
             left -= 1
         if left == 0:
@@ -231,4 +261,8 @@ def _seconds(prediction: LayoutPrediction) -> float:
 
 
 def _rank_key(prediction: LayoutPrediction) -> tuple[float, int]:
-    return prediction.seconds_per_token(), prediction.peak.total
+    return prediction.seconds_per_token(), prediction.peak.needed
+
+
+def _memory_key(prediction: LayoutPrediction) -> tuple[int, float]:
+    return prediction.peak.needed, prediction.seconds_per_token()

@@ -65,7 +65,7 @@ def trace_step_memory(
             others = _rest_of_batch(config, untraced, device)
             step.run(micro_num, lives)
             del others
-    return _timeline(lives, rank, grid, micro_num)
+    return _timeline(lives, rank, grid, micro_num, device)
 
 
 class TracedStep:
@@ -174,7 +174,7 @@ def _without_results() -> Iterator[None]:
 
 
 def _timeline(
-    lives: StorageLives, rank: int, grid: Grid, micro_num: int
+    lives: StorageLives, rank: int, grid: Grid, micro_num: int, device: TracedDevice
 ) -> MemoryTimeline:
     points = stack_changes(lives.changes(), KINDS)
     totals = [sum(nbytes) for _, nbytes in points]
@@ -187,5 +187,5 @@ def _timeline(
         peak=totals.index(max(totals)),
         parts=lives.parts(),
         micro_batches=micro_num,
-        outside=outside_tensors(communicators(grid), max(totals)),
+        outside=outside_tensors(communicators(grid), max(totals), device),
     )

@@ -19,11 +19,16 @@ from evomesh.config.schema import Config, ModelConfig, OptimizerConfig, Parallel
 from evomesh.config.size import parameter_count
 from evomesh.layers.loss import tokens_per_chunk
 from evomesh.plan import memory_timeline
+from evomesh.plan.device import load_device
 from evomesh.plan.memory import GIB, peak_memory
 from evomesh.plan.memory_timeline import MemoryTimeline
 from evomesh.plan.step_memory import trace_step_memory
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+# GB that a config names -> GiB of the GPU of this size that has the least.
+LEAST_GIB = {
+    "80": min(load_device(name).memory_gib for name in ("A100", "A800", "H100"))
+}
 SHIPPED = sorted([*CONFIGS.glob("*.py"), *CONFIGS.glob("xtuner/*.py")])
 T, D, F, V, N, L = 2048, 256, 704, 4000, 4, 8
 CHUNK = min(T, tokens_per_chunk(V, on_cuda=True))
@@ -133,7 +138,7 @@ def test_a_stage_keeps_the_micro_batches_that_are_in_flight(
 def test_a_shipped_config_fits_on_the_hardware_that_it_names(path: Path) -> None:
     hardware = re.search(r"^Hardware: *(.*)$", path.read_text(), re.MULTILINE)
     assert hardware is not None, "a config names its hardware"
-    gpus = re.match(r"(\d+) GPUs? of (\d+) GiB", hardware[1])
+    gpus = re.match(r"(\d+) GPUs? of (\d+) GB", hardware[1])
     if gpus is None:
         memory = re.search(r"(\d+) GiB of memory", hardware[1])
         assert memory is not None
@@ -142,7 +147,8 @@ def test_a_shipped_config_fits_on_the_hardware_that_it_names(path: Path) -> None
         return
     sets = ["parallel.zero1.fsdp=True"] if "deepspeed_zero3" in hardware[1] else []
     found = peak_memory(load_config(str(path), sets).config, int(gpus[1]))
-    assert found.missing(int(gpus[2]) * GIB) <= 0, found
+    capacity = int(LEAST_GIB[gpus[2]] * GIB)
+    assert found.missing(capacity) <= 0, found
 
 
 @pytest.mark.slow
@@ -155,12 +161,12 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     assert re.search(
         r"peak of a step, in the loss: [\d.]+ GiB of tensors weights [\d.]+ GiB", words
     )
-    spare = re.search(r"fits in 80 GiB: ([\d.]+) GiB to spare", words)
+    spare = re.search(r"fits in 79\.1 GiB: ([\d.]+) GiB to spare", words)
     assert spare is not None
     total = re.search(r"in total ([\d.]+) GiB", words[words.index("peak of") :])
     assert total is not None
     # The total is what is compared with the GPU.
-    assert float(total[1]) + float(spare[1]) == pytest.approx(80, abs=0.06)
+    assert float(total[1]) + float(spare[1]) == pytest.approx(79.1, abs=0.06)
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "4"])
     words = " ".join(result.output.split())
     assert re.search(r"does not fit in 4 GiB by [\d.]+ GiB", words)
@@ -176,7 +182,7 @@ def test_the_command_says_by_how_much_a_step_does_not_fit() -> None:
     result = CliRunner().invoke(app, ["plan", path, *options, "--gpu-memory", "2"])
     words = " ".join(result.output.split())
     assert "no single change of the layout makes it fit" in words
-    needed = 80 - float(spare[1])
+    needed = 79.1 - float(spare[1])
     options += ["--gpu-memory", str(needed - 0.5)]
     result = CliRunner().invoke(app, ["plan", path, *options])
     words = " ".join(result.output.split())

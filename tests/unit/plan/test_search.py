@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
+from evomesh.cli.plan_layouts import reason
 from evomesh.cli.plan_time import write_layout
 from evomesh.config.layout import axis_sizes
 from evomesh.config.loader import load_config
@@ -29,7 +31,7 @@ from evomesh.plan.layout_choice import (
 )
 from evomesh.plan.memory import GIB, PeakMemory
 from evomesh.plan.memory_floor import MemoryFloor
-from evomesh.plan.search import BEST, search
+from evomesh.plan.search import BEST, LayoutPrediction, SearchResult, search
 from evomesh.plan.step_time import StepTime
 from evomesh.plan.trace import hold
 
@@ -121,6 +123,87 @@ def fits(predictor: FormulaPredictor, choice: LayoutChoice) -> bool:
     return predictor.peak(choice).missing(predictor.capacity) <= 0
 
 
+def in_order(
+    predictor: FormulaPredictor, choices: Iterable[LayoutChoice]
+) -> list[tuple[float, int]]:
+    """Seconds and bytes: within 1 % of the fastest by memory, then by speed."""
+    figures = [
+        (predictor.seconds(choice), predictor.peak(choice).needed) for choice in choices
+    ]
+    limit = 1.01 * min(figures)[0]
+    return sorted(
+        figures,
+        key=lambda found: (
+            found[0] > limit,
+            found[::-1] if found[0] <= limit else found,
+        ),
+    )
+
+
+def found_by(result: SearchResult) -> list[tuple[float, int]]:
+    return [
+        (prediction.time.seconds, prediction.peak.needed)
+        for prediction in result.fitting
+        if prediction.time
+    ]
+
+
+class TradingPredictor(FormulaPredictor):
+    """The more memory a layout needs, the faster it is: by ``spread`` from the least to 20 GiB."""
+
+    spread = 0.0
+
+    def seconds(self, choice: LayoutChoice) -> float:
+        needed = self.peak(choice).needed / GIB
+        return 1 + self.spread * (1 - needed / 20)
+
+
+@pytest.mark.parametrize("spread", [0.009, 0.02, 1.0])
+def test_of_layouts_as_fast_the_one_with_the_least_memory_comes_first(
+    spread: float,
+) -> None:
+    predictor = TradingPredictor(config(), 8, small_device(14))
+    predictor.spread = spread
+    result = search(predictor)
+    found = found_by(result)
+    everything = [
+        choice
+        for choice in every_choice(predictor.config, 8, DEVICE.gpus_per_node)
+        if is_allowed(predictor.config, choice, 8)
+    ]
+    least = []
+    for choice in everything:
+        tried = [replace(choice, recompute=fraction) for fraction in RECOMPUTE]
+        least += [one for one in tried if fits(predictor, one)][:1]
+    assert found == pytest.approx(in_order(predictor, least)[:BEST])
+    memory = [needed for _, needed in found]
+    if spread == 0.009:
+        assert memory[0] == min(predictor.peak(choice).needed for choice in least)
+    # What is faster than the first row, and does not fit, is faster than all that fit.
+    fastest = min(seconds for seconds, _ in found)
+    assert all(predictor.seconds(near.choice) < fastest for near in result.near)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gib", "words"),
+    [
+        (0.992, 15, "0.8% faster, with 5.0 GiB more"),
+        (1.0, 15, "as fast, with 5.0 GiB more"),
+        (1.0, 10, "as fast"),
+        (1.02, 8, "2.0%: 0.020 s more in attention"),
+    ],
+)
+def test_a_row_is_compared_with_the_one_above(
+    seconds: float, gib: int, words: str
+) -> None:
+    def row(seconds: float, gib: int) -> LayoutPrediction:
+        peak = PeakMemory({"weights": gib * GIB}, "loss")
+        time = StepTime(seconds, 1000, 1, {"attention": seconds}, 0.0, 0.0, 0.0)
+        return LayoutPrediction(choice_of(config(), 8), peak, time)
+
+    assert reason(row(1.0, 10), row(seconds, gib)) == words
+
+
 def test_the_best_layouts_are_those_of_brute_force() -> None:
     start = config()
     predictor = FormulaPredictor(start, 8, small_device(14))
@@ -135,11 +218,8 @@ def test_the_best_layouts_are_those_of_brute_force() -> None:
     fitting = [choice for choice in everything if fits(predictor, choice)]
     # One of each: the others recompute more than they need.
     least = {replace(choice, recompute=0.0): choice for choice in reversed(fitting)}
-    fastest = sorted(map(predictor.seconds, least.values()))[:BEST]
-    found = [
-        prediction.time.seconds for prediction in result.fitting if prediction.time
-    ]
-    assert found == pytest.approx(fastest)
+    expected = in_order(predictor, least.values())[:BEST]
+    assert found_by(result) == pytest.approx(expected)
     counts = result.counts
     assert counts.total - counts.refused == len(everything)
     assert counts.fitting + counts.slower == len(fitting)
@@ -290,5 +370,11 @@ def test_a_search_prints_the_best_and_writes_it(
     assert "a step on 1 x H100" in words
     assert "per billion tokens" in words
     assert "fastest layouts that fit" in words
+    assert "up to 1% slower than the fastest: the least memory first" in words
+    # The rank's total above is that of its row here: there is one layout of this size.
+    total = re.search(r"in total ([\d.]+) GiB", words)
+    rows = re.findall(r"│ ([\d.]+) │", words)
+    assert total is not None
+    assert f"{float(total[1]):.1f}" in rows
     loaded = load_config(str(out), []).config
     assert loaded.data.micro_bsz * loaded.data.micro_num == 4
