@@ -28,7 +28,7 @@ from packaging.version import Version
 # Where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu import NEEDS
+from benchmarks.gpu import NEEDS, ROOT
 
 # Wheels name the oldest glibc they run on, and pip takes none but those that it is given.
 PLATFORMS = (
@@ -126,6 +126,19 @@ def remove_other_versions(folder: Path, versions: Mapping[str, str]) -> None:
             wheel.unlink()
 
 
+def mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def checkout_bytes() -> int:
+    """Size of the files that git tracks; 0 in a folder without git."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,7 +178,8 @@ def main() -> None:
     remove_other_versions(args.folder, versions)
     sizes = [wheel.stat().st_size for wheel in args.folder.glob("*.whl")]
     print(
-        f"{len(sizes)} wheels for Python {args.python}, {sum(sizes) / 2**20:.1f} MiB, in {args.folder}"
+        f"{len(sizes)} wheels for Python {args.python}, {mib(sum(sizes))}, in {args.folder}; with the files of the "
+        f"checkout {mib(sum(sizes) + checkout_bytes())}"
     )
 
 
