@@ -239,27 +239,35 @@ def capture_graph(step: Step) -> Step:
 
 def _replayed(step: Step) -> Step:
     # What a step needs for its first run must not be allocated while it is captured.
+    device = step().device
+    graph = torch.cuda.CUDAGraph()
+    # A thread's own device may be another one.
+    with torch.cuda.device(device):
+        expected = _on_side_stream(step)
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = step()
+
+    def replay() -> Tensor:
+        with torch.cuda.device(device):
+            graph.replay()
+        return logits
+
+    if _agree(replay(), expected):
+        return replay
+    _warn_of_graph("it computes other logits")
+    return step
+
+
+def _on_side_stream(step: Step) -> Tensor:
+    """Run a step on a stream of its own, as the capture will."""
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     current = torch.cuda.current_stream()
     side_stream.wait_stream(current)
     with torch.cuda.stream(side_stream):
-        expected = step()
-    current.wait_stream(side_stream)
-
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         logits = step()
-    graph.replay()
-    if not _agree(logits, expected):
-        _warn_of_graph("it computes other logits")
-        return step
-
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
-
-    return replay
+    current.wait_stream(side_stream)
+    return logits
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from evomesh.generate.paged_decoding import (
     PagedSettings,
     RowDecoding,
     Step,
+    capture_graph,
     choose_decoding,
     run_eagerly,
 )
@@ -342,6 +345,111 @@ def test_no_room(slots: int, lengths: list[int]) -> None:
         cache.prefill(lengths, CPU)
     with pytest.raises(ValueError, match="hold no sequence"):
         PagedCache(2, 9, page_size=4, pages=2)
+
+
+# --------------------------------------------------------------------------- the graph
+
+
+class FakeGraph:
+    """Launches the step that is captured; ``error`` is added to its logits."""
+
+    error = 0.0
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(())
+        self.launch: Step = lambda: self.logits
+
+    def replay(self) -> None:
+        self.logits.copy_(self.launch() + self.error)
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
+    """Capture on the CPU: what a graph was made of runs again when it is replayed."""
+
+    class Graph(FakeGraph):
+        pass
+
+    captured: list[Graph] = []
+
+    @contextmanager
+    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        captured.append(graph)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    Graph.captured = captured  # type: ignore[attr-defined]
+    return Graph
+
+
+def test_a_graph_that_computes_the_same_is_replayed(
+    fake_graphs: type[FakeGraph], caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = torch.tensor([1.0, torch.nan])
+    runs = []
+
+    def step() -> Tensor:
+        runs.append(1)
+        logits = inputs * 2
+        if len(runs) == 3:  # captured
+            [graph] = fake_graphs.captured  # type: ignore[attr-defined]
+            graph.logits = logits
+            graph.launch = lambda: inputs * 2
+        return logits
+
+    replay = capture_graph(step)
+    assert len(runs) == 3 and not caplog.records
+    inputs[0] = 5.0
+    assert float(replay()[0]) == 10.0
+    assert len(runs) == 3
+
+
+def test_a_graph_that_computes_something_else_is_not_used(
+    fake_graphs: type[FakeGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def step() -> Tensor:
+        return torch.tensor([3.0, -4.0])
+
+    # A replay that leaves the tensor of the capture as it was is right here; an error is not.
+    monkeypatch.setattr(fake_graphs, "error", 0.1)
+    logits = step()
+
+    def captured_step() -> Tensor:
+        if fake_graphs.captured:  # type: ignore[attr-defined]
+            fake_graphs.captured[0].logits = logits  # type: ignore[attr-defined]
+            return logits
+        return step()
+
+    assert capture_graph(captured_step) is captured_step
+    [record] = caplog.records
+    assert "it computes other logits" in record.getMessage()
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(
+    fake_graphs: type[FakeGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(graph: FakeGraph, capture_error_mode: str) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA ...")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+
+    def step() -> Tensor:
+        return torch.ones(2)
+
+    assert capture_graph(step) is step
+    [record] = caplog.records
+    assert "(operation not permitted when stream is capturing)" in record.getMessage()
 
 
 # -------------------------------------------------------------------------- the kernel
