@@ -260,7 +260,7 @@ def _replayed(step: Step) -> Step:
 
 
 def _on_side_stream(step: Step) -> Tensor:
-    """Run a step on a stream of its own, as the capture will."""
+    """Run a step on another stream, as the capture will."""
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     current = torch.cuda.current_stream()
     side_stream.wait_stream(current)
