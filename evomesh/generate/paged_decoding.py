@@ -312,18 +312,34 @@ def choose_decoding(
     device = next(model.parameters()).device
     reason = _reason_against(model, device, paged)
     if reason and paged == "on":
-        raise UserError(
-            f"this model cannot be decoded with paged keys and values: {reason}",
-            where="paged",
-            expected="a GPU, 16-bit weights, and torch 2.12 or newer",
-            fix="leave it out",
-            code="EVO-GEN-005",
-        )
+        raise _refusal(reason)
     if reason or paged == "off":
         return RowDecoding(model, slots, context_length, device)
     capture = capture_graph if can_capture(model) else run_eagerly
     settings = PagedSettings(attend_to_pages, capture, pages=pages)
     return PagedDecoding(model, slots, context_length, device, settings)
+
+
+def check_paged(model: LanguageModel, paged: PagedMode) -> None:
+    """Refuse what an engine would refuse, before there is one.
+
+    Raises:
+        UserError: ``paged`` is "on" where it cannot be.
+    """
+    device = next(model.parameters()).device
+    reason = reason_against_pages(model, device)
+    if reason and paged == "on":
+        raise _refusal(reason)
+
+
+def _refusal(reason: str) -> UserError:
+    return UserError(
+        f"this model cannot be decoded with paged keys and values: {reason}",
+        where="paged",
+        expected="a GPU, 16-bit weights, and torch 2.12 or newer",
+        fix="leave it out",
+        code="EVO-GEN-005",
+    )
 
 
 def _reason_against(

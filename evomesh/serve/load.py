@@ -14,6 +14,7 @@ from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import PagedMode
+from evomesh.generate.paged_decoding import check_paged
 from evomesh.models.language_model import has_rotary_types, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
@@ -64,6 +65,7 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
         template=options.template,
         ema=options.ema,
     )
+    check_paged(loaded.model, options.paged)
     config = loaded.config
     trained_length = config.model.max_position_embeddings
     rotary_type = options.rotary_type or config.model.rotary_type

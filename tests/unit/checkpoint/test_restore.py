@@ -90,6 +90,13 @@ def test_the_service_of_a_folder(place: Path) -> None:
     assert theirs.tokenizer.encode("ab") == ours.tokenizer.encode("ab")
 
 
+def test_a_service_is_refused_at_once_where_keys_and_values_cannot_be_paged(
+    place: Path,
+) -> None:
+    with pytest.raises(UserError, match="paged keys and values: it is on cpu"):
+        load_service("hf", "cpu", ModelOptions(paged="on"))
+
+
 def test_other_folders_are_named(place: Path) -> None:
     for name, words in (
         ("model_tp0_pp0.pt", "an InternEvo checkpoint"),
