@@ -160,6 +160,8 @@ def plan(
     if config is None or gpus is None:
         raise _missing(config)
     check_time_options(device, search, write, price, html)
+    refuse_unfit_output("--html", html, as_json)
+    refuse_unfit_output("--write", write, as_json)
     timed = timed_device(device, gpu_memory, gpus)
     settings = load_config(config, overrides or []).config
     prediction = _predict(settings, gpus, rank, trace, timed)
@@ -237,6 +239,34 @@ def check_time_options(
             where="--write",
             expected="a new file",
             code="EVO-CLI-005",
+        )
+
+
+def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
+    """Refuse a file that could not be written, or would not be, before the prediction.
+
+    Raises:
+        UserError: it is a folder or in none, or one JSON object is printed instead.
+    """
+    if file is None:
+        return
+    if as_json:
+        raise UserError(
+            f"--json prints the memory of a rank, and nothing is written with {option}",
+            where=option,
+            expected="one of the two",
+            code="EVO-CLI-004",
+        )
+    problem = "is a folder" if file.is_dir() else ""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        problem = f"cannot be written: {folder} is no folder"
+    if problem:
+        raise UserError(
+            f"{file} {problem}",
+            where=option,
+            expected="a file in a folder that exists",
+            code="EVO-CLI-006",
         )
 
 
