@@ -148,7 +148,11 @@ def plan(
     """Predict memory, traffic and time of a run. Needs no GPU, no data and only one machine."""
     from rich.console import Console
 
-    from evomesh.cli.plan_page import PageSubject, write_plan_page
+    from evomesh.cli.plan_page import (
+        PageSubject,
+        refuse_unfit_output,
+        write_plan_page,
+    )
     from evomesh.cli.plan_time import print_layouts, print_step, timed_device
     from evomesh.config.loader import load_config
 
@@ -239,34 +243,6 @@ def check_time_options(
             where="--write",
             expected="a new file",
             code="EVO-CLI-005",
-        )
-
-
-def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
-    """Refuse a file that could not be written, or would not be, before the prediction.
-
-    Raises:
-        UserError: it is a folder or in none, or one JSON object is printed instead.
-    """
-    if file is None:
-        return
-    if as_json:
-        raise UserError(
-            f"--json prints the memory of a rank, and nothing is written with {option}",
-            where=option,
-            expected="one of the two",
-            code="EVO-CLI-004",
-        )
-    problem = "is a folder" if file.is_dir() else ""
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        problem = f"cannot be written: {folder} is no folder"
-    if problem:
-        raise UserError(
-            f"{file} {problem}",
-            where=option,
-            expected="a file in a folder that exists",
-            code="EVO-CLI-006",
         )
 
 

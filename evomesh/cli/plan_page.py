@@ -1,10 +1,12 @@
-"""The page of ``evomesh plan --html``."""
+"""The page of ``evomesh plan --html``, and whether it can be written."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +62,34 @@ def write_plan_page(
     write_page(out, page)
     megabytes = len(page) / 1e6
     console.print(f"wrote {out} ({megabytes:.1f} MB)", highlight=False)
+
+
+def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
+    """Refuse a file that could not be written, or would not be, before the prediction.
+
+    Raises:
+        UserError: it is a folder or in none, or one JSON object is printed instead.
+    """
+    if file is None:
+        return
+    if as_json:
+        raise UserError(
+            f"--json prints the memory of a rank, and nothing is written with {option}",
+            where=option,
+            expected="one of the two",
+            code="EVO-CLI-004",
+        )
+    problem = "is a folder" if file.is_dir() else ""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        problem = f"cannot be written: {folder} is no folder"
+    if problem:
+        raise UserError(
+            f"{file} {problem}",
+            where=option,
+            expected="a file in a folder that exists",
+            code="EVO-CLI-006",
+        )
 
 
 def memory_of_ranks(
