@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomesh.cli.options import OverrideOption
+from evomesh.cli.plan_page import PageSubject, refuse_unfit_output, write_plan_page
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,11 +149,6 @@ def plan(
     """Predict memory, traffic and time of a run. Needs no GPU, no data and only one machine."""
     from rich.console import Console
 
-    from evomesh.cli.plan_page import (
-        PageSubject,
-        refuse_unfit_output,
-        write_plan_page,
-    )
     from evomesh.cli.plan_time import print_layouts, print_step, timed_device
     from evomesh.config.loader import load_config
 
