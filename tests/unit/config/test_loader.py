@@ -155,7 +155,9 @@ def test_a_config_that_imports_evomesh_does_not_read_its_sources(
         "from evomesh import register_model\nfrom evomesh.errors import UserError\n"
         + BASE,
     )
-    assert files == [str(tmp_path / "config.py")]
+    # Packages that torch imports read their metadata, where nothing has imported it before.
+    sources = [name for name in files if name.endswith(".py")]
+    assert sources == [str(tmp_path / "config.py")]
 
 
 @covers("promise:config-leaves-nothing")
