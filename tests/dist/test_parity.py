@@ -85,7 +85,7 @@ def test_a_broken_reduction_is_named(
 @pytest.mark.parametrize(
     ("layout", "module", "collective", "name", "kind"),
     [
-        (MTP, "layers.loss", "all_reduce_no_grad", "head", "token losses"),
+        (MTP, "layers.block_softmax", "all_reduce_no_grad", "head", "token losses"),
         (ISP, "layers.attention", "all_to_all", "layers.0.attention.wo", "input"),
         (PIPELINE, "pipeline.stage_module", "gather_from_axis", "layers.1", "input"),
         (MTP, "optim.clip", "all_reduce_no_grad", "the model", "gradient norm"),
