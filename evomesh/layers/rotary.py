@@ -217,31 +217,14 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
-def _rotated(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> Tensor:
-    """Return ``x`` [T, G, heads, H] rotated by the angle of each pair, in the dtype of the tables [T, H/2].
-
-    Each pass goes over whole heads where it can, since a pass over one member of the
-    pairs has only H/2 numbers in a row, or single ones.
-    """
-    if interleaved:
-        cos_of_columns = cos.repeat_interleave(2, dim=-1)
-    else:
-        cos_of_columns = torch.cat([cos, cos], dim=-1)
-    cos_of_columns = cos_of_columns[:, None, None]
-    sin = sin[:, None, None]
-    x = x.to(cos.dtype)
-    out = x * cos_of_columns
-
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool
+) -> None:
+    """Write ``x`` rotated by the angle into ``out``, both [T, G, heads, H]; tables [T, 1, 1, H/2]."""
     a, b = _pairs(x, interleaved)
     out_a, out_b = _pairs(out, interleaved)
-    out_a.addcmul_(b, sin, value=-1)
-    out_b.addcmul_(a, sin)
-    return out
+    out_a.copy_(torch.addcmul(a * cos, b, sin, value=-1))
+    out_b.copy_(torch.addcmul(b * cos, a, sin))
 
 
 def parts_of_groups(qkv: Tensor, kv_heads: int, head_dim: int) -> QueriesKeysValues:
@@ -251,20 +234,6 @@ def parts_of_groups(qkv: Tensor, kv_heads: int, head_dim: int) -> QueriesKeysVal
     keys = groups[:, :, -2:-1]
     values = groups[:, :, -1:]
     return queries, keys, values
-
-
-def _queries_and_keys(qkv: Tensor, kv_heads: int, head_dim: int) -> Tensor:
-    """Return a view of the queries and the key of each group, [T, G, R + 1, H]."""
-    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-    return groups[:, :, :-1]
-
-
-def _join_by_group(queries: Tensor, keys: Tensor) -> Tensor:
-    """Join [T, G R, H] queries and [T, G, H] keys to what ``_queries_and_keys`` returns."""
-    tokens, kv_heads, head_dim = keys.shape
-    grouped = queries.reshape(tokens, kv_heads, -1, head_dim)
-    keys = keys.unsqueeze(2)
-    return torch.cat([grouped, keys], dim=2)
 
 
 class _SplitRotate(torch.autograd.Function):
@@ -287,35 +256,39 @@ class _SplitRotate(torch.autograd.Function):
         head_dim: int,
         interleaved: bool,
     ) -> QueriesKeysValues:
+        cos = cos[:, None, None]
+        sin = sin[:, None, None]
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
 
         q_in, k_in, v_in = parts_of_groups(qkv, kv_heads, head_dim)
-        q_and_k = _queries_and_keys(qkv, kv_heads, head_dim)
-        rotated = _rotated(q_and_k, cos, sin, interleaved)
         q = torch.empty_like(q_in)
         k = torch.empty_like(k_in)
-        q.copy_(rotated[:, :, :-1])
-        k.copy_(rotated[:, :, -1:])
+        _rotate(q_in, cos, sin, q, interleaved)
+        _rotate(k_in, cos, sin, k, interleaved)
         return q.flatten(1, 2), k.squeeze(2), v_in.squeeze(2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         minus_sin = -sin  # negates the angle
+        interleaved = ctx.interleaved
         dq, dk, dv = grads
 
-        dq_and_dk = _join_by_group(dq, dk)
-        rotated = _rotated(
-            dq_and_dk,
-            cos,
-            minus_sin,
-            ctx.interleaved,
-        )
-        rotated = rotated.to(dv.dtype)
-        dv = dv.unsqueeze(2)  # [T, G, 1, H]
-        groups = torch.cat([rotated, dv], dim=2)
-        dqkv = groups.flatten(1)
+        # Each part is written to its place in the fused gradient.
+        tokens, query_heads, head_dim = dq.shape
+        kv_heads = dk.shape[1]
+        heads = query_heads + 2 * kv_heads
+        width = heads * head_dim
+        dqkv = dq.new_empty(tokens, width)
+        dq_place, dk_place, dv_place = parts_of_groups(dqkv, kv_heads, head_dim)
+
+        dq = dq.reshape(dq_place.shape)  # [T, G, R, H]
+        _rotate(dq, cos, minus_sin, dq_place, interleaved)
+        dk = dk.unsqueeze(2)  # [T, G, 1, H]
+        _rotate(dk, cos, minus_sin, dk_place, interleaved)
+        dv = dv.unsqueeze(2)
+        dv_place.copy_(dv)
         for_tables_and_settings = [None] * 5
         return dqkv, *for_tables_and_settings
 
@@ -357,9 +330,13 @@ def _rotate_together(
     interleaved: bool,
 ) -> QueriesKeysValues:
     """Rotate q and k in one pass, without a gradient; v stays a view of ``qkv``."""
-    q_and_k = _queries_and_keys(qkv, kv_heads, head_dim)
-    rotated = _rotated(q_and_k, cos, sin, interleaved).to(qkv.dtype)
+    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+    q_and_k = groups[:, :, :-1]
+    v = groups[:, :, -1]
+    cos = cos[:, None, None]
+    sin = sin[:, None, None]
+    rotated = torch.empty_like(q_and_k)
+    _rotate(q_and_k, cos, sin, rotated, interleaved)
     q = rotated[:, :, :-1].flatten(1, 2)
     k = rotated[:, :, -1]
-    _, _, v = parts_of_groups(qkv, kv_heads, head_dim)
-    return q, k, v.squeeze(2)
+    return q, k, v
