@@ -63,7 +63,7 @@ def generate(
     dynamic_ntk: DynamicNtkOption = None,
     ema: EmaOption = False,
     device: DeviceOption = "",
-    paged: PagedOption = "auto",
+    paged: PagedOption = "off",
     config: ConfigFileOption = None,
     overrides: OverrideOption = None,
     launcher: LauncherOption = "auto",
@@ -129,7 +129,7 @@ def complete_prompt(
     loaded: LoadedModel,
     prompt: str,
     sampling: SamplingParams,
-    paged: PagedMode = "auto",
+    paged: PagedMode = "off",
 ) -> None:
     """Print a prompt and its completion as it is generated, or several completions one after the other."""
     from evomesh.data.tokenizer import encode_prompt
@@ -149,7 +149,7 @@ def answer_message(
     loaded: LoadedModel,
     text: str,
     sampling: SamplingParams,
-    paged: PagedMode = "auto",
+    paged: PagedMode = "off",
 ) -> None:
     """Print the model's answer to a user's message as it is generated, or several answers.
 

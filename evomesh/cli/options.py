@@ -67,8 +67,8 @@ DeviceOption = Annotated[
 PagedOption = Annotated[
     PagedMode,
     typer.Option(
-        help="Decode with keys and values in pages and one CUDA graph per step: auto (on a GPU with 16-bit weights), "
-        "on or off."
+        help="Decode with keys and values in pages and one CUDA graph per step: off, auto (on a GPU with 16-bit "
+        "weights) or on."
     ),
 ]
 ConfigFileOption = Annotated[

@@ -81,7 +81,7 @@ def serve(
     device: DeviceOption = "",
     name: NameOption = None,
     config: ConfigFileOption = None,
-    paged: PagedOption = "auto",
+    paged: PagedOption = "off",
 ) -> None:
     """Serve a model over the OpenAI API. Routes: /v1/models, /v1/completions, /v1/chat/completions."""
     from evomesh.serve.load import ModelOptions
@@ -123,7 +123,7 @@ def chat(
     device: DeviceOption = "",
     name: NameOption = None,
     config: ConfigFileOption = None,
-    paged: PagedOption = "auto",
+    paged: PagedOption = "off",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Serve a page to chat with a model. The API of `evomesh serve` is at the same address."""

@@ -429,8 +429,8 @@ class GenerationConfig(Section):
     num_return_sequences: int = Field(1, ge=1, description="Answers per prompt.")
     seed: int = Field(1024, ge=0, description="Sampling seed.")
     paged: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description='Keep keys and values in pages: "auto" on a GPU with 16-bit weights.',
+        "off",
+        description='Keep keys and values in pages: "off", "auto" (on a GPU with 16-bit weights) or "on".',
     )
 
 

@@ -31,7 +31,7 @@ def stream_tokens(
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
-    paged: PagedMode = "auto",
+    paged: PagedMode = "off",
 ) -> Iterator[StreamedToken]:
     """Yield tokens as they are generated; prompts of a batch may differ in length and do not affect each other.
 
@@ -87,7 +87,7 @@ def generate_tokens(
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
-    paged: PagedMode = "auto",
+    paged: PagedMode = "off",
 ) -> list[list[list[int]]]:
     """Return the new token ids as [prompt][answer], each with the id that ended the answer.
 

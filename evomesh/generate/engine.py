@@ -100,8 +100,8 @@ class GenerationEngine:
         context_length: maximum number of tokens of one request, prompt and answer together. From the first step on,
             keys and values of slots * context_length tokens are held in memory.
         vocab_size: prompts with ids outside 0 .. vocab_size - 1 are rejected; None: that of the model's config.
-        paged: keep keys and values in pages (``paged_decoding.py``): "auto": if torch has a kernel for them here; "on":
-            or refuse; "off".
+        paged: keep keys and values in pages (``paged_decoding.py``): "off", which is the default until a GPU has run
+            ``tests/gpu/test_paged.py``; "auto": if torch has a kernel for them here; "on": or refuse.
         pages: of the pool; None: as many as hold the context length of every slot. With fewer, requests wait for them.
         prefill_tokens: prompts that are read in one step have at most this many tokens together (a longer prompt is
             read alone), so that running requests do not wait long for them.
@@ -115,7 +115,7 @@ class GenerationEngine:
         context_length: int,
         vocab_size: int | None = None,
         prefill_tokens: int = 8192,
-        paged: PagedMode = "auto",
+        paged: PagedMode = "off",
         pages: int | None = None,
     ) -> None:
         if slots < 1 or context_length < 2:

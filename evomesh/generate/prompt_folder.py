@@ -92,7 +92,7 @@ def answer_prompts(
     batch_size: int | None,
     dp: Axis,
     first_number: int,
-    paged: PagedMode = "auto",
+    paged: PagedMode = "off",
 ) -> list[PromptResult]:
     """Return the results of all prompts of a task in order, on every rank; data-parallel ranks share the work.
 

@@ -48,7 +48,7 @@ class ModelOptions:
     slots: int = 8
     queue: int = 64
     extended_context: bool = False
-    paged: PagedMode = "auto"
+    paged: PagedMode = "off"
 
 
 def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationService:

@@ -469,5 +469,5 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("generation.length_penalty", 2, E),
     CompatibilityRow("generation.num_return_sequences", 2, E),
     CompatibilityRow("generation.seed", 3, E),
-    CompatibilityRow("generation.paged", "off", E),
+    CompatibilityRow("generation.paged", "auto", E),
 )

@@ -90,7 +90,7 @@ def logits_of_steps(
         for _ in range(STEPS):
             count = len(decoding.cache.lengths)
             tokens = torch.randint(50, (count,), generator=draw).tolist()
-            found.append(decoding.next_logits(tokens).clone())
+            found.append(decoding.next_logits(tokens).cpu())
 
     with torch.inference_mode():
         read(PROMPTS)
@@ -136,10 +136,12 @@ def test_a_graph_computes_what_its_kernels_compute(
         assert float((ours - theirs).abs().max() / largest) < 1e-3
 
 
-def test_an_engine_decodes_in_pages_by_itself(device: torch.device) -> None:
+def test_an_engine_decodes_in_pages_where_it_can(device: torch.device) -> None:
     """On a GPU with 16-bit weights; its answers are as long as asked, from more requests than slots."""
     model = model_of("grouped", "bfloat16", device)
-    engine = GenerationEngine(model, slots=3, context_length=CONTEXT_LENGTH)
+    engine = GenerationEngine(
+        model, slots=3, context_length=CONTEXT_LENGTH, paged="auto"
+    )
     is_paged = isinstance(engine.decoding, PagedDecoding)
     assert is_paged == (reason_against_pages(model, device) == "")
     sampling = SamplingParams(top_p=0.9, max_new_tokens=30)

@@ -623,3 +623,10 @@ def test_a_beam_search_has_no_pages() -> None:
     with pytest.raises(UserError, match="beam search does not keep"):
         generate_tokens(tiny(), [[3, 7]], beams, paged="on")
     assert generate_tokens(tiny(), [[3, 7]], beams, paged="auto")
+
+
+def test_pages_are_off_unless_asked_for(usable: None) -> None:
+    model = tiny(dtype="bfloat16")
+    for paged, kind in ({}, RowDecoding), ({"paged": "auto"}, PagedDecoding):
+        engine = GenerationEngine(model, slots=2, context_length=20, **paged)  # type: ignore[arg-type]
+        assert isinstance(engine.decoding, kind)
