@@ -31,9 +31,8 @@ from evomesh.generate.paged_decoding import (
     PagedDecoding,
     PagedSettings,
     RowDecoding,
-    capture_graph,
-    run_eagerly,
 )
+from evomesh.generate.step_graph import GraphCapture, run_eagerly
 from evomesh.models.language_model import LanguageModel
 
 Decoding = RowDecoding | PagedDecoding
@@ -65,7 +64,7 @@ def ways(
     device = next(model.parameters()).device
 
     def paged(graph: bool) -> Decoding:
-        capture = capture_graph if graph else run_eagerly
+        capture = GraphCapture() if graph else run_eagerly
         settings = PagedSettings(attend_to_pages, capture)
         return PagedDecoding(model, slots, length, device, settings)
 

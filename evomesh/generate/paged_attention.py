@@ -13,7 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from evomesh.errors import UserError
 from evomesh.generate.paged_cache import PAGE_SIZE
+from evomesh.generate.step_graph import first_line
 from evomesh.layers.attention import FLASH_HEAD_DIM, Attention
 from evomesh.layers.scores import attend_to_visible
 
@@ -139,12 +141,36 @@ def fault_of_kernel(
     for layer in rules.values():
         try:
             difference = _difference(kernel, layer, device)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError) as error:
-            return f"it fails: {str(error).splitlines()[0]}"
+            _check_device(device, error)
+            return f"it fails: {first_line(error)}"
         allowed = ROUNDING.get(layer.wqkv.weight.dtype, 1e-4)
         if not difference <= allowed:
             return f"it differs from dense attention by {difference:.2g} of the largest element"
     return ""
+
+
+def _check_device(device: torch.device, cause: Exception) -> None:
+    """Refuse to continue where the kernel has left the GPU in a state in which nothing works.
+
+    Raises:
+        UserError: it has.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"torch's kernel for paged keys and values has failed, and this process cannot use {device} any more: "
+            f"{first_line(cause)}",
+            where="paged",
+            expected="off",
+            fix="start again with --paged off (generation.paged: off)",
+            code="EVO-GEN-005",
+        ) from error
 
 
 def _difference(kernel: PagedKernel, layer: Attention, device: torch.device) -> float:

@@ -160,15 +160,26 @@ class PagedCache:
         Erased with zeros, because what an earlier sequence left might be no numbers.
         """
         table = self.tables[row]
-        for keys, values in self._pools.values():
-            keys[table] = 0
-            values[table] = 0
+        self._erase(table)
         self._free += reversed(table)
         last_table = self.tables.pop()
         last_length = self.lengths.pop()
         if row < len(self.tables):
             self.tables[row] = last_table
             self.lengths[row] = last_length
+
+    def _erase(self, table: list[int]) -> None:
+        """Fill pages with zeros in all layers."""
+        pools: list[Tensor] = []
+        for keys_and_values in self._pools.values():
+            pools.extend(keys_and_values)
+        if not pools:
+            return
+        # One copy to the device for all layers.
+        device = pools[0].device
+        pages = torch.tensor(table, device=device)
+        for pool in pools:
+            pool.index_fill_(0, pages, 0)
 
     def store(
         self,

@@ -6,9 +6,8 @@ Shapes: B sequences in use, R rows of a step (B or more), W pages of the longest
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,17 +25,15 @@ from evomesh.generate.paged_attention import (
 )
 from evomesh.generate.paged_cache import PAGE_SIZE, PagedCache
 from evomesh.generate.staged import StagedModel
+from evomesh.generate.step_graph import Capture, GraphCapture, Step, run_eagerly
 from evomesh.layers.attention import Attention, SequenceBounds
+from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel, short_length
 from evomesh.rounding import next_power_of_two
 
 logger = logging.getLogger(__name__)
 
-Step: TypeAlias = Callable[[], Tensor]
-Capture: TypeAlias = Callable[[Step], Step]
 CAPTURED_AFTER = 8  # steps of the same number of rows: capturing takes as long as some
-# A replay runs the same kernels on the same numbers.
-REPLAY_TOLERANCE = 1e-2
 
 
 class RowDecoding:
@@ -108,7 +105,8 @@ class PagedDecoding:
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits [B, V] that follow these tokens, one of each sequence in use.
 
-        They are valid until the next call.
+        Whoever wants them must have read them, on the host or with a synchronization, before
+        the next call: it writes to the same memory.
         """
         count = len(tokens)
         step = self._step_of(count)
@@ -150,7 +148,9 @@ class _PagedStep:
         )
         self._longest = self._cache.pages_per_row * self._cache.page_size
         self._key_bounds = self._query_bounds * self._longest
-        self._compute: Step = self.compute
+        # Not compute itself: as a reference to this step it would keep the pool of a discarded
+        # engine until Python looks for cycles.
+        self._captured: Step | None = None
         self._runs = 0
 
     def run(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -158,8 +158,9 @@ class _PagedStep:
         self._fill(tokens, places)
         self._runs += 1
         if self._runs == CAPTURED_AFTER:
-            self._compute = self._settings.capture(self.compute)
-        return self._compute()
+            self._captured = self._settings.capture(self.compute)
+        launch = self._captured or self.compute
+        return launch()
 
     def _fill(self, tokens: Sequence[int], places: Sequence[int]) -> None:
         """Copy what a step needs to the device, at once.
@@ -223,72 +224,6 @@ class _PagedStep:
         return self._model.logits(hidden)
 
 
-def run_eagerly(step: Step) -> Step:
-    """Return the step as it is."""
-    return step
-
-
-def capture_graph(step: Step) -> Step:
-    """Capture the kernels of a step in a CUDA graph, and return what launches them; the step itself if that fails."""
-    try:
-        return _replayed(step)
-    except RuntimeError as error:
-        _warn_of_graph(str(error).splitlines()[0])
-        return step
-
-
-def _replayed(step: Step) -> Step:
-    # What a step needs for its first run must not be allocated while it is captured.
-    device = step().device
-    graph = torch.cuda.CUDAGraph()
-    # A thread's own device may be another one.
-    with torch.cuda.device(device):
-        expected = _on_side_stream(step)
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = step()
-
-    def replay() -> Tensor:
-        with torch.cuda.device(device):
-            graph.replay()
-        return logits
-
-    if _agree(replay(), expected):
-        return replay
-    _warn_of_graph("it computes other logits")
-    return step
-
-
-def _on_side_stream(step: Step) -> Tensor:
-    """Run a step on another stream, as the capture will."""
-    side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    current = torch.cuda.current_stream()
-    side_stream.wait_stream(current)
-    with torch.cuda.stream(side_stream):
-        logits = step()
-    current.wait_stream(side_stream)
-    return logits
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    largest = expected.abs().max()
-    scale = float(largest.nan_to_num(nan=1.0, posinf=1.0))
-    return torch.allclose(
-        found,
-        expected,
-        rtol=0,
-        atol=REPLAY_TOLERANCE * scale,
-        equal_nan=True,
-    )
-
-
-def _warn_of_graph(reason: str) -> None:
-    logger.warning(
-        "decoding: a step cannot be captured as a CUDA graph (%s); its kernels are launched one by one",
-        reason,
-    )
-
-
 def choose_decoding(
     model: LanguageModel,
     slots: int,
@@ -301,6 +236,12 @@ def choose_decoding(
     Raises:
         UserError: ``paged`` is "on" where it cannot be, or there are too few pages for a single sequence.
     """
+    device = next(model.parameters()).device
+    reason = _reason_against(model, device, paged, context_length)
+    if reason and paged == "on":
+        raise _refusal(reason)
+    if reason or paged == "off":
+        return RowDecoding(model, slots, context_length, device)
     needed = -(-context_length // PAGE_SIZE)
     if pages is not None and pages < needed:
         raise UserError(
@@ -309,13 +250,7 @@ def choose_decoding(
             expected=f"at least {needed}",
             code="EVO-GEN-001",
         )
-    device = next(model.parameters()).device
-    reason = _reason_against(model, device, paged)
-    if reason and paged == "on":
-        raise _refusal(reason)
-    if reason or paged == "off":
-        return RowDecoding(model, slots, context_length, device)
-    capture = capture_graph if can_capture(model) else run_eagerly
+    capture = GraphCapture() if can_capture(model) else run_eagerly
     settings = PagedSettings(attend_to_pages, capture, pages=pages)
     return PagedDecoding(model, slots, context_length, device, settings)
 
@@ -326,9 +261,11 @@ def check_paged(model: LanguageModel, paged: PagedMode) -> None:
     Raises:
         UserError: ``paged`` is "on" where it cannot be.
     """
+    if paged != "on":
+        return
     device = next(model.parameters()).device
-    reason = reason_against_pages(model, device)
-    if reason and paged == "on":
+    reason = _obstacle(model, device) or _fault(model, device)
+    if reason:
         raise _refusal(reason)
 
 
@@ -336,7 +273,7 @@ def _refusal(reason: str) -> UserError:
     return UserError(
         f"this model cannot be decoded with paged keys and values: {reason}",
         where="paged",
-        expected="a GPU, 16-bit weights, and torch 2.12 or newer",
+        expected="auto or off",
         fix="leave it out",
         code="EVO-GEN-005",
     )
@@ -346,30 +283,55 @@ def _reason_against(
     model: LanguageModel,
     device: torch.device,
     paged: PagedMode,
+    context_length: int,
 ) -> str:
     """Return why the model is not decoded in pages; a kernel that is wrong is warned of."""
     if paged == "off":
         return ""
-    reason = reason_against_pages(model, device)
+    reason = _obstacle(model, device)
+    if paged == "auto" and not reason:
+        reason = _waste(model, context_length)
     if reason:
         return reason
-    fault = fault_of_kernel(attend_to_pages, model, device)
-    if not fault:
+    fault = _fault(model, device)
+    if fault and paged == "auto":
+        logger.warning("decoding: keys and values are not paged: %s", fault)
+    return fault
+
+
+def _obstacle(model: LanguageModel, device: torch.device) -> str:
+    """Return what speaks against pages without a look at the kernel, or ""."""
+    reason = reason_against_pages(model, device)
+    # Each rank would check the kernel for itself, and one that finds a fault would make
+    # messages of other shapes than the rest.
+    if not reason and _is_split(model):
+        return "it is distributed over several processes"
+    return reason
+
+
+def _is_split(model: LanguageModel) -> bool:
+    axes = {layer.placement.axis.size for layer in attention_layers(model)}
+    return isinstance(model, StagedModel) or axes != {1}
+
+
+def _waste(model: LanguageModel, context_length: int) -> str:
+    """Return which layers would take more memory in pages than in rows, or ""."""
+    windows = {layer.window or context_length for layer in attention_layers(model)}
+    shortest = min(windows)
+    if shortest >= context_length:
         return ""
-    if paged == "auto":
-        logger.warning(
-            "decoding: keys and values are not paged, because torch's kernel cannot be relied on here: %s",
-            fault,
-        )
-    return f"torch's kernel cannot be relied on here: {fault}"
+    return f"pages keep all {context_length} tokens, rows the {shortest} of a layer's window"
+
+
+def _fault(model: LanguageModel, device: torch.device) -> str:
+    """Return what is wrong with torch's kernel, or ""."""
+    fault = fault_of_kernel(attend_to_pages, model, device)
+    return fault and f"torch's kernel cannot be relied on here: {fault}"
 
 
 def can_capture(model: LanguageModel) -> bool:
-    """Return whether a step makes no messages and copies nothing from the host.
+    """Return whether a step copies nothing from the host and changes nothing there.
 
-    longrope's tables are made of Python numbers.
+    longrope's tables are made of Python numbers, and a custom model may count its calls.
     """
-    if isinstance(model, StagedModel) or short_length(model) is not None:
-        return False
-    axes = {layer.placement.axis.size for layer in attention_layers(model)}
-    return axes == {1}
+    return type(model) is Decoder and short_length(model) is None

@@ -177,15 +177,24 @@ class EngineLoop:
     # All that follows runs in the engine thread.
 
     def _run(self) -> None:
-        while True:
-            # Canceled requests leave their slots before the next step.
-            for command in self._take_commands():
-                if isinstance(command, _StopCommand):
-                    return
-                self._obey(command)
-            for rotary_type, engine in list(self._engines.items()):
-                if engine.active:
-                    self._step(rotary_type, engine)
+        while self._obey_and_step():
+            pass
+
+    def _obey_and_step(self) -> bool:
+        """Obey the queued commands, then let each engine make one step; return False to end the thread.
+
+        A separate function, so that no local variable keeps a discarded engine, and the
+        memory of its keys and values, while the next one is built.
+        """
+        # Canceled requests leave their slots before the next step.
+        for command in self._take_commands():
+            if isinstance(command, _StopCommand):
+                return False
+            self._obey(command)
+        for rotary_type, engine in list(self._engines.items()):
+            if engine.active:
+                self._step(rotary_type, engine)
+        return True
 
     def _obey(self, command: _SubmitCommand | _CancelCommand | _EndCommand) -> None:
         match command:
@@ -231,6 +240,11 @@ class EngineLoop:
         except UserError as error:
             rejection = _TokenEvent(submission, index, error)
             self._post([rejection])
+            return
+        except Exception:
+            logger.exception("the engine cannot take a request")
+            failure = EngineError("the engine failed")
+            self._post([_TokenEvent(submission, index, failure)])
             return
         handle = _EngineHandle(rotary_type, number)
         self._owners[handle] = (submission, index)

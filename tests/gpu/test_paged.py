@@ -21,9 +21,8 @@ from evomesh.generate.paged_decoding import (
     PagedDecoding,
     PagedSettings,
     RowDecoding,
-    capture_graph,
-    run_eagerly,
 )
+from evomesh.generate.step_graph import GraphCapture, run_eagerly
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support import paged_kernel
@@ -103,7 +102,7 @@ def logits_of_steps(
 
 
 def paged(model: LanguageModel, device: torch.device, *, graph: bool) -> PagedDecoding:
-    capture = capture_graph if graph else run_eagerly
+    capture = GraphCapture() if graph else run_eagerly
     settings = PagedSettings(attend_to_pages, capture)
     return PagedDecoding(model, len(PROMPTS), CONTEXT_LENGTH, device, settings)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +19,7 @@ from torch import Tensor
 from evomesh.config.rope import RopeScaling
 from evomesh.errors import UserError
 from evomesh.generate import engine as engine_module
-from evomesh.generate import paged_attention, paged_decoding
+from evomesh.generate import paged_attention, paged_decoding, step_graph
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
@@ -27,13 +29,15 @@ from evomesh.generate.paged_decoding import (
     PagedDecoding,
     PagedSettings,
     RowDecoding,
-    Step,
-    capture_graph,
+    check_paged,
     choose_decoding,
-    run_eagerly,
 )
+from evomesh.generate.staged import StagedModel
+from evomesh.generate.step_graph import GraphCapture, Step, run_eagerly
 from evomesh.layers.sequence_bounds import single_sequence
+from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel
+from evomesh.parallel.grid import Axis
 from tests.support import paged_kernel
 from tests.support.decoders import VOCAB, tiny, uncached_greedy
 from tests.support.host_reads import no_host_waits
@@ -321,9 +325,8 @@ def test_the_number_of_rows_is_a_power_of_two_and_each_is_captured_once(
     monkeypatch.setattr(paged_decoding, "CAPTURED_AFTER", 3)
     captured = []
 
-    def capture(step: Step) -> Step:
+    def capture(step: Step) -> None:
         captured.append(step.__self__.inputs.shape[0])  # type: ignore[attr-defined]
-        return step
 
     model = tiny()
     decoding = PagedDecoding(model, 6, 40, CPU, settings(capture=capture))
@@ -373,19 +376,26 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     captured: list[Graph] = []
 
     @contextmanager
-    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    def capture(
+        graph: Graph, pool: object, stream: object, capture_error_mode: str
+    ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
+        Graph.pools.append(pool)  # type: ignore[attr-defined]
         captured.append(graph)
         yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    failed: list[Graph] = []
+    monkeypatch.setattr(step_graph, "_failed_graphs", lambda: failed)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     Graph.captured = captured  # type: ignore[attr-defined]
+    Graph.pools = []  # type: ignore[attr-defined]
     return Graph
 
 
@@ -404,7 +414,8 @@ def test_a_graph_that_computes_the_same_is_replayed(
             graph.launch = lambda: inputs * 2
         return logits
 
-    replay = capture_graph(step)
+    replay = GraphCapture()(step)
+    assert replay is not None
     assert len(runs) == 3 and not caplog.records
     inputs[0] = 5.0
     assert float(replay()[0]) == 10.0
@@ -429,27 +440,84 @@ def test_a_graph_that_computes_something_else_is_not_used(
             return logits
         return step()
 
-    assert capture_graph(captured_step) is captured_step
+    assert GraphCapture()(captured_step) is None
     [record] = caplog.records
     assert "it computes other logits" in record.getMessage()
 
 
-def test_a_step_that_cannot_be_captured_runs_as_it_is(
+class FailingCapture:
+    """Ends like torch's: with another error, and before it has gone back to the stream from before it."""
+
+    def __init__(self, graph: object, **_: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream("of the capture")  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("capture_end: the capture is invalid")
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is_and_no_other_is_captured(
     fake_graphs: type[FakeGraph],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(graph: FakeGraph, capture_error_mode: str) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA ...")
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    current = torch.cuda.current_stream()
+    streams: list[object] = [current]
+    left: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "graph", FailingCapture)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(
+            torch._C, name, lambda _, pool: left.append(pool), raising=False
+        )
+    runs = []
 
     def step() -> Tensor:
+        runs.append(1)
+        if streams[-1] == "of the capture":
+            raise RuntimeError("not permitted when stream is capturing\nCUDA ...")
         return torch.ones(2)
 
-    assert capture_graph(step) is step
+    assert GraphCapture()(step) is None
+    assert len(runs) == 3
+    assert streams[-1] is current
+    assert len(left) == 2 and left[0] is left[1]
     [record] = caplog.records
-    assert "(operation not permitted when stream is capturing)" in record.getMessage()
+    assert "(not permitted when stream is capturing)" in record.getMessage()
+    # Another number of rows, or another engine.
+    assert GraphCapture()(step) is None
+    assert len(runs) == 3 and len(caplog.records) == 1
+
+
+def test_the_graphs_of_an_engine_share_their_memory(
+    fake_graphs: type[FakeGraph],
+) -> None:
+    capture = GraphCapture()
+    for make in (capture, capture, GraphCapture()):
+        make(lambda: torch.ones(2))
+    first, second, other = fake_graphs.pools  # type: ignore[attr-defined]
+    assert first is second and other is not first
+
+
+@pytest.mark.parametrize("capture", [run_eagerly, lambda _: lambda: torch.ones(1, 9)])
+def test_a_discarded_engine_frees_its_pages_at_once(
+    in_pages: Callable[..., None], capture: Any
+) -> None:
+    in_pages(capture=capture)
+    engine = GenerationEngine(tiny(), slots=2, context_length=20)
+    engine.add([3, 7], GREEDY, (0, 0))
+    gc.disable()
+    try:
+        for _ in range(3):
+            engine.step()
+        cache = weakref.ref(engine.cache)
+        assert cache() is not None
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 # -------------------------------------------------------------------------- the kernel
@@ -518,6 +586,37 @@ def test_the_faults_of_a_kernel_are_found(
     assert fault.startswith(words) or f" {words}" in fault, fault
 
 
+def test_too_little_memory_is_no_fault_of_the_kernel() -> None:
+    def hungry(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fault_of_kernel(hungry, tiny(), CPU)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_kernel_that_leaves_the_gpu_unusable_ends_the_process(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    def fail(*_: object) -> float:
+        raise RuntimeError("")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(paged_attention, "_difference", fail)
+    device = torch.device("cuda")
+    if not broken:
+        found = fault_of_kernel(attend_to_pages, tiny(), device)
+        assert found == "it fails: RuntimeError"
+        return
+    with pytest.raises(UserError, match="cannot use cuda any more") as error:
+        fault_of_kernel(attend_to_pages, tiny(), device)
+    assert "--paged off" in str(error.value.fix)
+
+
 def test_pages_have_the_size_that_the_kernel_takes() -> None:
     assert PAGE_SIZE % 256 == 0
 
@@ -540,6 +639,8 @@ def test_a_right_kernel_is_used_unless_switched_off(usable: None) -> None:
     assert isinstance(few, PagedDecoding) and few.cache.free_pages == 3
     with pytest.raises(UserError, match="2 pages of 256 tokens hold no sequence"):
         choose_decoding(model, 8, 600, "auto", pages=2)
+    # Rows have none.
+    choose_decoding(model, 8, 600, "off", pages=2)
 
 
 def test_a_wrong_kernel_is_warned_of_and_not_used(
@@ -554,6 +655,11 @@ def test_a_wrong_kernel_is_warned_of_and_not_used(
     with pytest.raises(UserError, match="cannot be relied on") as error:
         choose_decoding(model, 2, 20, "on")
     assert error.value.code == "EVO-GEN-005"
+    # A server asks before it answers anyone.
+    with pytest.raises(UserError, match="cannot be relied on"):
+        check_paged(model, "on")
+    check_paged(model, "auto")
+    assert len(caplog.records) == 1
 
 
 def test_models_without_a_kernel_say_why(
@@ -630,3 +736,40 @@ def test_pages_are_off_unless_asked_for(usable: None) -> None:
     for paged, kind in ({}, RowDecoding), ({"paged": "auto"}, PagedDecoding):
         engine = GenerationEngine(model, slots=2, context_length=20, **paged)  # type: ignore[arg-type]
         assert isinstance(engine.decoding, kind)
+
+
+def test_a_model_on_several_ranks_has_rows(usable: None) -> None:
+    """Each rank would choose for itself, and the shapes of their messages would differ."""
+    model = tiny(dtype="bfloat16")
+    config: Any = model.config
+    staged = StagedModel(model, Axis("pp", 2), config)
+    split = tiny(dtype="bfloat16")
+    for layer in paged_attention.attention_layers(split):
+        layer.placement = replace(layer.placement, axis=Axis("tp", 2))
+    for distributed in (staged, split):
+        assert isinstance(choose_decoding(distributed, 2, 20, "auto"), RowDecoding)
+        with pytest.raises(UserError, match="distributed over several processes"):
+            choose_decoding(distributed, 2, 20, "on")
+        with pytest.raises(UserError, match="distributed over several processes"):
+            check_paged(distributed, "on")
+
+
+@pytest.mark.parametrize(("length", "kind"), [(300, PagedDecoding), (301, RowDecoding)])
+def test_windows_shorter_than_the_context_have_rows_unless_asked_for(
+    usable: None, length: int, kind: type
+) -> None:
+    model = tiny(dtype="bfloat16", **WINDOWED)
+    assert type(choose_decoding(model, 2, length, "auto")) is kind
+    assert isinstance(choose_decoding(model, 2, length, "on"), PagedDecoding)
+
+
+def test_a_model_of_a_user_is_not_captured() -> None:
+    """What it does in Python would happen once."""
+
+    class Counting(Decoder):
+        pass
+
+    model = tiny()
+    assert paged_decoding.can_capture(model)
+    model.__class__ = Counting
+    assert not paged_decoding.can_capture(model)
