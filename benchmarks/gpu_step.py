@@ -150,8 +150,9 @@ def packaged_kernels(device: torch.device) -> list[AttentionKernel]:
     names: tuple[AttentionKernel, ...] = ("FA3", "FA4")
     usable = []
     for name in names:
+        model = ModelConfig(attention_kernel=name, dtype="bfloat16", head_dim=128)
         try:
-            with attention_kernel(name, torch.bfloat16, device):
+            with attention_kernel(model, device):
                 usable.append(name)
         except UserError:
             continue
@@ -159,8 +160,7 @@ def packaged_kernels(device: torch.device) -> list[AttentionKernel]:
 
 
 def measure(case: Case, steps: int, compiled: bool) -> Measured:
-    dtype = getattr(torch, case.dtype)
-    with attention_kernel(case.kernel, dtype, case.device):
+    with attention_kernel(case.model(compiled), case.device):
         return measure_with_kernel(case, steps, compiled)
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.generate import SHAPES, Options, native
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import SamplingParams

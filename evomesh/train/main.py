@@ -17,7 +17,6 @@ from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.warning_lines import warning_lines
 from evomesh.layers.attention_kernel import attention_kernel
-from evomesh.layers.dtype import parameter_dtype
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import TrainingRun, build_run
@@ -69,27 +68,26 @@ def run_training(
             TrainingAlerts(loaded.config, rank) as alerts,
             running_exports(loaded.config.ckpt) as exports,
         ):
-            with launch(
-                loaded.config,
-                launcher=launcher,
-                port=port,
-                before_end=alerts.ended_by_peer,
-                before_hang_ends=alerts.ended_by_hang,
-            ) as context:
-                model = loaded.config.model
-                dtype = parameter_dtype(model.dtype)
-                kernel = model.attention_kernel
-                with attention_kernel(kernel, dtype, context.device):
-                    exit_code = _train(
-                        loaded,
-                        context,
-                        exports,
-                        alerts,
-                        profile=profile,
-                        memory_profile=memory_profile,
-                        until=until,
-                        blames=blames,
-                    )
+            with (
+                launch(
+                    loaded.config,
+                    launcher=launcher,
+                    port=port,
+                    before_end=alerts.ended_by_peer,
+                    before_hang_ends=alerts.ended_by_hang,
+                ) as context,
+                attention_kernel(loaded.config.model, context.device),
+            ):
+                exit_code = _train(
+                    loaded,
+                    context,
+                    exports,
+                    alerts,
+                    profile=profile,
+                    memory_profile=memory_profile,
+                    until=until,
+                    blames=blames,
+                )
             # Only now: the other ranks have left, and none of them waits for rank 0.
             if exports is not None:
                 _finish(exports, exit_code)

@@ -20,6 +20,7 @@ from evomesh.config.schema import Config
 from evomesh.config.user import expand_home
 from evomesh.data.build import ValidationSet, build_valid_data
 from evomesh.errors import UserError
+from evomesh.layers.attention_kernel import attention_kernel
 from evomesh.parallel.exchange import default_exchange
 from evomesh.train.launch import RunContext, launch
 from evomesh.train.stages import ModelStages, build_stages
@@ -72,6 +73,7 @@ def validate_checkpoint(
     with (
         _without_start_lines(),
         launch(config, launcher=launcher, port=port, console=console) as context,
+        attention_kernel(config.model, context.device),
     ):
         return _validate(config, path, ema, context)
 

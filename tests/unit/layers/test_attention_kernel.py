@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import attention
 
-from evomesh.config.model import AttentionKernel
+from evomesh.config.model import AttentionKernel, ModelConfig
 from evomesh.errors import UserError
 from evomesh.layers.attention_kernel import attention_kernel
 from tests.support.covers import covers
@@ -21,7 +21,16 @@ from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-HALF = torch.bfloat16
+
+
+def model(name: str = "FA3", dtype: str = "bfloat16", **keys: Any) -> ModelConfig:
+    return ModelConfig(
+        attention_kernel=name,
+        dtype=dtype,
+        hidden_size=256,
+        num_attention_heads=2,
+        **keys,
+    )
 
 
 class Gpu:
@@ -60,30 +69,32 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 def test_a_package_is_activated_once_and_taken_back(
     gpu: Gpu, name: AttentionKernel
 ) -> None:
-    with attention_kernel(name, HALF, CUDA):
+    with attention_kernel(model(name), CUDA):
         assert gpu.calls == [f"activate {name}"]
     assert gpu.calls == [f"activate {name}", "restore"]
 
 
 def test_an_error_of_the_run_takes_it_back_too(gpu: Gpu) -> None:
-    with pytest.raises(ZeroDivisionError), attention_kernel("FA3", HALF, CUDA):
+    with pytest.raises(ZeroDivisionError), attention_kernel(model(), CUDA):
         raise ZeroDivisionError
     assert gpu.calls == ["activate FA3", "restore"]
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_auto_calls_nothing(gpu: Gpu, device: torch.device) -> None:
-    with attention_kernel("auto", torch.float32, device):
+    with attention_kernel(model("auto", "float32"), device):
         pass
     assert gpu.calls == []
 
 
 def refusal(
     name: AttentionKernel = "FA3",
-    dtype: torch.dtype = HALF,
+    dtype: str = "bfloat16",
     device: torch.device = CUDA,
+    **keys: Any,
 ) -> UserError:
-    with pytest.raises(UserError) as caught, attention_kernel(name, dtype, device):
+    config = model(name, dtype, **keys)
+    with pytest.raises(UserError) as caught, attention_kernel(config, device):
         raise AssertionError("the context is entered")
     error = caught.value
     assert error.where == "model.attention_kernel"
@@ -116,12 +127,30 @@ def test_a_gpu_of_another_generation_is_refused(
 def test_the_generations_are_those_of_torch(gpu: Gpu) -> None:
     """FA4 has kernels for Blackwell, FA3 for Hopper alone: torch/nn/attention/_fa3.py and _fa4.py check the same."""
     gpu.capability = (10, 0)
-    with attention_kernel("FA4", HALF, CUDA):
+    with attention_kernel(model("FA4"), CUDA):
         assert gpu.calls == ["activate FA4"]
 
 
 def test_a_dtype_that_it_does_not_take_is_refused(gpu: Gpu) -> None:
-    assert "torch.float32" in refusal(dtype=torch.float32).found
+    assert "torch.float32" in refusal(dtype="float32").found
+    assert gpu.calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("FA3", {"head_dim": 100}, "heads of 100 columns"),
+        ("FA3", {"head_dim": 264}, "heads of 264 columns"),
+        ("FA4", {"head_dim": 256}, "heads of 256 columns"),
+        ("FA3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("FA3", {"attn_drop_rate": 0.1}, "attn_drop_rate"),
+    ],
+)
+def test_attention_that_no_flash_kernel_computes_is_refused(
+    gpu: Gpu, name: AttentionKernel, keys: dict[str, Any], words: str
+) -> None:
+    """Torch would compute it without the package, and the key would do nothing."""
+    assert words in refusal(name, **keys).found
     assert gpu.calls == []
 
 
@@ -179,7 +208,8 @@ def train_with_a_recorder() -> None:
         return forward(self, *args, **named)
 
     Decoder.forward = recorded  # type: ignore[method-assign]
-    kernels._check_device = lambda name, dtype, device: None
+    kernels._check_device = lambda name, device: None
+    kernels._check_attention = lambda name, model: None
     sys.modules["flash_attn_interface"] = ModuleType("flash_attn_interface")
     attention.activate_flash_attention_impl = calls.append
     attention.restore_flash_attention_impl = lambda: calls.append("restore")
