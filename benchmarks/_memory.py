@@ -73,9 +73,14 @@ def backward_in_16_bits(of: Sizes, recompute: float) -> int:
 
 
 def loss_in_16_bits(of: Sizes) -> int:
-    """The last norm's input and output, and the gradient of the latter; that of the head as it is summed up, beside a
-    chunk's logits twice or, in the end, itself rounded."""
+    """The last norm's input and output, and the gradient of the latter, beside the most of three: the logits of a chunk
+    twice, and from the second chunk on the gradient of the head as it is summed up; that sum beside the gradients of a
+    chunk's logits; and in the end the sum itself, rounded."""
     rows = (WIDE + 2 * HALF) * of.tokens * of.hidden
-    rounded_gradient = HALF * of.vocab * of.hidden
-    logits = (WIDE + HALF) * of.chunk * of.vocab
-    return rows + WIDE * of.vocab * of.hidden + max(rounded_gradient, logits)
+    head = of.vocab * of.hidden
+    logits = of.chunk * of.vocab
+    sum_of_earlier_chunks = WIDE * head if of.tokens > of.chunk else 0
+    in_softmax = (WIDE + HALF) * logits + sum_of_earlier_chunks
+    in_products = HALF * logits + WIDE * head
+    at_the_end = (WIDE + HALF) * head
+    return rows + max(in_softmax, in_products, at_the_end)

@@ -18,6 +18,7 @@ from evomesh.data.chat import build_template, choose_template, portable_source
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.chat_styles import STYLES
 from evomesh.data.folder_template import JinjaTemplate
+from evomesh.data.instruction_styles import INSTRUCTION_STYLES
 from evomesh.data.style_template import StyleTemplate
 from evomesh.data.tokenizer import load_tokenizer
 from tests.support.covers import covers
@@ -44,7 +45,8 @@ def plain_tokenizer(folder: Path, marks: list[str]) -> Path:
 
 
 def test_the_key_takes_the_names_of_the_styles() -> None:
-    assert get_args(ChatTemplateName) == tuple(STYLES)
+    names = (*STYLES, *INSTRUCTION_STYLES)
+    assert get_args(ChatTemplateName) == names
 
 
 @covers("data.chat_template")
