@@ -59,9 +59,11 @@ def _refused_checkpoints(loaded: LoadedConfig) -> list[UserError]:
 
 
 def _named_checkpoints(config: Config) -> dict[str, tuple[str, str]]:
-    """Return key -> path and type of each checkpoint that a run may begin with."""
-    named = {}
+    """Return key -> path and type of each checkpoint that a run would begin with; none if it would resume."""
+    named: dict[str, tuple[str, str]] = {}
     ckpt = config.ckpt
+    if ckpt.auto_resume and _has_steps(ckpt.save_ckpt_folder):
+        return named
     info = ckpt.load_ckpt_info
     looks_there = not ckpt.auto_resume
     if info is not None and info.fallback:
@@ -74,6 +76,19 @@ def _named_checkpoints(config: Config) -> dict[str, tuple[str, str]]:
         source = (branch, "evomesh")
         named["lr_scheduler.decay_from"] = source
     return named
+
+
+def _has_steps(save_folder: str | None) -> bool:
+    """Return whether a folder of this machine has steps of a run."""
+    from evomesh.config.user import expand_home
+    from evomesh.storage.urls import split_url
+
+    if save_folder is None:
+        return False
+    scheme, name = split_url(save_folder)
+    if scheme != "local":
+        return False
+    return any(expand_home(name).glob("step-*/commit.json"))
 
 
 def _refusal_of(path: str, ckpt_type: str) -> UserError | None:

@@ -79,7 +79,12 @@ def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
             expected="one of the two",
             code="EVO-CLI-004",
         )
-    problem = "is a folder" if file.is_dir() else ""
+    problem = ""
+    is_page = file.suffix in (".html", ".htm")
+    if file.is_dir():
+        problem = "is a folder"
+    elif option == "--html" and file.exists() and not is_page:
+        problem = "exists and has another ending than .html: it would be lost"
     folder = file.absolute().parent
     if not folder.is_dir():
         problem = f"cannot be written: {folder} is no folder"

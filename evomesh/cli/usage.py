@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,12 +107,12 @@ def _key_hint(error: Any) -> str:
 
 def _settings_hint(message: str) -> str:
     """Say that --set takes one setting, where others follow it as they do XTuner's --cfg-options."""
-    # The words that no parameter takes are in parentheses at the end.
-    _, _, extra = message.rpartition("(")
+    # The words that no parameter takes are in parentheses at the end; they may have some themselves.
+    _, _, extra = message.partition(" (")
     words = extra.removesuffix(")").split()
     if not words or not all("=" in word for word in words):
         return ""
-    settings = " ".join(f"--set {word}" for word in words)
+    settings = " ".join(f"--set {shlex.quote(word)}" for word in words)
     return f"  fix: each setting has its own --set: {settings}"
 
 

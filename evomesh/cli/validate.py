@@ -14,6 +14,7 @@ from evomesh.cli.options import (
     OverrideOption,
     RendezvousPortOption,
 )
+from evomesh.config.json_codec import float_word
 
 if TYPE_CHECKING:
     from evomesh.train.validation_run import ValidationResult
@@ -67,13 +68,17 @@ def validate(
 
 def as_object(result: ValidationResult) -> str:
     """Return the result as one JSON object, its figures under the names of metrics.jsonl."""
+    figures = {}
+    for name, value in result.figures.items():
+        # JSON has no NaN and no infinity; metrics.jsonl has the same words.
+        figures[name] = float_word(value)
     values: dict[str, Any] = {
         "source": result.source,
         "step": result.step,
         "ranks": result.world_size,
-        "figures": result.figures,
+        "figures": figures,
     }
-    return json.dumps(values, ensure_ascii=False)
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
 
 def table_of(result: ValidationResult) -> str:

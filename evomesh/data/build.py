@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from evomesh.config.data import DataConfig
+from evomesh.config.user import expand_home
 from evomesh.data.config_folders import validation_files
 from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.loader import BatchStream
@@ -146,7 +146,7 @@ def _open_valid_sets(
     check_vocabulary(files, vocab_size)
     train_files = []
     if config.train_folder is not None:
-        train_files = find_files(Path(config.train_folder), "data.train_folder")
+        train_files = find_files(expand_home(config.train_folder), "data.train_folder")
     check_same_tokenizer([*train_files, *files], config.allow_tokenizer_mismatch)
 
     # 2. A set for each folder. Files without a document that is long enough are left

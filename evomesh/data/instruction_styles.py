@@ -40,7 +40,11 @@ INSTRUCTION_STYLES = {
         instruction=IN_BRACKETS,
         system=("[INST] ", " [/INST]\n"),
     ),
-    "xtuner_code_llama": InstructionStyle(instruction=IN_BRACKETS, system=LINE),
+    "xtuner_code_llama": InstructionStyle(
+        instruction=IN_BRACKETS,
+        system=LINE,
+        separator="",
+    ),
     "xtuner_llama2": InstructionStyle(instruction=IN_BRACKETS),
     "xtuner_vicuna": InstructionStyle(instruction=("USER: ", " ASSISTANT:")),
     "xtuner_wizardcoder": InstructionStyle(

@@ -30,5 +30,5 @@ Object.assign(WORDS, {
   members: ["with ranks", "成员"], operation: ["operation", "操作"], calls: ["calls", "次数"], bytes: ["a step", "每步"], busy_seconds: ["link busy, s", "链路忙碌，秒"], choose_rank: ["Rank", "进程"], node: ["node", "节点"],
   groups_note: ["The chosen rank and those with which it forms groups; a node for each frame. Bytes are those of one copy of the whole values.", "所选进程及与其同组的进程；每个框为一个节点。字节数为完整数值的一份拷贝。"], more_nodes: ["more nodes without ranks of these groups or not shown", "个其他节点未显示"],
   one_rank: ["There is one rank: it talks to nobody.", "只有一个进程，无通信。"],
-  layout: ["layout", "布局"], no_layouts: ["No layout fits.", "没有可容纳的布局。"], layouts_note: ["Seconds in which a GPU works through a million tokens, the fastest layout first.", "单个 GPU 处理一百万 token 所需秒数，最快的在前。"], per_million: ["s for 1e6 tokens", "每百万 token 秒数"],
+  layout: ["layout", "布局"], no_layouts: ["No layout fits.", "没有可容纳的布局。"], layouts_note: ["Seconds in which a GPU works through a million tokens, of the layouts within 1 % of the fastest the one with the least memory first.", "单个 GPU 处理一百万 token 所需秒数，比最快的慢不超过 1 % 的布局中，内存最少的在前。"], per_million: ["s for 1e6 tokens", "每百万 token 秒数"],
 });

@@ -40,3 +40,9 @@ def test_settings_that_follow_one_set_are_named(words: list[str], hint: str) -> 
     assert result.exit_code == 2
     assert ("fix: each setting has its own --set" in result.output) == bool(hint)
     assert hint in result.output
+
+
+def test_parentheses_of_a_setting_are_kept() -> None:
+    words = ["--set", "seed=1", "optimizer.ema=dict(decay=0.9)"]
+    result = CliRunner().invoke(app, ["train", "x.py", *words])
+    assert "--set 'optimizer.ema=dict(decay=0.9)'" in result.output

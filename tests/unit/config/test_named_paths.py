@@ -58,6 +58,17 @@ def refusal_of_start(*settings: str) -> UserError:
     return refusal.value
 
 
+def test_a_folder_in_the_home_folder(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = ["data.train_folder='~/data/train'", "data.valid_folder='~/data/valid'"]
+    assert check(*folders) == []
+    config = load_config("config.py", folders).config
+    sets = build_valid_data(config.data, 256)
+    assert {found.name for found in sets} == {"code", "en"}
+
+
 def write_step(step: int) -> None:
     """A folder that looks like a checkpoint; it is one of another run, so nothing is read from it."""
     folder = Path(f"ckpts/step-{step:08d}")
@@ -130,6 +141,12 @@ class TestWhatIsNotThere:
         assert check(*load_from("s3://bucket/run")) == []
         (line,) = check("ckpt.load_ckpt_info=dict(path='nix', fallback=True)")
         assert "no checkpoint at 'nix'" in line
+        # A run that resumes does not read it.
+        step = Path("kept/step-00000002")
+        step.mkdir(parents=True)
+        (step / "commit.json").touch()
+        info = "ckpt.load_ckpt_info=dict(path='nix', fallback=True)"
+        assert check(info, "ckpt.save_ckpt_folder='local:kept'") == []
 
     def test_a_checkpoint_to_branch_from(self, check: Check) -> None:
         decay = ["lr_scheduler.decay_from='other/5'", "lr_scheduler.decay_steps=5"]

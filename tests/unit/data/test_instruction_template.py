@@ -45,7 +45,7 @@ WRITTEN = {
         "[INST] cat [/INST]",
     ),
     "xtuner_code_llama": Written(
-        "[INST] is [/INST]", "the\n[INST] is [/INST]", "[INST] cat [/INST]"
+        "[INST] is [/INST]", "the\n[INST] is [/INST]", "[INST] cat [/INST]", ""
     ),
     "xtuner_llama2": Written("[INST] is [/INST]", None, "[INST] cat [/INST]"),
     "xtuner_vicuna": Written("USER: is ASSISTANT:", None, "USER: cat ASSISTANT:"),

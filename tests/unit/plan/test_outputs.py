@@ -23,6 +23,7 @@ START = ["plan", "nix.py", "--gpus", "1", "--device", "H100"]
             ["--search", "--write", "nodir/x.py"],
             "--write: nodir/x.py cannot be written",
         ),
+        (["--html", "kept.py"], "another ending than .html: it would be lost"),
         (["--json", "--html", "x.html"], "--json prints the memory of a rank"),
         (["--json", "--search", "--write", "x.py"], "nothing is written with --write"),
     ],
@@ -31,6 +32,7 @@ def test_refused(
     options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("kept.py").touch()
     result = CliRunner().invoke(app, [*START, *options])
     assert isinstance(result.exception, UserError)
     assert words in str(result.exception)
