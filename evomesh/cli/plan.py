@@ -160,6 +160,8 @@ def plan(
     if config is None or gpus is None:
         raise _missing(config)
     check_time_options(device, search, write, price, html)
+    if as_json:
+        refuse_beside_json(search, price)
     refuse_unfit_output("--html", html, as_json)
     refuse_unfit_output("--write", write, as_json)
     timed = timed_device(device, gpu_memory, gpus)
@@ -188,6 +190,22 @@ def plan(
     if html is not None:
         subject = PageSubject(config, settings, gpus, timed, price)
         write_plan_page(console, html, subject, spans, result)
+
+
+def refuse_beside_json(search: bool, price: float | None) -> None:
+    """Refuse what the JSON object does not hold.
+
+    Raises:
+        UserError: a search or a price is asked for.
+    """
+    if not search and price is None:
+        return
+    raise UserError(
+        "--json prints the memory of a rank, without layouts and costs",
+        where="--search" if search else "--price",
+        expected="one of the two",
+        code="EVO-CLI-004",
+    )
 
 
 def _missing(config: str | None) -> UserError:

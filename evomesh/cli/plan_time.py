@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def timed_device(
     name: str | None, gpu_memory: float | None, gpus: int
 ) -> Device | None:
-    """Load the device of a prediction of so many ranks, with another memory if one is given; None without a name.
+    """Load the device of one of so many ranks, with its memory or the one that is given; None without a name.
 
     Raises:
         UserError: no such device.
@@ -32,9 +32,8 @@ def timed_device(
     if name is None:
         return None
     device = load_device(name).in_world(gpus)
-    if gpu_memory is None:
-        return device
-    return device.model_copy(update={"memory_gib": gpu_memory})
+    memory = gpu_memory or device.memory_of_rank
+    return device.model_copy(update={"memory_gib": memory})
 
 
 def print_step(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from evomesh.data.template import Span
 from evomesh.data.tokenizer import EncodedText
+from evomesh.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,32 @@ class ChatMessage:
     text: str
     train: bool
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refuse_without_place(
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Any] | None,
+    *,
+    roles: Iterable[str],
+    template: str,
+    fix: str,
+) -> None:
+    """Refuse a conversation that has more than text of ``roles``, of which a template alone consists.
+
+    Raises:
+        UserError: it has another role, tools, or a message with further keys.
+    """
+    other_roles = {message.role for message in messages}.difference(roles)
+    keys = {key for message in messages for key in message.extra}
+    lacking = [f"the role {role!r}" for role in sorted(other_roles)]
+    lacking += [f"the key {key!r} of a message" for key in sorted(keys)]
+    lacking += ["tools"] if tools else []
+    if lacking:
+        raise UserError(
+            f"{template} has no place for {', '.join(lacking)}",
+            fix=fix,
+            code="EVO-TOKEN-009",
+        )
 
 
 class ChatTemplate(Protocol):

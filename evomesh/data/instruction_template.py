@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evomesh.data.chat_message import ChatMessage, mark_targets, mask
+from evomesh.data.chat_message import (
+    ChatMessage,
+    mark_targets,
+    mask,
+    refuse_without_place,
+)
 from evomesh.data.instruction_styles import InstructionStyle
 from evomesh.data.template import Span
 from evomesh.data.tokenizer import Tokenizer
@@ -66,18 +71,13 @@ class InstructionTemplate:
     def _check(
         self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None
     ) -> None:
-        """Refuse what the template has no place for."""
-        roles = {message.role for message in messages} - {"assistant", *self._around}
-        keys = {key for message in messages for key in message.extra}
-        lacking = [f"the role {role!r}" for role in sorted(roles)]
-        lacking += [f"the key {key!r} of a message" for key in sorted(keys)]
-        lacking += ["tools"] if tools else []
-        if lacking:
-            raise UserError(
-                f"the chat template {self.name} has no place for {', '.join(lacking)}",
-                fix="put the text into the first user's message, or use another template: --chat-template tokenizer",
-                code="EVO-TOKEN-009",
-            )
+        refuse_without_place(
+            messages,
+            tools,
+            roles=("assistant", *self._around),
+            template=f"the chat template {self.name}",
+            fix="put the text into the first user's message, or use another template: --chat-template tokenizer",
+        )
 
     def _encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         bos_id = self.tokenizer.bos_id

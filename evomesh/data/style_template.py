@@ -11,7 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evomesh.data.chat_message import ChatMessage, mark_targets, mask
+from evomesh.data.chat_message import (
+    ChatMessage,
+    mark_targets,
+    mask,
+    refuse_without_place,
+)
 from evomesh.data.chat_styles import (
     INTERNEVO_TOKEN_IDS,
     ROLE_MARKS,
@@ -94,18 +99,13 @@ class StyleTemplate:
     def _check_plain(
         self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None
     ) -> None:
-        """Refuse what a built-in template has no place for."""
-        roles = {message.role for message in messages} - set(self.style.turns)
-        keys = {key for message in messages for key in message.extra}
-        lacking = [f"the role {role!r}" for role in sorted(roles)]
-        lacking += [f"the key {key!r} of a message" for key in sorted(keys)]
-        lacking += ["tools"] if tools else []
-        if lacking:
-            raise UserError(
-                f"the built-in chat template has no place for {', '.join(lacking)}",
-                fix="use the template of a tokenizer that has one: --chat-template tokenizer",
-                code="EVO-TOKEN-009",
-            )
+        refuse_without_place(
+            messages,
+            tools,
+            roles=self.style.turns,
+            template="the built-in chat template",
+            fix="use the template of a tokenizer that has one: --chat-template tokenizer",
+        )
 
     def _render(self, messages: Sequence[ChatMessage]) -> Iterator[ChatPart]:
         """Yield the parts of a conversation: bos, then those of each message."""

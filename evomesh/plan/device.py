@@ -94,6 +94,13 @@ class Device(FileTable):
         return self.model_copy(update={"processes": on_node})
 
     @property
+    def memory_of_rank(self) -> float:
+        """Return the GiB that one rank has: those of its GPU, or its share of the machine's."""
+        return (
+            self.memory_gib if self.host is None else self.memory_gib / self.processes
+        )
+
+    @property
     def turns(self) -> float:
         """Return how many times longer a computation takes where all ranks of a node compute."""
         return 1.0 if self.host is None else self.host.turns(self.processes)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from evomesh.plan.device import Device
+from evomesh.cli.plan_time import timed_device
+from evomesh.plan.device import Device, load_device
+from evomesh.plan.device_file import write_device
 from evomesh.plan.layout_choice import LayoutChoice, choice_of, with_choice
 from evomesh.plan.layout_predictor import PartsPredictor
 from evomesh.plan.memory import PeakMemory, peak_memory
@@ -67,3 +71,20 @@ def test_nothing_of_a_gpu_is_counted() -> None:
     for peak in peaks:
         assert peak.outside == {}
         assert peak.needed == peak.total
+
+
+def test_ranks_on_one_machine_share_its_memory(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.toml"
+    machine = CPU.model_copy(update={"memory_gib": 16})
+    write_device(machine, file, "A machine.")
+
+    def memory(ranks: int, given: float | None = None) -> float:
+        device = timed_device(str(file), given, ranks)
+        assert device is not None
+        # What predicts a step asks again, which changes nothing.
+        return device.in_world(ranks).memory_gib
+
+    assert [memory(ranks) for ranks in (1, 2, 4)] == [16, 8, 4]
+    assert memory(4, given=6) == 6
+    gpu = timed_device("H100", None, 8)
+    assert gpu is not None and gpu.memory_gib == load_device("H100").memory_gib

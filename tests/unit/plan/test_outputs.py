@@ -25,7 +25,8 @@ START = ["plan", "nix.py", "--gpus", "1", "--device", "H100"]
         ),
         (["--html", "kept.py"], "another ending than .html: it would be lost"),
         (["--json", "--html", "x.html"], "--json prints the memory of a rank"),
-        (["--json", "--search", "--write", "x.py"], "nothing is written with --write"),
+        (["--json", "--search"], "without layouts and costs"),
+        (["--json", "--price", "2"], "without layouts and costs"),
     ],
 )
 def test_refused(
