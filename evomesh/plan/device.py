@@ -96,9 +96,9 @@ class Device(FileTable):
     @property
     def memory_of_rank(self) -> float:
         """Return the GiB that one rank has: those of its GPU, or its share of the machine's."""
-        return (
-            self.memory_gib if self.host is None else self.memory_gib / self.processes
-        )
+        if self.host is None:
+            return self.memory_gib
+        return self.memory_gib / self.processes
 
     @property
     def turns(self) -> float:
