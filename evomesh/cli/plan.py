@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomesh.cli.options import OverrideOption
-from evomesh.cli.plan_page import PageSubject, refuse_unfit_output, write_plan_page
+from evomesh.cli.plan_page import (
+    PageSubject,
+    refuse_beside_json,
+    refuse_unfit_output,
+    write_plan_page,
+)
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,22 +195,6 @@ def plan(
     if html is not None:
         subject = PageSubject(config, settings, gpus, timed, price)
         write_plan_page(console, html, subject, spans, result)
-
-
-def refuse_beside_json(search: bool, price: float | None) -> None:
-    """Refuse what the JSON object does not hold.
-
-    Raises:
-        UserError: a search or a price is asked for.
-    """
-    if not search and price is None:
-        return
-    raise UserError(
-        "--json prints the memory of a rank, without layouts and costs",
-        where="--search" if search else "--price",
-        expected="one of the two",
-        code="EVO-CLI-004",
-    )
 
 
 def _missing(config: str | None) -> UserError:

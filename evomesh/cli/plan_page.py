@@ -97,6 +97,22 @@ def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
         )
 
 
+def refuse_beside_json(search: bool, price: float | None) -> None:
+    """Refuse what the JSON object does not hold.
+
+    Raises:
+        UserError: a search or a price is asked for.
+    """
+    if not search and price is None:
+        return
+    raise UserError(
+        "--json prints the memory of a rank, without layouts and costs",
+        where="--search" if search else "--price",
+        expected="one of the two",
+        code="EVO-CLI-004",
+    )
+
+
 def memory_of_ranks(
     config: Config, gpus: int, spans: StepSpans, device: Device
 ) -> list[MemoryTimeline]:
