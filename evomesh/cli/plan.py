@@ -165,8 +165,7 @@ def plan(
     if config is None or gpus is None:
         raise _missing(config)
     check_time_options(device, search, write, price, html)
-    if as_json:
-        refuse_beside_json(search, price)
+    refuse_beside_json(as_json, search, price)
     refuse_unfit_output("--html", html, as_json)
     refuse_unfit_output("--write", write, as_json)
     timed = timed_device(device, gpu_memory, gpus)

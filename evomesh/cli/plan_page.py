@@ -97,13 +97,13 @@ def refuse_unfit_output(option: str, file: Path | None, as_json: bool) -> None:
         )
 
 
-def refuse_beside_json(search: bool, price: float | None) -> None:
+def refuse_beside_json(as_json: bool, search: bool, price: float | None) -> None:
     """Refuse what the JSON object does not hold.
 
     Raises:
         UserError: a search or a price is asked for.
     """
-    if not search and price is None:
+    if not as_json or (not search and price is None):
         return
     raise UserError(
         "--json prints the memory of a rank, without layouts and costs",
