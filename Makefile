@@ -6,7 +6,7 @@ EVOMESH := $(VENV)/bin/evomesh
 CONSTRAINTS ?= constraints.txt
 # The oldest that pyproject.toml allows and the newest that PyPI serves; constraints.txt has the one between.
 TORCH_VERSIONS ?= 2.11.0 2.15.0
-TESTS ?= tests/unit tests/arch tests/dist
+TESTS ?= tests/unit tests/arch tests/contract tests/dist
 DEMO ?= demo_data
 export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
@@ -53,7 +53,7 @@ test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit tests/arch
 
 # Another version of torch than the pinned one brings several GB of CUDA libraries, so this is never part of `make test`.
-test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
+test-versions: ## unit, architecture, contract and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
 	TESTS="$(TESTS)" tools/test_versions.sh $(TORCH_VERSIONS)
 
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md

@@ -161,8 +161,8 @@ class DataConfig(Section):
     tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
     chat_template: ChatTemplateName | None = Field(
         None,
-        description="Built-in chat template the data was tokenized with; chats and exports use it if the tokenizer has "
-        "none.",
+        description="Built-in chat template the data was tokenized with; chats use it if the tokenizer has none, and "
+        "exports have it where Jinja can express it.",
     )
     content_name: str = Field("text", description="Text column of streaming data.")
     encoding: str = Field(
