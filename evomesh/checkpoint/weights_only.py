@@ -21,6 +21,7 @@ from evomesh.checkpoint.resume import (
 from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.storage.base import join
+from evomesh.storage.urls import open_storage
 
 WEIGHTS = ("model",)
 
@@ -54,10 +55,18 @@ def choose_weights(
 
 
 def _at(path: str, reader: CheckpointReader) -> StartPoint:
+    path = _newest_of_internevo(path)
     kind = detect.kind_at(path) or ""
     ckpt_type = RIGHT_TYPES.get(kind, DETECTED_TYPES[0])
     info = LoadConfig(path=path, content=WEIGHTS, ckpt_type=ckpt_type)
     return from_load_info(info, reader)
+
+
+def _newest_of_internevo(url: str) -> str:
+    """Return the newest step of a save folder of InternEvo; any other path as it is."""
+    storage, root = open_storage(url)
+    steps = detect.internevo_steps(storage, root)
+    return join(url, str(steps[0])) if steps else url
 
 
 def _of_run(config: CheckpointConfig, reader: CheckpointReader) -> StartPoint:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
@@ -17,8 +16,8 @@ from evomesh.checkpoint.weights_only import choose_weights
 from evomesh.config.data import DataConfig
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import Config
-from evomesh.config.user import expand_home
 from evomesh.data.build import ValidationSet, build_valid_data
+from evomesh.data.config_folders import training_files
 from evomesh.errors import UserError
 from evomesh.layers.attention_kernel import attention_kernel
 from evomesh.parallel.exchange import default_exchange
@@ -161,7 +160,7 @@ def _open_sets(config: Config) -> list[ValidationSet]:
     data = config.data
     if not _has_training_data(data):
         logger.info(
-            "data.train_folder (%s) is not there: its tokenizer is not compared with that of the validation data",
+            "data.train_folder (%s) has no token files here: its tokenizer is not compared with the validation data's",
             data.train_folder,
         )
         data = data.model_copy(update={"train_folder": None})
@@ -169,7 +168,12 @@ def _open_sets(config: Config) -> list[ValidationSet]:
 
 
 def _has_training_data(data: DataConfig) -> bool:
-    folder = data.train_folder
-    if data.type == "streaming":  # has no token files to compare with
+    """Return whether there are training files here whose tokenizer can be compared, or none are named."""
+    # Streaming data has no token files to compare with.
+    if data.type == "streaming" or data.train_folder is None:
         return True
-    return folder is None or Path(expand_home(folder)).exists()
+    try:
+        training_files(data)
+    except UserError:
+        return False
+    return True

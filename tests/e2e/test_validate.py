@@ -78,16 +78,21 @@ class TestOneProcess:
         assert found["step"] == 4 and found["ranks"] == 1
         assert "validating the weights of step 4 of ckpts/step-00000004" in log
         assert "validating: 4 batches (code 2, en 2)" in log
-        averaged, _ = validate("--ema", "--json")
+        averaged, _ = validate(
+            "--ema", "--json", "--set", "data.train_folder=elsewhere"
+        )
         assert json.loads(averaged)["figures"] == figures_in(rows[3], ema=True)
-        elsewhere = ["--set", "data.train_folder=elsewhere"]
-        table, _ = validate("--checkpoint", "ckpts/2", *elsewhere)
+        (tmp_path / "empty").mkdir()
+        before.append(tmp_path / "empty")
+        table, _ = validate(
+            "--checkpoint", "ckpts/2", "--set", "data.train_folder=empty"
+        )
         title, columns, code, en = table.splitlines()
         assert title == "the weights of step 2 of ckpts/step-00000002"
         assert columns.split() == ["set", "loss", "perplexity", "accuracy", "bits/byte"]
         loss = f"{rows[1]['val/code_loss']:.6g}"
         assert code.split()[:2] == ["code", loss] and en.split()[-1] == "-"
-        assert sorted(tmp_path.rglob("*")) == before
+        assert sorted(tmp_path.rglob("*")) == sorted(before)
 
         command = ["evomesh", "convert", "to-hf", "ckpts", "hf"]
         exported = interpreter.run(command, cwd=tmp_path)
