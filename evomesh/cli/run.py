@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -10,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 from evomesh.config.redact import RedactingStream, redact_text
 from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserError
@@ -68,6 +69,12 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
 
         StopRequest().watch()
         end_with_supervisor()
+    with _end_before_threads_are_ended():
+        _run_to_its_end(command, trains=trains)
+
+
+def _run_to_its_end(command: Callable[[], object], *, trains: bool) -> None:
+    """Call ``command`` and turn what it raises into a message and an exit code."""
     # typer and rich replace the streams and raise SystemExit(1) where a pipe is closed, so
     # that neither the exception nor sys.stdout tells: ask the streams that they replaced.
     streams: list[object] = [sys.stdout, sys.stderr]
@@ -89,6 +96,43 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
         _end_without_reader(streams)
     elif _is_in_world():  # see launch: gloo's groups are not destroyed
         _end(0)
+
+
+@contextlib.contextmanager
+def _end_before_threads_are_ended() -> Iterator[None]:
+    """Let the process end after its exit functions if the ``with`` block leaves daemon threads behind.
+
+    When Python before 3.14 shuts down, it ends every daemon thread as soon as that thread
+    asks for the interpreter's lock. Where the thread is in C++ code of torch, which asks on
+    its way back, the whole process aborts instead, with SIGABRT for an exit code.
+    """
+    earlier = set(threading.enumerate())
+    ending = _Ending()
+    # Exit functions run in reverse order. Those of torch and of others come later than
+    # this one, and so run before it.
+    atexit.register(ending.end)
+    try:
+        yield
+    except SystemExit as ended:
+        ending.exit_code = _exit_code(ended)
+        raise
+    except BaseException:
+        ending.exit_code = EXIT_BUG
+        raise
+    finally:
+        left = set(threading.enumerate()) - earlier
+        if not any(thread.daemon for thread in left):
+            atexit.unregister(ending.end)
+
+
+class _Ending:
+    """The last exit function of a process."""
+
+    exit_code = 0
+
+    def end(self) -> None:
+        """End the process at once."""
+        _flush_and_exit(self.exit_code)
 
 
 def _exit_code(ended: SystemExit) -> int:
@@ -154,11 +198,16 @@ def _words_of(message: UserError) -> str:
 def _end(exit_code: int) -> None:
     """End the process; at once where it is in a process group, which other ranks may never leave with it."""
     if _is_in_world():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(exit_code)
+        _flush_and_exit(exit_code)
     sys.exit(exit_code)
+
+
+def _flush_and_exit(exit_code: int) -> NoReturn:
+    """End the process without the shutdown of Python."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
 
 
 def _is_in_world() -> bool:
