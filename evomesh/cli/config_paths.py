@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from evomesh.config.schema import Config
 
 TOKENIZER = "data.tokenizer_path"
+RAW_DATA = "train_dataloader.dataset, raw data"
 HERE = "a run started here would end with this"
 
 
@@ -26,6 +27,7 @@ def path_warnings(loaded: LoadedConfig) -> list[str]:
     makes_token_files = bool(loaded.preparation)
     refusals = start_refusals(config.data, makes_token_files=makes_token_files)
     places = {refusal.where for refusal in refusals}
+    refusals += _refused_raw_data(loaded)
     refusals += _refused_checkpoints(loaded)
     warnings = [_in_words(refusal) for refusal in refusals]
     if TOKENIZER not in places:
@@ -40,6 +42,25 @@ def _in_words(refusal: UserError) -> str:
     fix = refusal.fix or f"correct the path; a relative one is seen from {here}"
     text = f"{place}{refusal.found}; {fix} ({HERE})"
     return " ".join(text.split())
+
+
+def _refused_raw_data(loaded: LoadedConfig) -> list[UserError]:
+    """Return the errors of raw data that a run would make token files of, where it is not there."""
+    from evomesh.cli.xtuner_data import output_of, sources_of
+
+    refusals = []
+    for command in loaded.preparation:
+        if output_of(command).exists():
+            continue
+        # Imports numpy.
+        from evomesh.data.records.source_files import find_source_files
+
+        try:
+            find_source_files(sources_of(command))
+        except UserError as refusal:
+            refusal.where = RAW_DATA
+            refusals.append(refusal)
+    return refusals
 
 
 def _refused_checkpoints(loaded: LoadedConfig) -> list[UserError]:

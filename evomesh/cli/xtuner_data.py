@@ -127,6 +127,11 @@ def output_of(command: Sequence[str]) -> Path:
     return Path(command[command.index("--output") + 1])
 
 
+def sources_of(command: Sequence[str]) -> list[str]:
+    """Return the files and folders that an ``evomesh tokenize`` command line reads."""
+    return list(command[1 : command.index("--output")])
+
+
 def changes_of(command: Sequence[str]) -> list[str]:
     """Return what makes a command's token file, which exists, another one than it would be now, in words.
 
@@ -141,11 +146,10 @@ def changes_of(command: Sequence[str]) -> list[str]:
     if record is None:
         return []
     position = command.index("--output")
-    sources = list(command[1:position])
     names = command[position::2]
     values = dict(zip(names, command[position + 1 :: 2], strict=True))
     try:
-        files = find_source_files(sources)
+        files = find_source_files(sources_of(command))
     except UserError as error:
         print(f"not compared with its sources: {error}", file=sys.stderr)
         return []

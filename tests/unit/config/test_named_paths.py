@@ -13,6 +13,7 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import decide
 from evomesh.cli.config import app
+from evomesh.cli.xtuner_data import make_token_files, output_of
 from evomesh.config.loader import load_config
 from evomesh.data.build import build_train_data, build_valid_data
 from evomesh.errors import UserError
@@ -174,3 +175,29 @@ def test_a_step_that_is_there_is_no_missing_folder(
             CheckpointReader(),
             None,
         )
+
+
+def raw_data_warnings(config: Path) -> list[str]:
+    lines = CliRunner().invoke(app, ["check", str(config)]).output.splitlines()
+    return [line for line in lines if "raw data: " in line]
+
+
+def test_raw_data_of_xtuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(__file__).parents[3] / "configs/xtuner"
+    text = (shipped / "internlm2_7b_w_untokenized_dataset.py").read_text()
+    config = tmp_path / "raw.py"
+    config.write_text(text.replace("/path/to/sft/data/folder", "talks"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        make_token_files(load_config(config))
+    (line,) = raw_data_warnings(config)
+    assert refusal.value.found in line and "started here" in line
+    # Made by an earlier start: a run reads them, wherever the raw data is now.
+    (command,) = load_config(config).preparation
+    output_of(command).parent.mkdir(parents=True, exist_ok=True)
+    output_of(command).touch()
+    assert raw_data_warnings(config) == []
+    output_of(command).unlink()
+    Path("talks").mkdir()
+    Path("talks/one.jsonl").write_text('{"messages": []}\n')
+    assert raw_data_warnings(config) == []
