@@ -317,11 +317,17 @@ def _named(content: Collection[str]) -> str:
 
 def _wrong_type(info: LoadConfig, actual: str) -> CheckpointError:
     right = RIGHT_TYPES.get(actual)
+    if right is None:
+        readable = [detect.KINDS[kind] for kind in RIGHT_TYPES]
+        return CheckpointError(
+            f"{info.path} is {detect.KINDS[actual]}, which is not read",
+            expected=" or ".join(readable),
+            fix="save it with its own program as a Hugging Face model folder",
+            code="EVO-CKPT-009",
+        )
     return CheckpointError(
         f"{info.path} is {detect.KINDS[actual]}, but ckpt_type={info.ckpt_type!r} was given",
-        fix=f"set load_ckpt_info ckpt_type={right!r}"
-        if right
-        else detect.CONVERSIONS.get(actual, "convert it first: evomesh convert --help"),
+        fix=f"set load_ckpt_info ckpt_type={right!r}",
         code="EVO-CKPT-009",
     )
 

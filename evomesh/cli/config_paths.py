@@ -46,7 +46,7 @@ def _in_words(refusal: UserError) -> str:
 
 def _refused_raw_data(loaded: LoadedConfig) -> list[UserError]:
     """Return the errors of raw data that a run would make token files of, where it is not there."""
-    from evomesh.cli.xtuner_data import output_of, sources_of
+    from evomesh.config.reading.xtuner.tokenize_command import output_of, sources_of
 
     refusals = []
     for command in loaded.preparation:

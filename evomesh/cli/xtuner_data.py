@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from evomesh.config.reading.xtuner.tokenize_command import output_of, sources_of
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,16 +121,6 @@ def _refuse_trained(loaded: LoadedConfig, output: Path, changes: list[str]) -> N
             fix=f"take another folder (--work-dir), or remove {shown}, or undo the change",
             code="EVO-DATA-027",
         )
-
-
-def output_of(command: Sequence[str]) -> Path:
-    """Return the token file that an ``evomesh tokenize`` command line writes."""
-    return Path(command[command.index("--output") + 1])
-
-
-def sources_of(command: Sequence[str]) -> list[str]:
-    """Return the files and folders that an ``evomesh tokenize`` command line reads."""
-    return list(command[1 : command.index("--output")])
 
 
 def changes_of(command: Sequence[str]) -> list[str]:

@@ -13,8 +13,9 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import decide
 from evomesh.cli.config import app
-from evomesh.cli.xtuner_data import make_token_files, output_of
+from evomesh.cli.xtuner_data import make_token_files
 from evomesh.config.loader import load_config
+from evomesh.config.reading.xtuner.tokenize_command import output_of
 from evomesh.data.build import build_train_data, build_valid_data
 from evomesh.errors import UserError
 from tests.support.golden import write_folder

@@ -10,6 +10,7 @@ from typing import Any
 from evomesh.config.hub_folders import find_model_folder
 from evomesh.config.reading.draft import shown
 from evomesh.config.reading.xtuner.foreign_names import last_name
+from evomesh.config.reading.xtuner.tokenize_command import output_of
 from evomesh.config.reading.xtuner.translation import Translation
 
 RAW_LOADERS = (
@@ -91,7 +92,7 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
     _put_chat_template(out, key)
     # What is there already, of an earlier start, is not made again.
     missing = [
-        command for command in out.preparation if not Path(_output_of(command)).exists()
+        command for command in out.preparation if not output_of(command).exists()
     ]
     for command in missing:
         out.warn(
@@ -107,10 +108,6 @@ def _put_chat_template(out: Translation, key: str) -> None:
             templates.add(command[command.index("--chat-template") + 1])
     if len(templates) == 1 and templates <= set(TEMPLATES.values()):
         out.put("data.chat_template", templates.pop(), key, "of the conversations")
-
-
-def _output_of(command: tuple[str, ...]) -> str:
-    return command[command.index("--output") + 1]
 
 
 def _datasets(out: Translation, key: str, loader: str) -> list[RawDataset]:
