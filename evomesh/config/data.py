@@ -66,7 +66,10 @@ class DataConfig(Section):
         None,
         description="Folder of tokenized data; None: synthetic data, with a warning.",
     )
-    valid_folder: str | None = Field(None, description="Folder of validation sets.")
+    valid_folder: str | None = Field(
+        None,
+        description="Folder of validation sets; None: synthetic data, with a warning.",
+    )
     valid_micro_num: int | None = Field(
         None, ge=1, description="Micro-batches of a validation step; None: micro_num."
     )

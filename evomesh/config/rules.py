@@ -405,6 +405,12 @@ def _training_warnings(
             "data.train_folder",
             "None: training on SYNTHETIC data, as documented; set it to train on text",
         )
+    elif data.valid_every > 0 and data.valid_folder is None:
+        yield (
+            "data.valid_folder",
+            f"None while data.valid_every is {data.valid_every}: validation on SYNTHETIC data, as documented, whose "
+            "loss says nothing about your text; set it, or data.valid_every=0",
+        )
     if given("grad_scaler") and config.model.dtype != "float16":
         yield (
             "grad_scaler",

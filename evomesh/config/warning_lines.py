@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 IN_FULL = 3  # more warnings than this are one line
 KEY = re.compile(r"^[\w.]+")  # which a warning begins with
+SYNTHETIC = "SYNTHETIC data"  # in warnings that a loss is not of the user's text
 
 
 def warning_lines(warnings: Sequence[str], path: str) -> list[str]:
@@ -14,7 +15,7 @@ def warning_lines(warnings: Sequence[str], path: str) -> list[str]:
 
     A config that was copied from a guide sets many keys to what happens anyway, and
     eight long lines hide the one that matters. A warning of no key, such as one of a
-    command-line option, always has a line.
+    command-line option, always has a line, and so has one of synthetic data.
     """
     if len(warnings) <= IN_FULL:
         return list(warnings)
@@ -22,7 +23,7 @@ def warning_lines(warnings: Sequence[str], path: str) -> list[str]:
     keys: dict[str, None] = {}
     for words in warnings:
         key = KEY.match(words)
-        if key is None:
+        if key is None or SYNTHETIC in words:
             lines.append(words)
         else:
             keys[key[0]] = None

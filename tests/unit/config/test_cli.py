@@ -28,8 +28,9 @@ def run(*arguments: str) -> str:
 
 def test_check() -> None:
     out = run("check", SEVEN_B, "--set", "data.train_folder=x")
-    assert out.endswith("7B_sft.py: ok, 8 warnings\n")
-    line, unsaved, missing, _ = out.splitlines()
+    assert out.endswith("7B_sft.py: ok, 9 warnings\n")
+    synthetic, line, unsaved, missing, _ = out.splitlines()
+    assert synthetic.startswith("warning: data.valid_folder ")
     assert missing.startswith("warning: data.train_folder: cannot read the folder x: ")
     assert (
         unsaved.startswith("warning: ckpt.") and "nothing of the run is kept" in unsaved
@@ -37,7 +38,7 @@ def test_check() -> None:
     assert "6 settings have no effect or need attention: ckpt.load_ckpt_info, " in line
     assert line.endswith(f"; why: evomesh config check {SEVEN_B} -v")
     in_full = run("check", SEVEN_B, "--set", "data.train_folder=x", "-v")
-    assert len(in_full.splitlines()) == 9
+    assert len(in_full.splitlines()) == 10
     assert "grad_scaler" in line and "only float16 needs a loss scale" in in_full
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")

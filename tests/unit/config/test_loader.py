@@ -18,6 +18,7 @@ from evomesh.config.reading import source_lines
 from evomesh.config.reading.overrides import parse_value
 from evomesh.config.reading.source_lines import config_lines
 from evomesh.config.record import config_from_dict, config_to_dict
+from evomesh.config.warning_lines import warning_lines
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
@@ -342,6 +343,30 @@ def test_warnings_are_said_once(tmp_path: Path) -> None:
         load(
             tmp_path, BASE, "grad_scaler.hysteresis=2", "model.dtype=torch.bfloat16"
         ).warnings
+    )
+
+
+@covers("data.valid_every", "data.valid_folder")
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        (["data.train_folder=d", "data.valid_every=2"], "data.valid_folder"),
+        (["data.type=streaming", "data.tokenizer_path=t", "data.valid_every=2"], "data.valid_folder"),
+        (["data.train_folder=None", "data.valid_every=2"], "data.train_folder"),
+        (["data.train_folder=d", "data.valid_every=0"], None),
+        (["data.train_folder=d", "data.valid_every=2", "data.valid_folder=v"], None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_synthetic_data_is_one_warning_however_many_there_are(
+    tmp_path: Path, sets: list[str], key: str | None
+) -> None:
+    others = ["grad_scaler.hysteresis=2", "model.num_chunks=2", "data.use_shm=False"]
+    found = load(tmp_path, BASE, *sets, *others, "model.dtype=torch.float32").warnings
+    lines = warning_lines([*found, "a.b: x", "c.d: x", "e.f: x"], "my.py")
+    synthetic = [words for words in lines if "SYNTHETIC data" in words]
+    assert [words.split()[0].rstrip(":") for words in synthetic] == (
+        [key] if key else []
     )
 
 
