@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from evomesh.data.chat_message import ChatMessage
-from evomesh.data.chat_styles import ROLES
 from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
@@ -16,15 +15,27 @@ RecordSchema = Literal["alpaca", "messages", "sharegpt", "xtuner"]
 FLAGS = ("loss", "train", "weight")  # keys of a message that say whether it is a target
 XTUNER_FLAG = "output_with_loss"
 XTUNER_KEYS = ("system", "input", "output", XTUNER_FLAG)
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+# Keys that mean the same, in OpenAI's form and in ShareGPT's; files mix them.
+LIST_KEYS = ("messages", "conversations")
+ROLE_KEYS = ("role", "from")
+TEXT_KEYS = ("content", "value")
+ROLE_NAMES = {
     "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
     "tool": "tool",
     "observation": "tool",
 }
+# Which format a record has by its keys.
+FORMAT_KEYS = (
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("xtuner", ("conversation",)),
+    ("alpaca", ("instruction", "output")),
+)
+EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 # Keys of messages that templates of tokenizer folders read.
@@ -40,8 +51,9 @@ def read_conversation(
 
     Args:
         schema: "alpaca": instruction, input, output, with an optional system text and history (pairs of question and
-            answer); "messages": a list (or its key ``messages``) of role and content; "sharegpt": ``conversations`` of
-            from and value. A message with ``"loss"`` or ``"train"`` false, or ``"weight"`` 0, is not a target.
+            answer); "messages" and "sharegpt": a list, alone or under ``messages`` or ``conversations``, of role and
+            content or of from and value. A message with ``"loss"`` or ``"train"`` false, or ``"weight"`` 0, is not a
+            target.
             "xtuner": ``conversation`` of input and output, and system in the first.
         roles: the roles whose messages are targets.
 
@@ -52,20 +64,8 @@ def read_conversation(
         return _read_alpaca(record, roles)
     if schema == "xtuner":
         return _read_xtuner(record, roles)
-    key = "messages" if schema == "messages" else "conversations"
-    entries = (
-        record.value
-        if isinstance(record.value, list)
-        else _get(record.value, key, record)
-    )
-    entries = _get_list(entries, key, record)
-    messages = []
-    if isinstance(record.value, dict):
-        _refuse_unknown(record.value, (key, "system", "tools"), record)
-        messages += _system_message(record, roles)
-    for entry in entries:
-        messages.append(_read_message(entry, schema, record, roles))
-    return messages
+    keys = LIST_KEYS if schema == "messages" else LIST_KEYS[::-1]
+    return _read_messages(record, keys, roles)
 
 
 def read_tools(record: SourceRecord) -> list[Any] | None:
@@ -118,37 +118,88 @@ def _get_list(value: Any, key: str, record: SourceRecord) -> list[Any]:
     )
 
 
+def _read_messages(
+    record: SourceRecord, keys: Sequence[str], roles: Sequence[str]
+) -> list[ChatMessage]:
+    """Return the messages of a list.
+
+    Args:
+        keys: the names that the list may have in an object, first the one that the format says.
+    """
+    entries = record.value
+    key = keys[0]
+    messages = []
+    if not isinstance(entries, list):
+        key = _choose_key(record.value, keys, record)
+        entries = _get_of_record(record, key)
+        _refuse_unknown(record.value, (key, "system", "tools"), record)
+        messages += _system_message(record, roles)
+    for entry in _get_list(entries, key, record):
+        messages.append(_read_message(entry, record, roles))
+    return messages
+
+
 def _read_message(
-    entry: Any, schema: RecordSchema, record: SourceRecord, roles: Sequence[str]
+    entry: Any, record: SourceRecord, roles: Sequence[str]
 ) -> ChatMessage:
     """Return one message of a list."""
+    role_key = _choose_key(entry, ROLE_KEYS, record)
+    text_key = _choose_key(entry, TEXT_KEYS, record)
+    name = _get_text(entry, role_key, record)
     extra = {}
-    known: tuple[str, ...]
-    if schema == "messages":
-        role = _get_text(entry, "role", record)
-        for key in TEMPLATE_KEYS:
-            if entry.get(key) is not None:
-                extra[key] = entry[key]
-        text = ""
-        # A message that calls tools may come without content, or with a null one.
-        if entry.get("content") is not None or "tool_calls" not in extra:
-            text = _get_text(entry, "content", record)
-        known = ("role", "content", *TEMPLATE_KEYS, *FLAGS)
-    else:
-        sender = _get_text(entry, "from", record)
-        role = SHAREGPT_ROLES.get(sender, sender)
-        text = _get_text(entry, "value", record)
-        known = ("from", "value", *FLAGS)
-    _refuse_unknown(entry, known, record)
-    if role not in (*ROLES, "tool"):
-        raise UserError(
-            f"the role {role!r} is unknown",
-            where=record.where,
-            expected=f"one of {', '.join(ROLES)}",
-            code="EVO-DATA-014",
-        )
+    for key in TEMPLATE_KEYS:
+        if entry.get(key) is not None:
+            extra[key] = entry[key]
+    text = ""
+    # A message that calls tools may come without content, or with a null one.
+    if entry.get(text_key) is not None or "tool_calls" not in extra:
+        text = _get_text(entry, text_key, record)
+    _refuse_unknown(entry, (role_key, text_key, *TEMPLATE_KEYS, *FLAGS), record)
+    role = ROLE_NAMES.get(name)
+    if role is None:
+        raise _unknown_role(name, record)
     is_muted = _is_muted(entry, record)
     return ChatMessage(role, text, role in roles and not is_muted, extra)
+
+
+def _choose_key(value: Any, names: Sequence[str], record: SourceRecord) -> str:
+    """Return which of several names that mean the same an object uses; the first if none.
+
+    Raises:
+        UserError: more than one of them has a value.
+    """
+    if not isinstance(value, dict):
+        return names[0]
+    given = [name for name in names if name in value]
+    filled = [name for name in given if value[name] not in EMPTY]
+    if len(filled) > 1:
+        raise UserError(
+            f"both {' and '.join(filled)} are given, which mean the same",
+            where=record.where,
+            expected=f"one of {', '.join(names)}",
+            fix=f"remove {filled[1]} or {filled[0]} from the records",
+            code="EVO-DATA-014",
+        )
+    chosen = filled or given or names
+    return chosen[0]
+
+
+def _unknown_role(name: str, record: SourceRecord) -> UserError:
+    """Return the error that a message has a role that no record may have."""
+    fix = "rename it to the one that it means, or remove the message"
+    if name == "function_call":
+        # Other programs have several forms of its text.
+        fix = (
+            'write the call as {"role": "assistant", "tool_calls": [...]} and take a template that renders it: '
+            "--chat-template tokenizer"
+        )
+    return UserError(
+        f"the role {name!r} is unknown",
+        where=record.where,
+        expected=f"one of {', '.join(ROLE_NAMES)}",
+        fix=fix,
+        code="EVO-DATA-014",
+    )
 
 
 def _is_muted(
@@ -176,6 +227,7 @@ def _is_muted(
 
 
 def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
+    _get_of_record(record, "instruction")
     question = _get_text(record.value, "instruction", record)
     extra = ""
     if record.value.get("input") is not None:
@@ -204,7 +256,7 @@ def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
     turns = (
         record.value
         if isinstance(record.value, list)
-        else _get(record.value, "conversation", record)
+        else _get_of_record(record, "conversation")
     )
     turns = _get_list(turns, "conversation", record)
     if isinstance(record.value, dict):
@@ -277,7 +329,7 @@ def _refuse_unknown(
     unknown = [
         key
         for key, found in value.items()
-        if key not in (*known, *LABELS) and found not in (None, "", [], {})
+        if key not in (*known, *LABELS) and found not in EMPTY
     ]
     if unknown:
         names = ", ".join(map(repr, unknown))
@@ -290,7 +342,24 @@ def _refuse_unknown(
         )
 
 
-def _get(value: Any, key: str, record: SourceRecord) -> Any:
+def _get_of_record(record: SourceRecord, key: str) -> Any:
+    """Return a value of a record; the error says which format the record has."""
+    return _get(record.value, key, record, fix=_format_fix(record.value))
+
+
+def _format_fix(value: Any) -> str:
+    """Return what to do with a record that has not the keys of the format."""
+    keys = value if isinstance(value, dict) else ()
+    for name, needed in FORMAT_KEYS:
+        if all(key in keys for key in needed):
+            return f"its form is another one: --format {name}"
+    return (
+        'rename its keys, as in {"messages": [{"role": "user", "content": "..."}, ...]} with --format messages, '
+        "or tokenize it as text: --format text"
+    )
+
+
+def _get(value: Any, key: str, record: SourceRecord, fix: str = "") -> Any:
     """Return a value of an object in a record, which must have this key."""
     if isinstance(value, dict) and key in value:
         return value[key]
@@ -298,6 +367,7 @@ def _get(value: Any, key: str, record: SourceRecord) -> Any:
     raise UserError(
         f"the record has no key {key!r} (it has: {keys or 'none'})",
         where=record.where,
+        fix=fix,
         code="EVO-DATA-014",
     )
 
