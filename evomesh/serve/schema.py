@@ -33,6 +33,21 @@ UNION_MEMBER = re.compile(r"(str|int|list\[.*|constrained-.*)$")
 MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_CHARACTERS = 256
 
+NOT_SUPPORTED = "not supported by this server"
+# Keys of OpenAI's API that are accepted only with what happens anyway.
+NEUTRAL_VALUES = {
+    "presence_penalty": "0",
+    "frequency_penalty": "0",
+    "logit_bias": "{}",
+    "suffix": '""',
+    "response_format": '{"type": "text"}',
+    "tools": "[]",
+    "functions": "[]",
+    "tool_choice": '"none" or "auto"',
+    "function_call": '"none" or "auto"',
+    "modalities": '["text"]',
+}
+
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyDict = Annotated[dict[str, Any], Field(max_length=0)]
@@ -344,11 +359,24 @@ def _first_error(error: ValidationError) -> ApiError:
         key, _, message = message.partition(": ")
     code = "invalid_value"
     if first["type"] == "extra_forbidden":
-        message = "not supported by this server"
+        message = NOT_SUPPORTED
         code = "unknown_parameter"
     elif first["type"] == "missing":
         code = "missing_parameter"
+    elif names and names[0] in NEUTRAL_VALUES:
+        key = names[0]
+        accepted = NEUTRAL_VALUES[key]
+        message = f"{NOT_SUPPORTED}; leave it out, or set it to {accepted}"
+    else:
+        message = _in_plain_words(first["type"], message)
     return ApiError(400, f"{key}: {message}", param=key, code=code)
+
+
+def _in_plain_words(kind: str, message: str) -> str:
+    """Return a message of pydantic without its classes and its inner workings."""
+    if kind == "model_type":
+        return "expected an object"
+    return message.replace(" after validation", "").replace("Input should", "it should")
 
 
 def _is_ids(value: object) -> bool:

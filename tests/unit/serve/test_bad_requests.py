@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from evomesh.models.language_model import LanguageModel
+from evomesh.serve.requests import ApiError
+from evomesh.serve.schema import ChatRequest, parse_request
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import Served, serving, tiny_service
 
@@ -33,6 +35,54 @@ def refused(answer: httpx.Response, status: int, code: str, part: str = "") -> N
         "authentication_error",
         "rate_limit_error",
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("tools", [{"type": "function"}], "[]"),
+        ("functions", [{"name": "f"}], "[]"),
+        ("tool_choice", "required", '"none" or "auto"'),
+        ("tool_choice", {"type": "function"}, '"none" or "auto"'),
+        ("function_call", {"name": "f"}, '"none" or "auto"'),
+        ("logit_bias", {"5": 1}, "{}"),
+        ("presence_penalty", 0.5, "0"),
+        ("frequency_penalty", "x", "0"),
+        ("response_format", {"type": "json_object"}, '{"type": "text"}'),
+        ("modalities", ["text", "audio"], '["text"]'),
+        ("modalities", ["text", "text"], '["text"]'),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_called_so(
+    key: str, value: Any, accepted: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, json.dumps({**TALK, key: value}).encode())
+    assert str(caught.value) == (
+        f"{key}: not supported by this server; leave it out, or set it to {accepted}"
+    )
+    options = accepted.split(" or ")
+    for option in map(json.loads, options):
+        parse_request(ChatRequest, json.dumps({**TALK, key: option}).encode())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("messages", [3], "messages.0: expected an object"),
+        ("stream_options", 3, "stream_options: expected an object"),
+        ("messages", [], "messages: List should have at least 1 item, not 0"),
+        ("temperature", "hot", "temperature: it should be a valid number"),
+    ],
+    ids=str,
+)
+def test_a_message_names_no_classes_of_the_server(
+    key: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, json.dumps({**TALK, key: value}).encode())
+    assert str(caught.value) == words
 
 
 @pytest.mark.parametrize(
