@@ -12,6 +12,8 @@ from evomesh.errors import UserError
 if TYPE_CHECKING:
     from evomesh.config.schema import GenerationConfig
 
+# Float32 holds the quotient of any logit and this, or a larger one.
+LOWEST_TEMPERATURE = 1e-30
 PagedMode = Literal["auto", "on", "off"]  # whether keys and values are kept in pages
 
 
@@ -25,7 +27,7 @@ class SamplingParams:
     Attributes:
         repetition_penalty: logits of tokens in the prompt or the completion are divided by it (negative ones
             multiplied), greedy or not; 1 is no penalty. (Keskar et al., 1909.05858)
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; below ``LOWEST_TEMPERATURE``, as 0, is greedy.
         do_sample: sample; False is greedy.
         top_k: sample from the k most probable tokens only; 0 is all.
         top_p: nucleus sampling: the smallest set of most probable tokens whose probability reaches p.
@@ -135,7 +137,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < LOWEST_TEMPERATURE
 
     def max_total_length(self, prompt_length: int, context_length: int) -> int:
         """Return how long prompt and completion may get together: at most ``context_length``.

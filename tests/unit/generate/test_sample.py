@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from evomesh.errors import UserError
-from evomesh.generate.options import SamplingParams
+from evomesh.generate.options import LOWEST_TEMPERATURE, SamplingParams
 from evomesh.generate.sample import TokenSampler, candidates, penalize
 from tests.support.covers import covers
 
@@ -69,6 +69,15 @@ def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
     assert torch.equal(logits, before)
 
 
+def test_the_lowest_temperature_leaves_equal_logits_their_chance() -> None:
+    logits = torch.tensor([-60.0, 60.0, 60.0, 59.99])
+    for top_p in (1.0, 0.9):
+        sampling = SamplingParams(temperature=LOWEST_TEMPERATURE, top_p=top_p)
+        assert not sampling.greedy
+        sampler = TokenSampler(sampling, (0, 0))
+        assert {sampler.next_token(logits) for _ in range(20)} == {1, 2}
+
+
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.8}, {}])
 def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
@@ -91,7 +100,10 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
 @covers("generation.do_sample", "generation.temperature")
 def test_no_sampling_and_no_temperature_are_greedy() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
-    for sampling in (SamplingParams(do_sample=False), SamplingParams(temperature=0.0)):
+    not_sampled = SamplingParams(do_sample=False)
+    # Logits over the last two are more than a float32 holds.
+    cold = [SamplingParams(temperature=value) for value in (0.0, 1e-38, 5e-324)]
+    for sampling in (not_sampled, *cold):
         assert {
             TokenSampler(sampling, (0, n)).next_token(logits) for n in range(20)
         } == {1}
