@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the ``evomesh`` command."""
     words = sys.argv[1:3]
-    run(_evomesh, trains=words[:1] == ["train"] or words == ["xtuner", "train"])
+    supervises = words[:1] == ["run"]
+    trains = supervises or words[:1] == ["train"] or words == ["xtuner", "train"]
+    run(_evomesh, trains=trains, is_rank=not supervises)
 
 
 def shim_main() -> None:

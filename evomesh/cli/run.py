@@ -47,7 +47,9 @@ class OutputStream(RedactingStream):
             raise
 
 
-def run(command: Callable[[], object], *, trains: bool = False) -> None:
+def run(
+    command: Callable[[], object], *, trains: bool = False, is_rank: bool = True
+) -> None:
     """Call ``command``; an error whose cause is not a bug is printed without a traceback and ends the process.
 
     A command whose reader closed the pipe ends as ``cat`` would, without a word and
@@ -56,6 +58,7 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
 
     Args:
         trains: watch for signals from now on: they end the process with 75 or 130, see ``StopRequest``.
+        is_rank: this process trains itself; False if it starts those that do.
     """
     # Torch reads it when it is loaded. Its warnings of a lost connection are pages of
     # C++ stack frames; `peer_watch` names the rank instead.
@@ -67,7 +70,7 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
     if trains:
         from evomesh.train.signals import StopRequest, end_with_supervisor
 
-        StopRequest().watch()
+        StopRequest(is_rank=is_rank).watch()
         end_with_supervisor()
     with _end_before_threads_are_ended():
         _run_to_its_end(command, trains=trains)

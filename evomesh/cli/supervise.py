@@ -24,7 +24,8 @@ SAVING_LIMIT_S = "600"  # how long a rank may take to stop
 
 def main() -> None:
     """Run ``python -m evomesh.cli.supervise OPTIONS SCRIPT ...``, options and script as torchrun takes them."""
-    run(supervise)
+    # Until torch's agent starts the ranks and takes the signals.
+    run(supervise, trains=True, is_rank=False)
 
 
 def supervise() -> None:

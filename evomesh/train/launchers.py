@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.parallel.rendezvous import JobAddress, is_port
+from evomesh.train.signals import signals_held_for_next_program
 
 logger = logging.getLogger(__name__)
 
@@ -387,4 +388,5 @@ def spawn_ranks(launcher: str = "auto", *, announces: bool = True) -> None:
         arguments = " ".join(command[1:])
         logger.info("starting %s", arguments)
     sys.stdout.flush()
-    os.execve(command[0], command, env)
+    with signals_held_for_next_program():
+        os.execve(command[0], command, env)

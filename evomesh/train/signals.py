@@ -8,15 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from evomesh.errors import EXIT_INTERRUPTED, EXIT_RESTART
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SUPERVISOR = "EVOMESH_SUPERVISOR"  # variable: process that starts this one again
 _PR_SET_PDEATHSIG = 1
+_Handlers: TypeAlias = dict[signal.Signals, Any]
 SECOND_CTRL_C_S = 5.0  # seconds that a second Ctrl-C leaves to the main thread
 IMPORTS_S = 20.0  # how long a rank that is stopped while it imports torch waits until it can tell the others
 
@@ -30,6 +31,20 @@ def end_with_supervisor() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def signals_held_for_next_program() -> Iterator[None]:
+    """Let signals wait while the ``with`` block replaces this program, until the next one watches for them.
+
+    Between the two programs there are no handlers: a signal would end the process with
+    none of the documented exit codes.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
 
 
 class StopRequest:
@@ -46,19 +61,26 @@ class StopRequest:
     thread listens too: Python's C handler writes each signal's number to a pipe,
     whatever the main thread does.
 
+    Once another part of the program takes a signal's handler, that signal is its own:
+    torch's agent does so when it starts the ranks.
+
+    Args:
+        is_rank: other ranks, if there are any, hear of a signal before it ends the process.
+
     Attributes:
         signal: the first one, None so far.
         before_end: called with (exit code, sentence) before a signal ends the process: how other ranks hear of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_rank: bool = True) -> None:
+        self._is_rank = is_rank
         self.signal: signal.Signals | None = None
         self.before_end: Callable[[int, str], None] | None = None
         self._is_recorded_only = False
         self._was_handled = False  # by the main thread
         self._watches = False
         self._restores_on_exit = False
-        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_handlers: _Handlers = {}
         self._previous_wakeup = -1
 
     @staticmethod
@@ -81,6 +103,8 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run outlives its terminal
             self._previous_handlers[number] = signal.signal(number, self._record)
+        # What `signals_held_for_next_program` held is delivered now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
         self._watches = True
         return self
 
@@ -128,7 +152,7 @@ class StopRequest:
         ctrl_c = 0
         while numbers := os.read(reader, 64):
             for number in numbers:
-                if number not in self._previous_handlers:
+                if signal.getsignal(number) != self._record:
                     continue
                 ctrl_c += number == signal.SIGINT
                 # The main thread may be in a collective.
@@ -154,7 +178,8 @@ class StopRequest:
 
     def _tell_peers(self, code: int, sentence: str) -> None:
         """Let the other ranks know, as soon as the main thread has imported what that takes."""
-        if not _is_one_of_several(os.environ):
+        has_peers = self._is_rank and _is_one_of_several(os.environ)
+        if not has_peers:
             return
         deadline = time.monotonic() + IMPORTS_S
         while self.before_end is None and time.monotonic() < deadline:

@@ -30,7 +30,7 @@ from evomesh.errors import (
     UserError,
 )
 from evomesh.storage.atomic_file import write_atomically
-from evomesh.train.signals import SUPERVISOR
+from evomesh.train.signals import SUPERVISOR, exit_code
 from evomesh.train.step_file import VARIABLE, RunPosition, read_position
 
 logger = logging.getLogger(__name__)
@@ -202,14 +202,20 @@ class Supervisor:
             ended = RunExit(time.time(), code, position.step, restarts)
             self._history.add(ended, position.run_folder)
             if self._signal is not None or not ended.is_curable:
-                return code if code >= 0 else 128 - code
+                return self._code_of_end(code)
             if code < 0:
                 self._report(f"the run was {ended.words}", position)
             self._refuse_hopeless(ended, restarts, position)
             restarts += 1
             if not self._pause(ended, restarts):
-                is_ctrl_c = self._signal == signal.SIGINT
-                return EXIT_INTERRUPTED if is_ctrl_c else EXIT_RESTART
+                return exit_code(self._signal)
+
+    def _code_of_end(self, code: int) -> int:
+        """Return the exit code of a job whose run ended with ``code`` and is not started again."""
+        if self._signal is not None and code == -self._signal:
+            # It had no handlers yet, and so nothing to save.
+            return exit_code(self._signal)
+        return code if code >= 0 else 128 - code
 
     def _run_once(self, restarts: int) -> tuple[int, RunPosition]:
         """Run the command to its end; return its code and how far it came."""

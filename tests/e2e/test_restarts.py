@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, write_run
 
+ROOT = Path(__file__).parents[2]
 COMMAND = ["evomesh", "run", "--restart-pause", "0", "config.py"]
 # Killed once, in step 12: seven steps after the first checkpoint, two after the second.
 KILLED_ONCE = """
@@ -72,6 +78,31 @@ def test_a_second_supervisor_is_refused_and_sigterm_ends_both(
     assert ended.returncode == 75, ended.stderr[-2000:]
     assert "stopped by SIGTERM" in ended.stdout
     assert "restart 1" not in ended.stdout
+
+
+def test_a_signal_while_the_supervisor_starts(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    command = [sys.executable, "-m", *COMMAND]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as supervisor:
+        while not catches(supervisor.pid, signal.SIGTERM):
+            time.sleep(0.005)
+        supervisor.send_signal(signal.SIGTERM)
+        _, printed = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 75
+    assert "stopped by SIGTERM before the first step" in printed
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has a handler for a signal, from /proc."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = re.findall(r"SigCgt:\s+(\w+)", status)
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,21 @@ def test_a_signal_to_the_supervisor_stops_and_saves(
     assert "Traceback" not in job.text
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_signal_while_the_supervisor_starts(
+    seconds: float, tmp_path: Path, jobs: list[Job]
+) -> None:
+    """While the process becomes it, and while it imports torch, whose agent then takes the signals."""
+    write_run(tmp_path, ENDLESS)
+    job = Job(tmp_path, TRAIN, NPROC_PER_NODE="2")
+    jobs.append(job)
+    job.wait_for("starting -m evomesh.cli.supervise")
+    time.sleep(seconds)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75, job.text[-3000:]
+    assert "stopped by SIGTERM before the first step" in job.text
+
+
 def test_a_killed_rank_ends_the_job(tmp_path: Path, jobs: list[Job]) -> None:
     write_run(tmp_path, QUICK + ENDLESS)
     job = Job(tmp_path, TRAIN, NPROC_PER_NODE="2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,15 @@ from torch.distributed.elastic.multiprocessing.errors import (
 
 from evomesh.cli.supervise import main
 from evomesh.parallel import rendezvous
+from evomesh.train.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    yield
+    request = StopRequest.installed()
+    assert request is not None
+    request.restore()
 
 
 def failure(exit_code: int) -> ChildFailedError:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
-from evomesh.train.signals import StopRequest, exit_code
+from evomesh.train.signals import (
+    StopRequest,
+    exit_code,
+    signals_held_for_next_program,
+)
 from tests.support.interpreter import Interpreter
 
 CODES = [
@@ -130,6 +136,65 @@ def test_a_second_ctrl_c_ends_a_stuck_process(interpreter: Interpreter) -> None:
         if not running.is_alive:
             break
     assert running.wait(60).returncode == 130
+
+
+NEXT_PROGRAM = """
+import time
+from evomesh.train.signals import StopRequest
+StopRequest().watch()
+time.sleep(60)
+"""
+
+
+def replace_program() -> None:
+    """As a process that becomes torchrun: the signal comes between the two programs."""
+    with signals_held_for_next_program():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.execv(sys.executable, [sys.executable, "-c", NEXT_PROGRAM])
+
+
+def test_a_signal_between_two_programs_reaches_the_next(
+    interpreter: Interpreter,
+) -> None:
+    finished = interpreter.run(replace_program)
+    assert finished.returncode == 75
+    assert "stopped by SIGTERM before the first step" in finished.stderr
+
+
+def hand_over_a_signal() -> None:
+    """As torch's agent takes signals, which passes them on to its ranks."""
+    StopRequest().watch()
+    heard = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.set())
+    print("ready", flush=True)
+    while not heard.is_set():
+        time.sleep(0.01)
+    time.sleep(0.2)  # in which the background thread would end the process
+    sys.exit(7)
+
+
+def test_a_signal_that_another_has_taken_is_its_own(interpreter: Interpreter) -> None:
+    running = interpreter.start(hand_over_a_signal)
+    running.wait_for("ready")
+    running.signal(signal.SIGTERM)
+    assert running.wait(60).returncode == 7
+
+
+def start_ranks() -> None:
+    """As each of several supervisors that Slurm has started, one on a node."""
+    os.environ.update(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2")
+    request = StopRequest(is_rank=False).watch()
+    request.before_end = lambda code, sentence: print("told", flush=True)
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+def test_who_is_no_rank_tells_no_rank(interpreter: Interpreter) -> None:
+    running = interpreter.start(start_ranks)
+    running.wait_for("ready")
+    running.signal(signal.SIGTERM)
+    finished = running.wait(60)
+    assert (finished.returncode, finished.stdout) == (75, "ready\n")
 
 
 def test_a_block_without_a_command_around_it_gives_the_signals_back() -> None:

@@ -181,6 +181,22 @@ def test_a_signal_is_passed_on_and_ends_both(
     assert (folder / "got").read_text() == number.name
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_that_a_run_has_no_handlers_for_yet_ends_with_its_code(
+    folder: Path, number: signal.Signals, code: int
+) -> None:
+    def send() -> None:
+        while not (folder / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    command = ["sh", "-c", "touch ready; exec sleep 100"]
+    assert Supervisor(command, RestartPolicy()).run() == code
+
+
 def test_only_the_first_rank_of_a_node_writes_the_step(tmp_path: Path) -> None:
     path = tmp_path / "step"
     env = {"EVOMESH_STEP_FILE": str(path)}
