@@ -21,7 +21,11 @@ def path_warnings(loaded: LoadedConfig) -> list[str]:
 
     They are warnings: a config may be checked where its data is not.
     """
-    from evomesh.data.config_folders import absent_tokenizer, start_refusals
+    from evomesh.data.config_folders import (
+        absent_tokenizer,
+        other_tokenizer,
+        start_refusals,
+    )
 
     config = loaded.config
     makes_token_files = bool(loaded.preparation)
@@ -32,6 +36,7 @@ def path_warnings(loaded: LoadedConfig) -> list[str]:
     warnings = [_in_words(refusal) for refusal in refusals]
     if TOKENIZER not in places:
         warnings += absent_tokenizer(config.data)
+        warnings += other_tokenizer(config.data)
     return warnings
 
 

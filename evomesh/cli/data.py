@@ -11,7 +11,10 @@ import typer
 from evomesh.cli import data_report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from evomesh.config.data import DataConfig
+    from evomesh.data.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("report")(data_report.report)
@@ -127,6 +130,7 @@ def inspect(
     )
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
+        _warn_of_other_tokenizer([file.path for file in files], loaded)
         first = files[0]
         spread = np.linspace(0, len(first) - 1, samples).astype(np.int64)
         for number in np.unique(spread):
@@ -167,6 +171,7 @@ def show(
     import orjson
 
     from evomesh.data.inspect import open_packs, pack_json, pack_text
+    from evomesh.data.token_files.folders import find_bins
     from evomesh.data.tokenizer import load_tokenizer
     from evomesh.errors import UserError
 
@@ -186,7 +191,20 @@ def show(
         print(orjson.dumps(pack_json(found)).decode())
     else:
         print(f"pack {pack} of {len(packs)}, {section.packed_length} tokens")
-        typer.echo(pack_text(found, load_tokenizer(tokenizer) if tokenizer else None))
+        loaded = load_tokenizer(tokenizer) if tokenizer else None
+        if loaded is not None:
+            _warn_of_other_tokenizer([file.path for file in find_bins(folder)], loaded)
+        typer.echo(pack_text(found, loaded))
+
+
+def _warn_of_other_tokenizer(paths: Sequence[Path], tokenizer: Tokenizer) -> None:
+    """Print a warning if another tokenizer made some of the token files: their texts are wrong."""
+    from evomesh.data.token_files.fingerprint import other_tokenizer_warning
+
+    name = str(tokenizer.path)
+    warning = other_tokenizer_warning(paths, tokenizer.hash, name)
+    if warning is not None:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()

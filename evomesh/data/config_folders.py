@@ -11,8 +11,9 @@ from pathlib import Path
 
 from evomesh.config.data import DataConfig
 from evomesh.config.user import expand_home
+from evomesh.data.token_files.fingerprint import other_tokenizer_warning
 from evomesh.data.token_files.folders import TokenFile, check_folder, find_files
-from evomesh.data.tokenizer import find_tokenizer_file
+from evomesh.data.tokenizer import find_tokenizer_file, read_tokenizer_hash
 from evomesh.errors import UserError
 
 TOKENIZER = "data.tokenizer_path"
@@ -50,6 +51,42 @@ def absent_tokenizer(config: DataConfig) -> list[str]:
         f"{TOKENIZER}={path!r} does not exist: training reads tokens and needs none, but generate, serve and "
         "export will"
     ]
+
+
+def other_tokenizer(config: DataConfig) -> list[str]:
+    """Return a warning if another tokenizer than the config's made the token files that a run would read.
+
+    A loss would not show it, but every text that is generated. Folders, files and
+    tokenizers that cannot be read are found by other checks.
+    """
+    tokenizer = config.tokenizer_path
+    if tokenizer is None or config.type == "streaming":
+        return []
+    files: dict[Path, None] = {}
+    for find in _token_files(config):
+        try:
+            _, found = find()
+        except UserError:
+            continue
+        files |= dict.fromkeys(file.path for file in found)
+    try:
+        tokenizer_hash = read_tokenizer_hash(tokenizer, TOKENIZER)
+        name = f"{TOKENIZER}={tokenizer!r}"
+        warning = other_tokenizer_warning(files, tokenizer_hash, name)
+    except (UserError, OSError):
+        return []
+    return [] if warning is None else [warning]
+
+
+def _token_files(
+    config: DataConfig,
+) -> Iterator[Callable[[], tuple[Path, list[TokenFile]]]]:
+    """Yield what finds the token files of each folder of training and validation data."""
+    for section in _sections(config):
+        if section.train_folder is not None:
+            yield partial(training_files, section)
+    if config.valid_every > 0 and config.valid_folder is not None:
+        yield partial(validation_files, config)
 
 
 def start_refusals(

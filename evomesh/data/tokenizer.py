@@ -13,9 +13,10 @@ from typing import NamedTuple, Protocol
 
 from evomesh.config.user import expand_home
 from evomesh.data.tokenizer_backend import build_backend
-from evomesh.data.tokenizer_class import BACKEND
+from evomesh.data.tokenizer_class import BACKEND, LLAMA, choose_class, declared_class
 from evomesh.data.tokenizer_folder import TokenizerFolder, read_tokenizer_folder
 from evomesh.errors import UserError
+from evomesh.user_files import read_json
 
 # Taken for bos and eos of a tokenizer.json without any file beside it.
 BOS_NAMES = (
@@ -272,8 +273,38 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
         UserError: there is no tokenizer at the path.
     """
     file = find_tokenizer_file(path, where)
-    is_bare = file.suffix != ".json" and not read_tokenizer_folder(file.parent).exists
-    return SentencePieceTokenizer(file) if is_bare else HfTokenizer(file)
+    if _is_bare_model(file, read_tokenizer_folder(file.parent)):
+        return SentencePieceTokenizer(file)
+    return HfTokenizer(file)
+
+
+def read_tokenizer_hash(path: str | Path, where: str = "--tokenizer") -> str:
+    """Return the ``hash`` that ``load_tokenizer`` would give the tokenizer; only its files are read.
+
+    Args:
+        where: as of ``load_tokenizer``.
+
+    Raises:
+        UserError: there is no tokenizer at the path, or it is of a class that cannot be read.
+    """
+    file = find_tokenizer_file(path, where)
+    folder = read_tokenizer_folder(file.parent)
+    if _is_bare_model(file, folder):
+        return _sha256(file)
+    settings = folder.settings
+    model_config = folder.model_config
+    record = None
+    if file.suffix == ".json":
+        # Large vocabularies take long to parse, and few folders need it.
+        needs_content = declared_class(settings, model_config) == LLAMA
+        record = read_json(file) if needs_content else {}
+    class_name = choose_class(settings, model_config, record, str(folder.path))
+    return _hash(file, folder, class_name)
+
+
+def _is_bare_model(file: Path, folder: TokenizerFolder) -> bool:
+    """Return whether a tokenizer is a sentencepiece model without any file beside it."""
+    return file.suffix != ".json" and not folder.exists
 
 
 def find_tokenizer_file(path: str | Path, where: str = "--tokenizer") -> Path:

@@ -48,6 +48,7 @@ class ClassRules:
 
 
 BACKEND = "TokenizersBackend"  # takes a tokenizer.json as it is
+LLAMA = "LlamaTokenizer"
 CLASSES: Mapping[str, ClassRules] = MappingProxyType(
     {
         BACKEND: ClassRules("as it is"),
@@ -187,15 +188,14 @@ def choose_class(
     Raises:
         UserError: the class builds its tokenizer in a way that is not known here.
     """
-    declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
-    declared = _known_class(str(declared))
+    declared = declared_class(settings, config)
     family_type = str(config.get("model_type") or "")
     family = FAMILIES.get(family_type)
     is_wrongly_named = family_type in WRONGLY_NAMED
 
     chosen = _agree(declared, family, is_wrongly_named)
     # LlamaTokenizer treats spaces in its way, which would break a tokenizer of bytes.
-    is_llama_of_bytes = declared == "LlamaTokenizer" and _is_byte_level(record)
+    is_llama_of_bytes = declared == LLAMA and _is_byte_level(record)
     if is_llama_of_bytes and not is_wrongly_named:
         chosen = BACKEND
     if chosen in UNREAD:
@@ -214,6 +214,15 @@ def choose_class(
             code="EVO-TOKEN-003",
         )
     return chosen
+
+
+def declared_class(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the name in ``CLASSES`` or ``UNREAD`` of the class that a folder names itself; "" if it names none.
+
+    ``choose_class`` looks into a tokenizer.json only where it is ``LLAMA``.
+    """
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    return _known_class(str(name))
 
 
 def _agree(declared: str, family: str | None, is_wrongly_named: bool) -> str:

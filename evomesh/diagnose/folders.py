@@ -264,7 +264,10 @@ def read_only_results(
     if any(result.status == "fail" for result in results):
         return results
     facts = gather_on_all_ranks(exchange, _data_facts(config))
-    return [*results, judge_data(facts, places)]
+    results.append(judge_data(facts, places))
+    _, _, *warnings = facts[0]
+    results += [CheckResult("data", "warn", words) for words in warnings]
+    return results
 
 
 def digest_of_listing(path: str) -> str:
@@ -318,21 +321,21 @@ def judge_listing(
 
 
 def _data_facts(config: Config) -> list[str]:
-    """Return the fingerprint of the training data and what is in it; or "" and why it cannot be used."""
+    """Return the fingerprint of the training data, what is in it and its warnings; or "" and why it cannot be used."""
     try:
         data = build_train_data(config.data, config.model.vocab_size)
     except (UserError, OSError) as error:
         return ["", str(error)]
-    return [str(data.manifest["hash"]), f"{data.num_packs:,} packs"]
+    return [str(data.manifest["hash"]), f"{data.num_packs:,} packs", *data.warnings]
 
 
 def judge_data(facts: Sequence[list[str]], places: Sequence[RankPlace]) -> CheckResult:
     """Refuse data that cannot be trained on, or that is not the same on all ranks.
 
     Args:
-        facts: of each rank the fingerprint and a description; or "" and the error.
+        facts: of each rank the fingerprint, a description and warnings; or "" and the error.
     """
-    for place, (fingerprint, text) in zip(places, facts, strict=True):
+    for place, (fingerprint, text, *_) in zip(places, facts, strict=True):
         if not fingerprint:
             return CheckResult(
                 "data",
@@ -340,7 +343,7 @@ def judge_data(facts: Sequence[list[str]], places: Sequence[RankPlace]) -> Check
                 f"{place}: {text}",
                 "evomesh data verify FOLDER names every broken file",
             )
-    fingerprints = [fingerprint for fingerprint, _ in facts]
+    fingerprints = [fingerprint for fingerprint, *_ in facts]
     if len(set(fingerprints)) > 1:
         return CheckResult(
             "data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from evomesh.config.schema import Config
+from evomesh.diagnose import folders
 from evomesh.diagnose.folders import SaveFolderCheck, read_only_results
 from evomesh.diagnose.machine import clock_offsets
 from evomesh.diagnose.network import groups_to_time, time_groups
@@ -109,9 +111,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert result.status == "fail" and "rank 0 on n0 cannot write" in result.found
 
 
-def check_data(rank: int, folders: list[str]) -> list[CheckResult]:
+def check_data(rank: int, of_rank: list[str]) -> list[CheckResult]:
     exchange = default_exchange()
-    data = {"train_folder": folders[rank]}
+    data = {"train_folder": of_rank[rank]}
     config = Config.model_validate({"data": data})
     results = read_only_results(config, exchange, PLACES)
     exchange.close()
@@ -122,10 +124,18 @@ def test_data_that_differs_on_one_rank_is_named(pool: Pool, tmp_path: Path) -> N
     for name, size in (("same", 3), ("other", 4)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.bin").write_bytes(b"x" * size)
-    folders = [str(tmp_path / "same")] * 2 + [str(tmp_path / "other")] * 2
-    (result,) = pool.run(check_data, folders)[0]
+    of_rank = [str(tmp_path / "same")] * 2 + [str(tmp_path / "other")] * 2
+    (result,) = pool.run(check_data, of_rank)[0]
     assert result.check == "train data" and result.status == "fail"
     assert "(rank 2 on n2, rank 3 on n3)" in result.found
+
+
+def test_the_warnings_of_the_data_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SimpleNamespace(manifest={"hash": "1"}, num_packs=1, warnings=["a", "b"])
+    monkeypatch.setattr(folders, "build_train_data", lambda *_: data)
+    results = read_only_results(Config(), SingleProcessExchange(), PLACES[:1])
+    found = [(result.status, result.found) for result in results]
+    assert found[0][0] == "ok" and found[1:] == [("warn", "a"), ("warn", "b")]
 
 
 def time_axes(rank: int) -> tuple[list[str], list[CheckResult]]:

@@ -28,7 +28,10 @@ from evomesh.data.survey.scripts import (
     LanguageCounts,
     ScriptCounts,
 )
-from evomesh.data.token_files.fingerprint import read_fingerprint
+from evomesh.data.token_files.fingerprint import (
+    files_of_other_tokenizer,
+    read_fingerprint,
+)
 from evomesh.data.tokenizer import Tokenizer
 
 SAMPLES = 3  # documents of each type
@@ -305,11 +308,9 @@ def _of_other_tokenizer(
     """Return the token files that another tokenizer made."""
     if tokenizer is None or isinstance(folder, TextFolder):
         return []
-    found = []
-    for source in folder.sources:
-        record = read_fingerprint(source.path) or {}
-        if record.get("tokenizer_hash", tokenizer.hash) != tokenizer.hash:
-            found.append(source.name)
+    paths = [source.path for source in folder.sources]
+    others = files_of_other_tokenizer(paths, tokenizer.hash)
+    found = [source.name for source in folder.sources if source.path in others]
     return found[:10]
 
 

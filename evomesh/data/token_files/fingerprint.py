@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +78,45 @@ def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
             fix="tokenize one of them again, or set data.allow_tokenizer_mismatch=True",
             code="EVO-DATA-019",
         )
+
+
+def files_of_other_tokenizer(
+    paths: Iterable[Path], tokenizer_hash: str
+) -> dict[Path, str]:
+    """Return the token files that another tokenizer made, with what their records call it.
+
+    Files without a record, such as those of other tools, are not among them.
+
+    Raises:
+        UserError: a record is not a JSON object.
+    """
+    found = {}
+    for path in paths:
+        record = read_fingerprint(path) or {}
+        made_with = str(record.get("tokenizer_hash", tokenizer_hash))
+        if made_with != tokenizer_hash:
+            name = str(record.get("tokenizer", "tokenizer"))
+            found[path] = f"{name} {made_with[:12]}"
+    return found
+
+
+def other_tokenizer_warning(
+    paths: Iterable[Path], tokenizer_hash: str, tokenizer_name: str
+) -> str | None:
+    """Return one sentence on the token files that another tokenizer made; None without such files.
+
+    Args:
+        tokenizer_name: of the tokenizer in use, as the user wrote it.
+
+    Raises:
+        UserError: a record is not a JSON object.
+    """
+    found = files_of_other_tokenizer(paths, tokenizer_hash)
+    if not found:
+        return None
+    first, made_with = next(iter(found.items()))
+    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return (
+        f"{first}{more}: made with another tokenizer ({made_with}) than {tokenizer_name} "
+        f"({tokenizer_hash[:12]}), so the same id stands for different texts"
+    )

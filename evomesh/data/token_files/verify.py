@@ -19,7 +19,10 @@ from evomesh.data.token_files.bin_dataset import (
     without_target,
 )
 from evomesh.data.token_files.file_check import UnreadableFileError, check_file
-from evomesh.data.token_files.fingerprint import read_fingerprint
+from evomesh.data.token_files.fingerprint import (
+    other_tokenizer_warning,
+    read_fingerprint,
+)
 from evomesh.data.token_files.folders import TokenFile, find_bins, group_sets
 from evomesh.data.token_files.lines import (
     MAX_ID,
@@ -201,7 +204,7 @@ def verify(
     Args:
         path: a ``.bin`` or a folder.
         vocab_size: ids at or above it are problems; None with a tokenizer: the tokenizer's.
-        tokenizer: decodes samples to find JSON text that was tokenized by mistake.
+        tokenizer: must have made the files; decodes samples to find JSON text that was tokenized by mistake.
         valid: file or folder of validation data that must share no document with ``path``.
         min_length: documents with fewer tokens are left out of training.
         valid_min_length: of validation.
@@ -218,7 +221,7 @@ def verify(
 
     # 2. Training data: one set, whatever its folders.
     scans = [scan_file(file.path, vocab_size) for file in files]
-    problems = []
+    problems = _find_other_tokenizer([*files, *valid_files], tokenizer)
     for scan in scans:
         problems += scan.problems or _find_json_text(scan, tokenizer)
     problems += _find_short_files(path, scans, min_length)
@@ -250,6 +253,17 @@ def _refuse_shared_file(
                 fix="name the folder of the training data alone as PATH",
                 code="EVO-DATA-024",
             )
+
+
+def _find_other_tokenizer(
+    files: Sequence[TokenFile], tokenizer: Tokenizer | None
+) -> list[str]:
+    """Return a problem if another tokenizer made some of the files."""
+    if tokenizer is None:
+        return []
+    paths = [file.path for file in files]
+    warning = other_tokenizer_warning(paths, tokenizer.hash, str(tokenizer.path))
+    return [] if warning is None else [warning]
 
 
 def _find_short(name: str, scans: Sequence[FileScan], min_length: int) -> list[str]:

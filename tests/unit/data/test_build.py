@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -346,6 +347,26 @@ def test_a_tokenizer_path_that_is_a_typo_gives_a_warning(tree: Path) -> None:
     assert not any("tokenizer_path" in line for line in data.warnings)
     data = build_train_data(config(tree, tokenizer_path=absent), VOCAB)
     assert any(f"tokenizer_path={absent!r} does not" in line for line in data.warnings)
+
+
+@pytest.mark.parametrize("folder", ["train", "valid"])
+def test_a_tokenizer_that_did_not_make_the_files_gives_a_warning(
+    tree: Path, write_bin: Any, folder: str
+) -> None:
+    written = write_bin(documents(4), f"{folder}/en/a.bin")
+    tokenizer = tree / "tokenizer.json"
+    tokenizer.write_text('{"model": {}}')
+    ours = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    options = {"tokenizer_path": str(tokenizer), "valid_every": 1}
+    options["valid_folder"] = str(tree / "valid")
+    for made_with in (None, ours):
+        record = {} if made_with is None else {"tokenizer_hash": made_with}
+        Path(f"{written}.json").write_text(json.dumps(record))
+        assert build_train_data(config(tree, **options), VOCAB).warnings == []
+    Path(f"{written}.json").write_text('{"tokenizer_hash": "8888888888888"}')
+    (warning,) = build_train_data(config(tree, **options), VOCAB).warnings
+    assert warning.startswith(f"{written}: made with another tokenizer (tokenizer 8888")
+    assert f"than data.tokenizer_path={str(tokenizer)!r} ({ours[:12]})" in warning
 
 
 def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) -> None:

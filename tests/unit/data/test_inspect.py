@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from evomesh.cli.data import app
 from evomesh.errors import UserError
+from tests.support.chat_folders import byte_level
 from tests.support.covers import covers
 
 ROOT = Path(__file__).parents[3]
@@ -70,6 +72,22 @@ def test_show_prints_what_the_model_sees(write_bin: Any) -> None:
     assert "segment 0" in text
     with pytest.raises(UserError, match="no pack 4"):
         run("show", path, "--seq-len", "3", "--pack", "4")
+
+
+@pytest.mark.parametrize("command", ["show", "inspect"])
+def test_texts_of_another_tokenizer_are_warned_of(
+    write_bin: Any, tmp_path: Path, command: str
+) -> None:
+    path = worked_example(write_bin)
+    byte_level(tmp_path, ["<s>", "</s>"])
+    tokenizer = tmp_path / "tokenizer.json"
+    ours = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    for made_with, words in ((ours, 0), ("9" * 64, 1)):
+        Path(f"{path}.json").write_text(json.dumps({"tokenizer_hash": made_with}))
+        arguments = [command, str(path), "--seq-len", "3", "-t", str(tokenizer)]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.stderr.count("warning: ") == words
+    assert f"(tokenizer {'9' * 12}) than {tokenizer} ({ours[:12]})" in result.stderr
 
 
 def test_show_of_a_folder_numbers_packs_as_training_does(

@@ -14,7 +14,7 @@ import transformers
 
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.folder_template import JinjaTemplate
-from evomesh.data.tokenizer import encode_prompt, load_tokenizer
+from evomesh.data.tokenizer import encode_prompt, load_tokenizer, read_tokenizer_hash
 from evomesh.data.tokenizer_class import (
     BACKEND,
     CLASSES,
@@ -130,6 +130,7 @@ def test_texts_tokens_and_conversations_of_transformers(
             str(folder), local_files_only=True
         )
         ours = load_tokenizer(folder)
+        assert read_tokenizer_hash(folder) == ours.hash, contents
         for text in TEXTS:
             wanted = theirs.encode(text, add_special_tokens=False)
             assert ours.encode(text) == wanted, (contents, text)

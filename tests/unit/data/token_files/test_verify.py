@@ -177,6 +177,9 @@ class CodePointTokenizer:
 
     vocab_size = 0x110000
 
+    path = Path("tok/tokenizer.json")
+    hash = "1" * 64
+
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
@@ -189,6 +192,26 @@ def test_tokenized_json_is_a_problem(write_bin: Any) -> None:
     assert "20 of 20 samples read like JSON" in found[0]
     path = write_bin([[ord(c) for c in f"plain text {n}"] for n in range(20)])
     assert problems(path, tokenizer=CodePointTokenizer()) == []
+
+
+def test_files_of_another_tokenizer_are_one_problem(
+    write_bin: Any, tmp_path: Path
+) -> None:
+    first = write_bin(documents(1), "train/en/a.bin")
+    second = write_bin(documents(2), "train/en/b.bin")
+    valid = write_bin(documents(3), "valid/en/c.bin")
+    tokenizer = CodePointTokenizer()
+    options = {"tokenizer": tokenizer, "valid": str(tmp_path / "valid")}
+    # InternEvo's tools write no record.
+    assert problems(tmp_path / "train", **options) == []
+    for path, digit in ((first, "1"), (second, "2"), (valid, "3")):
+        record = f'{{"tokenizer": "a.model", "tokenizer_hash": "{digit * 64}"}}'
+        Path(f"{path}.json").write_text(record)
+    (found,) = problems(tmp_path / "train", **options)
+    assert found == (
+        f"{second} and 1 more: made with another tokenizer (a.model 222222222222) than tok/tokenizer.json "
+        "(111111111111), so the same id stands for different texts"
+    )
 
 
 def test_a_fingerprint_of_another_file_is_a_problem(write_bin: Any) -> None:
