@@ -271,6 +271,13 @@ def tokenize_conversations(
         f"truncated to {options.max_length} tokens: {counts.truncated:,} conversations "
         f"({counts.lost_tokens:,} tokens lost); left out because no target remained: {counts.without_target:,}"
     )
+    if counts.left_out:
+        parts = [
+            f"{name} {number:,} times"
+            for name, number in sorted(counts.left_out.items())
+        ]
+        left_out = ", ".join(parts)
+        typer.echo(f"warning: the chat template leaves out {left_out}", err=True)
 
 
 def _print_progress(total: int) -> ProgressCallback:

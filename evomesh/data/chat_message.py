@@ -70,6 +70,16 @@ class ChatTemplate(Protocol):
         """
         ...
 
+    def left_out(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        """Return the names of what ``encode`` leaves out of messages that say more, such as reasoning.
+
+        Raises:
+            UserError: it leaves out what a message cannot do without.
+        """
+        ...
+
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids of a conversation up to where the assistant's answer starts; all are positive."""
         ...

@@ -7,6 +7,7 @@ from typing import Any
 
 from evomesh.data.chat_message import ChatMessage, mark_targets
 from evomesh.data.chat_styles import STYLES, TURN_ENDS
+from evomesh.data.left_out import find_left_out
 from evomesh.data.template import RenderedChat, Span, TemplateRenderer
 from evomesh.data.tokenizer import EncodedText, HfTokenizer, Tokenizer
 from evomesh.errors import UserError
@@ -55,6 +56,12 @@ class JinjaTemplate:
         encoded = self.tokenizer.encode_with_spans(whole.text)
         targets = self._target_spans(messages, tools, whole, encoded)
         return mark_targets(encoded, targets)
+
+    def left_out(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        where = str(self.tokenizer.path.parent)
+        return find_left_out(messages, tools, self._text, where)
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         return self.tokenizer.encode(
@@ -236,6 +243,11 @@ class JinjaTemplate:
                 break
             end = token_end
         return end
+
+    def _text(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None
+    ) -> str:
+        return self._render(messages, tools=tools).text
 
     def _render(
         self,

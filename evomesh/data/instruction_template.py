@@ -53,6 +53,11 @@ class InstructionTemplate:
         self._check(messages, tools)
         return self._encode(messages)
 
+    def left_out(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        return []  # refused by ``encode``
+
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         self._check(messages, None)
         ids = self._encode(messages)
@@ -76,7 +81,8 @@ class InstructionTemplate:
             tools,
             roles=("assistant", *self._around),
             template=f"the chat template {self.name}",
-            fix="put the text into the first user's message, or use another template: --chat-template tokenizer",
+            fix="put the text into the first user's message, or use a tokenizer whose own template has a place "
+            "for it: --chat-template tokenizer",
         )
 
     def _encode(self, messages: Sequence[ChatMessage]) -> list[int]:

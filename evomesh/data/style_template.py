@@ -74,6 +74,11 @@ class StyleTemplate:
         self._check_plain(messages, tools)
         return self._encode_parts(self._render(messages)) + self.ending
 
+    def left_out(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        return []  # refused by ``encode``
+
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         self._check_plain(messages, None)
         parts = list(self._render(messages))
@@ -104,7 +109,7 @@ class StyleTemplate:
             tools,
             roles=self.style.turns,
             template="the built-in chat template",
-            fix="use the template of a tokenizer that has one: --chat-template tokenizer",
+            fix="use a tokenizer whose own template has one (--chat-template tokenizer), or remove it from the data",
         )
 
     def _render(self, messages: Sequence[ChatMessage]) -> Iterator[ChatPart]:

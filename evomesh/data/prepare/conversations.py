@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,11 +70,27 @@ class ChatCounts:
         truncated: conversations that were truncated.
         lost_tokens: tokens that this removed.
         without_target: conversations that were left out because no target remained.
+        left_out: how often the template leaves out what a message can do without, by its name.
     """
 
     truncated: int = 0
     lost_tokens: int = 0
     without_target: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def as_facts(self) -> Facts:
+        """Return the counts as a fingerprint stores them."""
+        facts = asdict(self) | {"left_out": dict(self.left_out)}
+        if not self.left_out:
+            del facts["left_out"]
+        return facts
+
+
+class EncodedConversation(NamedTuple):
+    """The ids of a conversation, and the names of what its template leaves out of messages."""
+
+    ids: list[int]
+    left_out: list[str]
 
 
 def tokenize_chats(
@@ -114,9 +130,11 @@ def tokenize_chats(
         num_threads = workers or os.cpu_count() or 1
         for chunk in _encode(files, template, options, num_threads):
             documents = [
-                _truncate(ids, template.ending, options.max_length, counts)
-                for ids in chunk
+                _truncate(found.ids, template.ending, options.max_length, counts)
+                for found in chunk
             ]
+            for found in chunk:
+                counts.left_out.update(found.left_out)
             done = len(has_target)
             is_held_out = held_out[done : done + len(chunk)]
             has_target += _write(documents, is_held_out, writers, template.ending)
@@ -131,7 +149,7 @@ def tokenize_chats(
         _check_files(has_target, sizes, counts, options)
         _check_sets(writers, len(held_out), counts, options)
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
-        facts |= asdict(counts)
+        facts |= counts.as_facts()
         fingerprints = _commit(writers, sources, facts)
     return fingerprints, counts
 
@@ -270,18 +288,21 @@ def _draw_held_out(total: int, options: ChatOptions) -> NDArray[np.bool_]:
 
 def _encode(
     files: list[SourceFile], template: ChatTemplate, options: ChatOptions, workers: int
-) -> Iterator[list[list[int]]]:
-    """Yield the ids of conversations, in order and in chunks.
+) -> Iterator[list[EncodedConversation]]:
+    """Yield conversations, in order and in chunks.
 
     Threads encode them: the tokenizer libraries release the interpreter lock.
     """
 
-    def encode(chunk: Sequence[SourceRecord]) -> list[list[int]]:
+    def encode(chunk: Sequence[SourceRecord]) -> list[EncodedConversation]:
         encoded = []
         for record in chunk:
             messages = read_conversation(record, options.schema, options.roles)
             try:
-                encoded.append(template.encode(messages, read_tools(record)))
+                tools = read_tools(record)
+                left_out = template.left_out(messages, tools)
+                ids = template.encode(messages, tools)
+                encoded.append(EncodedConversation(ids, left_out))
             except UserError as error:
                 raise UserError(
                     error.found,

@@ -128,6 +128,17 @@ class TestWhatIsNotThere:
         )
         assert "warning: data.tokenizer_path: no tokenizer at tok; " in needed
 
+    def test_a_tokenizer_that_did_not_make_the_data(self, check: Check) -> None:
+        tokenizer = Path("tokenizer.json")
+        tokenizer.write_text('{"model": {}}')
+        setting = "data.tokenizer_path=tokenizer.json"
+        assert check(setting) == []
+        (data, *_) = Path().rglob("*.bin")
+        Path(f"{data}.json").write_text('{"tokenizer_hash": "77"}')
+        (warning,) = check(setting)
+        assert "made with another tokenizer (tokenizer 77) than" in warning
+        assert check("data.tokenizer_path=None") == []
+
     def test_a_data_stage(self, check: Check) -> None:
         stages = "data.stages=[dict(until=5), dict(train_folder='later')]"
         (line,) = check(stages)
@@ -202,14 +213,3 @@ def test_raw_data_of_xtuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("talks").mkdir()
     Path("talks/one.jsonl").write_text('{"messages": []}\n')
     assert raw_data_warnings(config) == []
-
-    def test_a_tokenizer_that_did_not_make_the_data(self, check: Check) -> None:
-        tokenizer = Path("tokenizer.json")
-        tokenizer.write_text('{"model": {}}')
-        setting = "data.tokenizer_path=tokenizer.json"
-        assert check(setting) == []
-        (data, *_) = Path().rglob("*.bin")
-        Path(f"{data}.json").write_text('{"tokenizer_hash": "77"}')
-        (warning,) = check(setting)
-        assert "made with another tokenizer (tokenizer 77) than" in warning
-        assert check("data.tokenizer_path=None") == []
