@@ -31,7 +31,7 @@ def find_left_out(
 ) -> list[str]:
     """Return the name of each part that a template leaves out of a conversation that says more, as often as it does.
 
-    These are reasoning, names, what is said beside a call, and tools.
+    These are reasoning, names, texts beside a call, and tools.
 
     Args:
         where: file or folder of the template, for messages.

@@ -310,7 +310,10 @@ def _of_other_tokenizer(
         return []
     paths = [source.path for source in folder.sources]
     others = files_of_other_tokenizer(paths, tokenizer.hash)
-    found = [source.name for source in folder.sources if source.path in others]
+    found = []
+    for source in folder.sources:
+        if source.path in others:
+            found.append(source.name)
     return found[:10]
 
 
