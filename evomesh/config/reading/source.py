@@ -11,8 +11,9 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_source(
     }
     _add_helpers(namespace, overrides)
     imported = base_modules(tree, HERE)
-    with config_imports(file, imported, _base_runner(imported, overrides)):
+    with config_imports(file, imported, _base_runner(file, imported, overrides)):
         # `tree` stays as written, for the lines of the keys; parsing the text again is
         # several times faster than copying the tree.
         program = instrument(ast.parse(text, str(file)))
@@ -138,16 +139,41 @@ def _add_helpers(namespace: dict[str, Any], overrides: Sequence[Override]) -> No
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
 
 
-def _base_runner(bases: set[str], overrides: Sequence[Override]) -> ModuleRunner:
-    """Return what runs a ``read_base`` file: overrides take part, and it may have bases, which join ``bases``."""
+def _base_runner(
+    config: Path, bases: set[str], overrides: Sequence[Override]
+) -> ModuleRunner:
+    """Return what runs a ``read_base`` file: overrides take part, and it may have bases, which join ``bases``.
+
+    A file that leads back to one whose run has not ended is refused: Python would import
+    what that one has assigned so far, and leave out the rest without a word.
+    """
+    running = [config]
 
     def run(source: bytes, module: ModuleType, file: str) -> None:
+        path = Path(file).resolve()
+        check_no_cycle(path, tuple(running), file)
         tree = ast.parse(source, file)
-        bases.update(base_modules(tree, module.__package__ or ""))
-        _add_helpers(module.__dict__, overrides)
-        exec(compile(instrument(tree), file, "exec"), module.__dict__)
+        imported = base_modules(tree, module.__package__ or "")
+        running.append(path)
+        for loaded in _files_of_modules(imported):
+            check_no_cycle(loaded, tuple(running), file)
+        bases.update(imported)
+        namespace = module.__dict__
+        _add_helpers(namespace, overrides)
+        program = instrument(tree)
+        code = compile(program, file, "exec")
+        exec(code, namespace)
+        running.pop()
 
     return run
+
+
+def _files_of_modules(names: set[str]) -> Iterator[Path]:
+    """Yield the files of those modules whose import has at least begun."""
+    for name in sorted(names):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None:
+            yield Path(file).resolve()
 
 
 def read_text(file: Path, shown: str) -> str:
@@ -369,7 +395,7 @@ def check_no_cycle(file: Path, above: tuple[Path, ...], shown: str) -> None:
     raise _source_error(
         f"is its own base: {chain}",
         shown,
-        expected="_base_ names files that do not lead back",
+        expected="_base_ and read_base name files that do not lead back",
         fix="move what the files share to a separate file",
         code="EVO-CONFIG-005",
     )

@@ -460,6 +460,35 @@ def test_a_file_that_is_its_own_base(
     assert f"-> {chain[-1]}" in str(caught.value)
 
 
+@pytest.mark.parametrize("dot", ["", "."])
+@pytest.mark.parametrize(
+    "chain", [("config",), ("first", "config"), ("first", "second", "first")]
+)
+def test_a_file_whose_read_base_leads_back(
+    tmp_path: Path, chain: tuple[str, ...], dot: str
+) -> None:
+    """Python would import what the unfinished file has assigned by then."""
+    reads = "with read_base():\n    from {}{} import *\n"
+    config = tmp_path / "config.py"
+    config.write_text(BASE + reads.format(dot, chain[0]))
+    for module, base in pairwise(chain):
+        if module != "config":
+            (tmp_path / f"{module}.py").write_text(reads.format(dot, base))
+    with pytest.raises(UserError, match="is its own base: ") as caught:
+        load_config(str(config))
+    assert f"-> {chain[-1]}.py" in str(caught.value)
+
+
+def test_two_files_of_read_base_may_share_one(tmp_path: Path) -> None:
+    (tmp_path / "shared.py").write_text("adam = dict(lr=7e-4)\n")
+    reads = "with read_base():\n    from {} import *\n"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(reads.format("shared"))
+    config = tmp_path / "config.py"
+    config.write_text(BASE + reads.format("one") + reads.format("two"))
+    assert load_config(str(config)).config.adam.lr == 7e-4
+
+
 def test_two_files_may_share_a_base(tmp_path: Path) -> None:
     (tmp_path / "shared.py").write_text("adam = dict(lr=7e-4)\n")
     for name in ("a.py", "b.py"):
