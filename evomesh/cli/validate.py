@@ -50,17 +50,19 @@ def validate(
     from evomesh.train.launchers import spawn_ranks
     from evomesh.train.validation_run import refuse_missing_folder, validate_checkpoint
 
+    # What was asked for is printed to standard output, alone: it may be read as JSON.
+    console = Console(file=sys.stderr)
     with reporting_early_errors(launcher, port):
         loaded = load_config(config, overrides or [])
         refuse_missing_folder(loaded)
-        spawn_ranks(launcher)
+        spawn_ranks(launcher, console=console)
         result = validate_checkpoint(
             loaded,
             checkpoint,
             ema=ema,
             launcher=launcher,
             port=port,
-            console=Console(file=sys.stderr),
+            console=console,
         )
     if result.rank == 0:
         typer.echo(as_object(result) if as_json else table_of(result))

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.parallel.rendezvous import JobAddress, is_port
@@ -368,13 +370,16 @@ def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]
     ]
 
 
-def spawn_ranks(launcher: str = "auto", *, announces: bool = True) -> None:
+def spawn_ranks(
+    launcher: str = "auto", *, announces: bool = True, console: Console | None = None
+) -> None:
     """Replace this process by torchrun where the environment requires it (``torchrun_command``); else return.
 
     torchrun answers signals from then on.
 
     Args:
-        announces: log the command to standard output.
+        announces: log the command.
+        console: where it is logged, as in ``launch``: standard output by default.
     """
     command = torchrun_command(os.environ, sys.argv, launcher)
     if command is None:
@@ -384,7 +389,7 @@ def spawn_ranks(launcher: str = "auto", *, announces: bool = True) -> None:
     env.pop("RANK", None)
     env.pop("WORLD_SIZE", None)
     if announces:
-        setup_logging()
+        setup_logging(console=console)
         arguments = " ".join(command[1:])
         logger.info("starting %s", arguments)
     sys.stdout.flush()
