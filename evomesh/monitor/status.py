@@ -41,6 +41,7 @@ class RankStatus:
         time: when the record was written; ``since`` when ``phase`` began. Unix seconds.
         phase: "data wait", "train", "validation", "save", "report", "diagnosis"; see ``ENDED``.
         step: the number of steps that are done; ``total`` of the whole run.
+        began: when the ranks of this start of the run met; the same on all of them.
         started: when this start of the run began to train; ``first_step`` steps were done by then.
         tgs: tokens per device and second in the last step.
         fwd_bwd, data_wait: seconds of the last step.
@@ -56,6 +57,7 @@ class RankStatus:
     phase: str = "start"
     step: int = 0
     total: int = 0
+    began: float = 0.0
     started: float = 0.0
     first_step: int = 0
     tgs: float = 0.0
@@ -77,6 +79,7 @@ class StatusWriter:
     Args:
         folder: of the run.
         place: of this rank among those of its host, from 0.
+        began: when this start of the run began, in Unix seconds, the same on all ranks.
         memory: returns the bytes in use and the bytes there are.
     """
 
@@ -86,6 +89,7 @@ class StatusWriter:
         rank: int,
         place: int,
         total: int,
+        began: float,
         memory: Callable[[], tuple[int, int]],
     ) -> None:
         self.every_s = EVERY_S
@@ -93,7 +97,7 @@ class StatusWriter:
         host = socket.gethostname()
         now = time.time()
         self.status = RankStatus(
-            rank, host=host, pid=os.getpid(), since=now, total=total
+            rank, host=host, pid=os.getpid(), since=now, total=total, began=began
         )
         self._path = folder / FOLDER / f"{file_name(host)}.jsonl"
         self._place = place
@@ -208,15 +212,20 @@ def decode(record: bytes) -> RankStatus | None:
 
 
 def read_statuses(folder: Path) -> list[RankStatus]:
-    """Return the records of all ranks of a run, in the order of ranks.
+    """Return the records of all ranks of the newest start of a run, in the order of ranks.
 
-    A rank that has moved to another host is taken from where it wrote last.
+    An earlier start may have had more ranks, or other hosts: their records are still there. A rank
+    that has moved to another host is taken from where it wrote last.
 
     Raises:
         OSError: a file cannot be read.
     """
     newest: dict[int, RankStatus] = {}
-    for status in _all_records(folder / FOLDER):
+    records = list(_all_records(folder / FOLDER))
+    newest_start = max((record.began for record in records), default=0.0)
+    for status in records:
+        if status.began != newest_start:
+            continue
         earlier = newest.get(status.rank)
         if earlier is None or status.time > earlier.time:
             newest[status.rank] = status

@@ -115,6 +115,7 @@ class RunReporter:
             context.rank,
             context.local_rank,
             config.data.total_steps,
+            context.started.timestamp(),
             partial(memory_in_use, context.device),
         )
         self.history = HistoryFile(self.folder / HISTORY_FILE if self.main else None)

@@ -21,15 +21,15 @@ from evomesh.monitor.status import (
 RECORD = StepRecord(1.0, 6, 2.0, 950.5, 1e-3, 1.0, 1.0, 1, 10, 0, 1, 1, 1, 1, 0.9, 0.25)
 
 
-def writer(folder: Path, rank: int, place: int) -> StatusWriter:
-    return StatusWriter(folder, rank, place, total=7, memory=lambda: (5, 9))
+def writer(folder: Path, rank: int, place: int, began: float = 1.7e9) -> StatusWriter:
+    return StatusWriter(folder, rank, place, 7, began, memory=lambda: (5, 9))
 
 
 def test_the_largest_record_fits() -> None:
     huge = 10**15
     status = RankStatus(
         rank=10**6, host="h" * 300, pid=10**7, time=1e10 + 0.123, since=1e10 + 0.123,
-        phase="validation", step=huge, total=huge, started=1e10 + 0.123,
+        phase="validation", step=huge, total=huge, began=1e10 + 0.123, started=1e10 + 0.123,
         first_step=huge, tgs=1e9 + 0.123, fwd_bwd=1e6 + 0.123, data_wait=1e6 + 0.123,
         memory=huge, memory_limit=huge, saved=huge, saving=False,
     )  # fmt: skip
@@ -55,6 +55,16 @@ def test_ranks_of_a_host_share_a_file(tmp_path: Path) -> None:
     assert (eighth.data_wait, eighth.saved, eighth.saving) == (0.5, 5, True)
     assert (eighth.memory, eighth.memory_limit) == (5, 9)
     assert (ninth.rank, ninth.phase) == (9, "start")  # as it was when it began
+
+
+def test_ranks_of_an_earlier_start_are_left_out(tmp_path: Path) -> None:
+    for rank in range(3):  # the first start
+        with writer(tmp_path, rank, place=rank):
+            pass
+    for rank in range(2):
+        with writer(tmp_path, rank, place=rank, began=1.7e9 + 0.004):
+            pass
+    assert [status.rank for status in read_statuses(tmp_path)] == [0, 1]
 
 
 @pytest.mark.parametrize(
