@@ -258,7 +258,7 @@ def _continuing_writer(
         config, folder, reader.grid, reader.exchange, listener
     )
     if writer is not None and start.checkpoint is not None:
-        writer.continue_from(start.checkpoint)
+        writer.continue_from(start.checkpoint, reader.skipped)
     return writer
 
 

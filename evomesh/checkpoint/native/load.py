@@ -75,6 +75,9 @@ class CheckpointReader:
         exchange: how the ranks agree; by default this process reads alone.
         report: where messages of one line go, on rank 0; None: to the log, those on
             damage as warnings.
+
+    Attributes:
+        skipped: the committed step folders that were not used because they do not verify; the same on all ranks.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class CheckpointReader:
         self.grid = grid or Grid()
         self.exchange = exchange or SingleProcessExchange()
         self._custom_report = report
+        self.skipped: set[str] = set()
 
     def newest(
         self, folder: SaveFolder, verify: Depth = "data", check: Check | None = None
@@ -234,6 +238,8 @@ class CheckpointReader:
                 checkpoint = self._verify(candidate, depth, check)
             except CheckpointError as error:
                 skipped.append(_SkippedCandidate.of(candidate, error))
+                if candidate.committed:
+                    self.skipped.add(candidate.folder)
                 continue
             self._report_skipped(skipped, checkpoint)
             return checkpoint

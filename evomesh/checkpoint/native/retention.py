@@ -6,7 +6,7 @@ Their files go in a safe order, and nothing of anybody else's does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.commit import new_attempt, parent_folder
@@ -52,6 +52,11 @@ class Retention:
         """
         self._verified[folder] = True
 
+    def distrust(self, folders: Iterable[str]) -> None:
+        """Take checkpoints that the start of this run reported and skipped as damaged."""
+        for folder in folders:
+            self._verified[folder] = False
+
     def apply(
         self,
         storage: Storage,
@@ -91,22 +96,30 @@ class Retention:
         return deleted
 
     def _warn_of_later(self, own: Candidate, later: Sequence[Candidate]) -> None:
-        """Warn once that a resume would choose another run's checkpoints."""
+        """Warn once of checkpoints that a resume would choose or skip before this run's."""
         root = parent_folder(own.folder)
         if not later or root in self._warned:
             return
         self._warned.add(root)
-        steps = ", ".join(str(candidate.step) for candidate in later[:SHOWN])
-        more = ", ..." if len(later) > SHOWN else ""
-        logger.warning(
-            "%s holds checkpoints of later steps (%s%s) than this run's %d: they are another run's and stay, and "
-            "auto_resume would continue from step %d; move them away, or set another save_ckpt_folder",
-            root,
-            steps,
-            more,
-            own.step,
-            later[0].step,
-        )
+        skipped = [one for one in later if self._verified.get(one.folder) is False]
+        usable = [one for one in later if one not in skipped]
+        if skipped:
+            logger.warning(
+                "%s: checkpoints of later steps (%s) than this run's %d were skipped as damaged: they stay for repair, "
+                "and each start skips them again until this run has passed them; delete them if they are not needed",
+                root,
+                _listed(skipped),
+                own.step,
+            )
+        if usable:
+            logger.warning(
+                "%s holds checkpoints of later steps (%s) than this run's %d: they are another run's and stay, and "
+                "auto_resume would continue from step %d; move them away, or set another save_ckpt_folder",
+                root,
+                _listed(usable),
+                own.step,
+                usable[0].step,
+            )
 
     def to_delete(self, committed: list[Candidate]) -> list[Candidate]:
         """Return those of the committed checkpoints, newest first, that no rule keeps."""
@@ -240,6 +253,12 @@ def _around(
         if candidate.step <= newest.step and candidate != newest
     ]
     return newest, later, older
+
+
+def _listed(found: Sequence[Candidate]) -> str:
+    """Return the first steps of several, in words."""
+    steps = ", ".join(str(candidate.step) for candidate in found[:SHOWN])
+    return steps + (", ..." if len(found) > SHOWN else "")
 
 
 def _reason_to_stay(candidate: Candidate) -> str:

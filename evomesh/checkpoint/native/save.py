@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -447,11 +447,15 @@ class CheckpointWriter:
             is_known_to_all=True,
         )
 
-    def continue_from(self, checkpoint: Checkpoint) -> None:
-        """Record what the run was resumed from.
+    def continue_from(
+        self, checkpoint: Checkpoint, skipped: Iterable[str] = ()
+    ) -> None:
+        """Record what the run was resumed from, and the folders that were skipped as damaged.
 
         It is the parent of the next checkpoint, and its step is not saved again.
         """
+        self._retention.distrust(skipped)
+        self._snapshot_retention.distrust(skipped)
         step = checkpoint.step
         folder = checkpoint.folder
         self._parent = ParentRecord(step, checkpoint.attempt)

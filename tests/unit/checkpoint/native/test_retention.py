@@ -315,6 +315,27 @@ def test_a_run_from_scratch_keeps_its_own_next_to_later_steps_of_another_run(
     assert "(90, 80, 70)" in text
 
 
+def test_later_steps_that_the_resume_skipped_as_damaged_are_not_another_run_s(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(writer_of(tmp_path), 5, 8, 9)
+    for step in (8, 9):
+        (data,) = (tmp_path / f"step-{step:08}").glob("*.safetensors")
+        content = data.read_bytes()
+        data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    writer = writer_of(tmp_path, keep_last=2)
+    reader = CheckpointReader()
+    resumed = reader.newest(writer.folder)
+    assert resumed is not None
+    writer.continue_from(resumed, reader.skipped)
+    caplog.clear()
+    save(writer, 6, 7)
+    (text,) = warned(caplog)
+    assert "(9, 8) than this run's 6 were skipped as damaged" in text
+    assert "another run" not in text
+    assert len(steps(tmp_path)) == 4  # 6 and 7 beside the damaged ones
+
+
 def test_once_a_run_has_passed_another_run_s_steps_they_are_old_like_its_own(
     tmp_path: Path,
 ) -> None:
