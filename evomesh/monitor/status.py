@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -220,16 +220,22 @@ def read_statuses(folder: Path) -> list[RankStatus]:
     Raises:
         OSError: a file cannot be read.
     """
-    newest: dict[int, RankStatus] = {}
     records = list(_all_records(folder / FOLDER))
-    newest_start = max((record.began for record in records), default=0.0)
-    for status in records:
-        if status.began != newest_start:
-            continue
+    newest: dict[int, RankStatus] = {}
+    for status in _newest_start(records):
         earlier = newest.get(status.rank)
         if earlier is None or status.time > earlier.time:
             newest[status.rank] = status
     return [newest[rank] for rank in sorted(newest)]
+
+
+def _newest_start(records: Sequence[RankStatus]) -> list[RankStatus]:
+    """Return the records of the start that began last."""
+    starts = {record.began for record in records}
+    if not starts:
+        return []
+    last = max(starts)
+    return [record for record in records if record.began == last]
 
 
 def _all_records(folder: Path) -> Iterator[RankStatus]:

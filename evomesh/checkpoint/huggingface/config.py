@@ -121,39 +121,55 @@ def rotary_scaling(
     )
 
 
-def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
-    """Check that the architecture can represent the model.
+def refuse_unexportable(
+    model: ModelConfig, arch: Architecture, rotary: RotaryScaling
+) -> None:
+    """Check that the architecture can represent the model, with the rotary positions of the export.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: it cannot; the fix names the architectures that can.
     """
-    setting = None
+    setting = unexportable_setting(model, arch, rotary)
+    if setting is None:
+        return
+    possible = []
+    for other in CLASSES:
+        if unexportable_setting(model, other, rotary) is None:
+            possible.append(f"--arch {other}")
+    fix = f"export it as another one: {' or '.join(possible)}"
+    if not possible:
+        fix = "keep the native checkpoint: no other architecture can represent it"
+    raise CheckpointError(
+        f"{setting} cannot be represented in the {arch} architecture",
+        where="the checkpoint's model section",
+        expected=f"settings that {CLASSES[arch]} has",
+        fix=fix,
+        code="EVO-HF-004",
+    )
+
+
+def unexportable_setting(
+    model: ModelConfig, arch: Architecture, rotary: RotaryScaling
+) -> str | None:
+    """Return a setting of the model that the architecture cannot represent, None without one."""
     known = {facts.family for facts in HUGGING_FACE_FACTS.values()}
     if model.model_type not in known:
-        setting = f"the custom model_type {model.model_type!r}"
-    elif model.norm_type != "rmsnorm":
-        setting = f"norm_type {model.norm_type!r}"
-    elif not model.use_swiglu:
-        setting = "use_swiglu=False"
-    elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
-        setting = "apply_post_layer_norm=True"
-    else:
-        setting = (
-            _unexportable_head(model, arch)
-            or _unexportable_attention(model, arch)
-            or _unexportable_layers(model, arch)
-        )
+        return f"the custom model_type {model.model_type!r}"
+    if model.norm_type != "rmsnorm":
+        return f"norm_type {model.norm_type!r}"
+    if not model.use_swiglu:
+        return "use_swiglu=False"
+    if model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
+        return "apply_post_layer_norm=True"
+    setting = (
+        _unexportable_head(model, arch)
+        or _unexportable_attention(model, arch)
+        or _unexportable_layers(model, arch)
+    )
     differing = differing_key(model, HUGGING_FACE_FACTS[arch].family)
     if setting is None and differing is not None:
         setting = f"{differing}={getattr(model, differing)!r}"
-    if setting:
-        families = ", ".join(sorted(known))
-        raise CheckpointError(
-            f"{setting} cannot be represented in the {arch} architecture",
-            where="the checkpoint's model section",
-            expected=f"{families} with rmsnorm, use_swiglu and norms before the blocks, and the attention of {arch}",
-            code="EVO-HF-004",
-        )
+    return setting or _unexportable_positions(model, arch, rotary)
 
 
 def _unexportable_head(model: ModelConfig, arch: Architecture) -> str | None:
@@ -203,32 +219,19 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
     return None
 
 
-def refuse_other_positions(
+def _unexportable_positions(
     model: ModelConfig, arch: Architecture, rotary: RotaryScaling
-) -> None:
-    """Check that the architecture has the rotary positions of an export.
-
-    Raises:
-        CheckpointError: a scaling, or a base, that its readers do not know.
-    """
+) -> str | None:
+    """Return the rotary scaling or base that the readers of an architecture do not know, None without one."""
     scaling = "dynamic" if rotary.type == "dynamic" else None
     if model.rope_scaling is not None:
         scaling = model.rope_scaling.type
     possible = {"phi3": ("longrope",), "baichuan": ()}.get(arch)
-    setting = None
     if possible is not None and scaling is not None and scaling not in possible:
-        setting = f"rotary scaling {scaling!r}"
-    elif arch == "baichuan" and model.rope_base != BAICHUAN_ROPE_BASE:
-        setting = f"rope_base={model.rope_base:g}"
-    if setting:
-        raise CheckpointError(
-            f"{setting} cannot be represented in the {arch} architecture",
-            where="the checkpoint's model section",
-            expected=" or ".join(("plain rotary positions", *(possible or ())))
-            + f" with rope_base={BAICHUAN_ROPE_BASE:g}" * (arch == "baichuan"),
-            fix="export it as another one: --arch llama",
-            code="EVO-HF-004",
-        )
+        return f"rotary scaling {scaling!r}"
+    if arch == "baichuan" and model.rope_base != BAICHUAN_ROPE_BASE:
+        return f"rope_base={model.rope_base:g}"
+    return None
 
 
 def _scales_windows(model: ModelConfig) -> bool:

@@ -30,7 +30,6 @@ from evomesh.checkpoint.huggingface.config import (
     build_config,
     build_generation_config,
     default_architecture,
-    refuse_other_positions,
     refuse_unexportable,
     rotary_scaling,
 )
@@ -128,9 +127,8 @@ def refuse_unexportable_run(config: Config) -> None:
     """
     arch = default_architecture(config.model)
     try:
-        refuse_unexportable(config.model, arch)
         rotary = rotary_scaling(config.model, config.data.seq_len)
-        refuse_other_positions(config.model, arch, rotary)
+        refuse_unexportable(config.model, arch, rotary)
     except CheckpointError as error:
         raise CheckpointError(
             f"checkpoints of this model cannot be exported: {error.found}",
@@ -153,7 +151,6 @@ def export(
     found = options.weights_of(found)
     config = config_from_dict(found.config)
     arch = options.arch or default_architecture(config.model)
-    refuse_unexportable(config.model, arch)
     dtype = _export_dtype(config.model, options.dtype)
     rotary = rotary_scaling(
         config.model,
@@ -162,7 +159,7 @@ def export(
         factor=options.scaling_factor,
         max_position=options.max_position,
     )
-    refuse_other_positions(config.model, arch, rotary)
+    refuse_unexportable(config.model, arch, rotary)
     tokenizer = _fitting_tokenizer(config, options.tokenizer, report)
     template = _template(options.chat_template) or _trained_template(
         config, tokenizer, report

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from evomesh.checkpoint.huggingface.config import default_architecture
+from evomesh.checkpoint.huggingface.config import CLASSES, default_architecture
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import load_huggingface
@@ -316,6 +316,34 @@ def test_an_architecture_without_the_switch_is_refused(
     with pytest.raises(CheckpointError, match=words):
         export(found, tmp_path / "hf", replace(QUIET, arch=arch), lambda line: None)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "possible"),
+    [
+        ("QWEN3", {"qk_norm": True}, ["qwen3"]),
+        ("MISTRAL", {"sliding_window": 48}, ["mistral", "phi3", "smollm3"]),
+        (
+            "MISTRAL",
+            {"sliding_window": 48, "use_dynamic_ntk_rope": True},
+            ["mistral", "smollm3"],
+        ),
+    ],
+)
+def test_the_architectures_that_can_represent_a_refused_model_are_named(
+    family: str, changes: dict[str, Any], possible: list[str], tmp_path: Path
+) -> None:
+    _, found = save_model(tmp_path / "c", model_config(family, **changes))
+    refused = {}
+    for arch in CLASSES:
+        options = replace(QUIET, arch=arch)
+        try:
+            export(found, tmp_path / arch, options, lambda line: None)
+        except CheckpointError as error:
+            refused[arch] = error.fix
+    assert [arch for arch in CLASSES if arch not in refused] == possible
+    words = " or ".join(f"--arch {arch}" for arch in possible)
+    assert set(refused.values()) == {f"export it as another one: {words}"}
 
 
 @pytest.mark.parametrize(
