@@ -11,7 +11,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from evomesh.config.loader import LoadedConfig, known_keys, section_class
+from evomesh.config.loader import (
+    REMOVE_KEY,
+    LoadedConfig,
+    known_keys,
+    meant_key,
+    section_class,
+)
 from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.reading.spellings import QUEUE, SPELLINGS, TOP_LEVEL
 from evomesh.config.schema import Config
@@ -36,13 +42,16 @@ def describe(key: str) -> str:
     field = field_of(key)
     if field is not None and field.description:
         return field.description
+    fix = meant_key(key)
     similar = difflib.get_close_matches(key, known_keys(), n=1)
+    if fix.startswith(REMOVE_KEY):
+        fix = "evomesh config show CONFIG lists the keys"
+        if similar:
+            fix = f"did you mean {similar[0]}?"
     raise UserError(
         f"unknown key {key!r}",
         where="--explain",
-        fix=f"did you mean {similar[0]}?"
-        if similar
-        else "evomesh config show CONFIG lists the keys",
+        fix=fix,
         code="EVO-CONFIG-001",
     )
 

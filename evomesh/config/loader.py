@@ -46,6 +46,8 @@ ERRORS = {
     "tuple_type": "a list or tuple",
     "string_pattern_mismatch": "a URL such as https://HOST:PORT",  # one key has a pattern
 }
+REMOVE_KEY = "remove it"
+PLACES_SHOWN = 3  # of a name that several sections have
 # Names of other programs, which are nearer in letters to some other dtype.
 DTYPE_NAMES = {
     "fp64": "float64",
@@ -208,7 +210,14 @@ def _location_of(key: str, source: ConfigSource, sets: Sequence[Override]) -> st
 
 
 def _add_unknown_key(draft: ConfigDraft, key: str) -> None:
-    """Record an unknown key, with the most similar key of its section or the same name in another one."""
+    """Record an unknown key, with what was meant by it."""
+    _, _, name = key.rpartition(".")
+    fix = meant_key(key)
+    draft.problem(key, f"unknown key {name!r}", fix=fix, code="EVO-CONFIG-001")
+
+
+def meant_key(key: str) -> str:
+    """Say where the name of an unknown key belongs, which key of its section is similar, or that it must go."""
     section, _, name = key.rpartition(".")
     siblings = []
     elsewhere = []
@@ -216,19 +225,31 @@ def _add_unknown_key(draft: ConfigDraft, key: str) -> None:
         known_section, _, known_name = known.rpartition(".")
         if known_section == section:
             siblings.append(known_name)
-        if known_name == name and known != key:
+        if known_name.lower() == name.lower() and known != key:
             elsewhere.append(known)
+    words = []
+    if elsewhere:
+        elsewhere.sort(key=lambda known: not known.startswith(f"{section}."))
+        words.append(_place_of(elsewhere))
     similar = difflib.get_close_matches(name, siblings, n=1)
     if similar:
         suggestion = f"{section}.{similar[0]}" if section else similar[0]
-        fix = f"did you mean {suggestion}?"
-    elif elsewhere:
-        fix = f"did you mean {elsewhere[0]}?"
-    elif section:
-        fix = "remove it"
-    else:
-        fix = "remove it; private names start with _ or are in capitals"
-    draft.problem(key, f"unknown key {name!r}", fix=fix, code="EVO-CONFIG-001")
+        words.append(f"did you mean {suggestion}?")
+    if words:
+        return "; or ".join(words)
+    if section:
+        return REMOVE_KEY
+    return f"{REMOVE_KEY}; private names start with _ or are in capitals"
+
+
+def _place_of(keys: list[str]) -> str:
+    """Say in which sections the keys of one name are, or that it is in none."""
+    for key in keys:
+        if "." not in key:
+            return f"{key} belongs at the top level of the config, in no section"
+    shown = " or ".join(keys[:PLACES_SHOWN])
+    more = " ..." if len(keys) > PLACES_SHOWN else ""
+    return f"write it as {shown}{more}"
 
 
 def _validate(draft: ConfigDraft) -> tuple[Config | None, set[str]]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
 
 from evomesh.config.foreign_models import foreign_model
+from evomesh.config.loader import meant_key
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
 from evomesh.layers.init import InitialWeight, fill_parameter
@@ -201,6 +202,7 @@ def _unknown_keys(config: ModelConfig, known: list[str]) -> list[UserError]:
         if key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else meant_key(f"model.{key}")
         problems.append(
             UserError(
                 f"unknown key {key!r} for model type {config.model_type!r}",
@@ -208,7 +210,7 @@ def _unknown_keys(config: ModelConfig, known: list[str]) -> list[UserError]:
                 expected=f"one of {', '.join(known)}"
                 if known
                 else "none: this model has no custom parameters",
-                fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
+                fix=fix,
                 code="EVO-MODEL-003",
             )
         )

@@ -221,11 +221,12 @@ def read_statuses(folder: Path) -> list[RankStatus]:
         OSError: a file cannot be read.
     """
     records = list(_all_records(folder / FOLDER))
-    newest: dict[int, RankStatus] = {}
-    for status in _newest_start(records):
-        earlier = newest.get(status.rank)
-        if earlier is None or status.time > earlier.time:
-            newest[status.rank] = status
+    return _last_of_each_rank(_newest_start(records))
+
+
+def _last_of_each_rank(records: Sequence[RankStatus]) -> list[RankStatus]:
+    oldest_first = sorted(records, key=lambda record: record.time)
+    newest = {record.rank: record for record in oldest_first}
     return [newest[rank] for rank in sorted(newest)]
 
 

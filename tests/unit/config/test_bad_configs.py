@@ -73,6 +73,23 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["data.stages=[{}]", "data.epochs=2"], ["data.stages together with data.epochs"]),
     (["modle={}"], ["modle", "unknown key", "did you mean model?"]),
     (["data.micro_bzs=2"], ["data.micro_bzs", "did you mean data.micro_bsz?"]),
+    # A real key in the wrong section.
+    (
+        ["model.selective_checkpoint_offload=False"],
+        [
+            "unknown key",
+            "selective_checkpoint_offload belongs at the top level",
+            "or did you mean model.selective_checkpoint?",
+        ],
+    ),
+    (["model.job_name='x'"], ["JOB_NAME belongs at the top level"]),
+    (["data.lr=1e-3"], ["data.lr", "write it as adam.lr"]),
+    (["train_folder='x'"], ["write it as data.train_folder"]),
+    (
+        ["adam.total_steps=9"],
+        ["write it as data.total_steps or lr_scheduler.total_steps"],
+    ),
+    (["parallel.size=2"], ["parallel.zero1.size or parallel.tensor.size or", " ..."]),
     (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),
     (["SEQLEN=2"], ["SEQLEN", "unknown key"]),
     (
