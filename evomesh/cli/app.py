@@ -70,15 +70,21 @@ app.command("validate")(validate.validate)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.command("explain")(explain.explain)
-app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
+app.add_typer(
+    config.app, name="config", help="Check, show, list, copy and translate configs."
+)
 app.add_typer(
     tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers."
 )
 app.add_typer(
-    data.app, name="data", help="Inspect, verify and repair tokenized datasets."
+    data.app,
+    name="data",
+    help="Inspect, show, verify, repair, cache, order and report on tokenized datasets.",
 )
 app.add_typer(
-    ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints."
+    ckpt.app,
+    name="ckpt",
+    help="List (ls), verify, prune, pin, diff, reshard and average checkpoints.",
 )
 app.add_typer(
     xtuner.app,

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli.command_names import CommandGroup
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.native.find import Candidate
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 PathArgument = Annotated[
     str, typer.Argument(help="Save folder, step in it, or step folder; local or S3.")
@@ -20,7 +21,7 @@ PathArgument = Annotated[
 
 @app.callback()
 def ckpt() -> None:
-    """List, verify, compare, reshard, average and delete checkpoints."""
+    """List, verify, prune, pin, diff, reshard and average checkpoints."""
 
 
 def _candidates(path: str) -> list[Candidate]:

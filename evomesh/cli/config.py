@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from evomesh.cli.command_names import CommandGroup
 from evomesh.cli.config_paths import path_warnings
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
@@ -21,7 +22,7 @@ from evomesh.outside_errors import not_written
 if TYPE_CHECKING:
     from evomesh.config.loader import LoadedConfig
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 ConfigArgument = Annotated[
     str,

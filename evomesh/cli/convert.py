@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from evomesh.cli import convert_hf
+from evomesh.cli.command_names import CommandGroup
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.internevo.model import W2Role
     from evomesh.config.schema import Config
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 app.command("to-hf")(convert_hf.to_hf)
 app.command("from-hf")(convert_hf.from_hf)
 app.command("check")(convert_hf.check)

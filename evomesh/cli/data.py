@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomesh.cli import data_report
+from evomesh.cli.command_names import CommandGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from evomesh.config.data import DataConfig
     from evomesh.data.tokenizer import Tokenizer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 app.command("report")(data_report.report)
 
 MAX_SAMPLE_TOKENS = 400  # of a decoded document

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli.command_names import CommandGroup
 from evomesh.cli.options import EncodingOption, WholeFilesOption
 from evomesh.errors import UserError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 KINDS = ("bpe", "sentencepiece")
 CHATS = ("", "internlm", "chatml", "llama3")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 InputsArgument = Annotated[
     list[str], typer.Argument(metavar="IN...", help="Files, folders or globs of text.")

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
+from evomesh.cli.command_names import CommandGroup
 from evomesh.error_codes.words import chosen_language, explain_line, headlines
 from evomesh.errors import EXIT_USER_ERROR
 
@@ -21,7 +22,7 @@ CODE = "EVO-CLI-001"
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
-class ExplainedGroup(TyperGroup):
+class ExplainedGroup(CommandGroup):
     """The outermost group: what it and the commands below it reject gets the code of an error of usage."""
 
     def make_context(self, *args: Any, **keywords: Any) -> Any:
@@ -35,7 +36,7 @@ class ExplainedGroup(TyperGroup):
             return super().invoke(ctx)
 
 
-class XTunerGroup(TyperGroup):
+class XTunerGroup(CommandGroup):
     """The group of XTuner's commands: those that have another name here are named."""
 
     ELSEWHERE = {  # noqa: RUF012  # never changed

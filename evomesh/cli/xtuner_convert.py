@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli.command_names import CommandGroup
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.huggingface.export import ExportOptions
     from evomesh.config.schema import Config
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 CfgOptions = Annotated[
     list[str] | None,
