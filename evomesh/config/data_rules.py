@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from evomesh.config.data import DataConfig
 from evomesh.config.data_stages import (
@@ -56,11 +57,28 @@ def data_findings(config: Config) -> Iterator[ConfigFinding]:
         )
     if data.type == "streaming":
         yield from _streaming_findings(data)
+    else:
+        yield from _weight_findings("data.dataset_weights", data.dataset_weights)
     if data.rampup_batch_size is not None:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
     if data.stages:
         yield from _stages_findings(config)
     yield from _in_run_findings(data)
+
+
+def _weight_findings(
+    key: str, weights: Mapping[str, float] | None, place: str = ""
+) -> Iterator[ConfigFinding]:
+    """Yield each weight that no share of the data can have."""
+    for name, weight in (weights or {}).items():
+        if not 0 < weight < math.inf:
+            yield ConfigFinding(
+                (key,),
+                f"{place}{name!r} has weight {weight:g}",
+                expected="a positive number",
+                fix="remove the name from the weights: its files are then not trained on",
+                code="EVO-DATA-022",
+            )
 
 
 def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
@@ -155,6 +173,8 @@ def _stages_findings(config: Config) -> Iterator[ConfigFinding]:
         )
     yield from _stage_ends(data)
     for number, item in enumerate(data.stages, 1):
+        place = f"data stage {number}: "
+        yield from _weight_findings("data.stages", item.dataset_weights, place)
         section = item.section(data)
         if section.seq_len > data.seq_len or section.packed_length > data.packed_length:
             yield ConfigFinding(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 
 from evomesh.config.alert import alert_findings, alert_warnings
@@ -18,6 +17,7 @@ from evomesh.config.layout import data_stage_layout_findings, layout_findings
 from evomesh.config.lr_rules import learning_rate_findings, learning_rate_warnings
 from evomesh.config.mup_rules import mup_findings
 from evomesh.config.optimizer import optimizer_findings
+from evomesh.config.place_rules import place_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
@@ -67,7 +67,7 @@ def check(
         *data_findings(config),
         *_loss_scale_findings(config),
         *learning_rate_findings(config),
-        *_job_name_findings(config),
+        *place_findings(config),
         *layout_findings(config),
         *data_stage_layout_findings(config),
         *_checkpoint_findings(config),
@@ -261,17 +261,6 @@ def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
             f"initial_scale={start:g} is outside min_scale={low} .. max_scale={high}",
             expected="min_scale <= initial_scale <= max_scale",
             code="EVO-CONFIG-007",
-        )
-
-
-def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
-    name = config.run.job_name
-    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
-        yield ConfigFinding(
-            ("run.job_name",),
-            f"found {name!r}, which cannot name a folder",
-            expected="no / \\ : and no dot in front",
-            code="EVO-CONFIG-002",
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evomesh.config.storage_urls import split_s3
 from evomesh.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,44 +37,11 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Addr
     Raises:
         UserError: no bucket or, in InternEvo's form, no endpoint.
     """
-    if scheme == "s3" and rest.startswith(("http://", "https://")):
-        return _with_endpoint(rest)
-    # Both forms accept a second "s3:" before the slashes:
-    # boto3:s3://BUCKET.ENDPOINT/KEY and s3://BUCKET/KEY.
-    place = rest.removeprefix("s3:").lstrip("/")
-    host, _, key = place.partition("/")
-    key = key.strip("/")
-    if scheme == "s3":
-        if not host:
-            raise UserError(
-                f"s3:{rest}: no bucket",
-                expected="s3://BUCKET/KEY",
-                code="EVO-STORE-001",
-            )
-        endpoint_url = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
-        return S3Address(host, key, endpoint_url)
-    bucket, _, endpoint = host.partition(".")
-    if not bucket or not endpoint:
-        raise UserError(
-            f"boto3:{rest}: no bucket or no endpoint",
-            expected="boto3:s3://BUCKET.ENDPOINT/KEY",
-            code="EVO-STORE-001",
-        )
-    return S3Address(bucket, key, _endpoint_url(endpoint))
-
-
-def _with_endpoint(rest: str) -> S3Address:
-    """Parse ``https://HOST:PORT/BUCKET/KEY``."""
-    protocol, _, path = rest.partition("://")
-    host, _, path = path.partition("/")
-    bucket, _, key = path.partition("/")
-    if not host or not bucket:
-        raise UserError(
-            f"s3:{rest}: no bucket",
-            expected="s3:https://HOST/BUCKET/KEY",
-            code="EVO-STORE-001",
-        )
-    return S3Address(bucket, key.strip("/"), f"{protocol}://{host}")
+    endpoint, bucket, key = split_s3(scheme, rest)
+    if scheme == "boto3":
+        return S3Address(bucket, key, _endpoint_url(endpoint))
+    from_environment = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+    return S3Address(bucket, key, endpoint or from_environment)
 
 
 def _endpoint_url(endpoint: str) -> str:

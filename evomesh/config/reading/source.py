@@ -251,22 +251,33 @@ def _source_error(
 
 
 def parse_config(text: str, filename: str, shown: str) -> ast.Module:
+    """Return the syntax tree of a config.
+
+    Raises:
+        ConfigError: it cannot be parsed; says where.
+    """
+    # Of a NUL the parser says neither line nor column.
+    before, nul, _ = text.partition("\0")
+    if nul:
+        line = before.count("\n") + 1
+        raise _source_error(
+            "contains a NUL byte",
+            f"{shown}:{line}",
+            expected="a text file",
+            fix="remove the byte, or save the file as UTF-8 text",
+            code="EVO-CONFIG-005",
+        )
     try:
         return ast.parse(text, filename)
     except SyntaxError as error:
-        line = (error.text or "").rstrip("\n")
+        source = (error.text or "").rstrip("\n")
         caret = " " * max((error.offset or 1) - 1, 0) + "^"
+        shown_source = f"\n    {source}\n    {caret}" if source else ""
+        place = (shown, error.lineno, error.offset)
         raise _source_error(
-            f"not valid Python: {error.msg}\n    {line}\n    {caret}",
-            f"{shown}:{error.lineno}:{error.offset}",
+            f"not valid Python: {error.msg}{shown_source}",
+            ":".join(str(part) for part in place if part is not None),
             fix="correct the line; configs are ordinary Python files",
-            code="EVO-CONFIG-005",
-        ) from None
-    except ValueError as error:  # null bytes
-        raise _source_error(
-            f"not valid Python: {error}",
-            shown,
-            fix="save it as a UTF-8 text file",
             code="EVO-CONFIG-005",
         ) from None
 

@@ -443,6 +443,40 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["seed=4294967296"], ["seed", "< 4294967296"]),
     (["seed=abc"], ["seed", "'abc' (a string)", "an integer"]),
     (["JOB_NAME=../../etc"], ["JOB_NAME", "../../etc", "cannot name a folder"]),
+    (["JOB_NAME=" + "x" * 256], ["JOB_NAME", "has 256 bytes", "at most 255 bytes"]),
+    (["JOB_NAME=" + "é" * 128], ["JOB_NAME", "has 256 bytes", "at most 255 bytes"]),
+    ([r"JOB_NAME='a\ud800'"], ["JOB_NAME", r"'a\ud800' contains half of", "U+D800"]),
+    ([r"ckpt.save_ckpt_folder='a\udfff'"], ["ckpt.save_ckpt_folder", "U+DFFF"]),
+    ([r"data.train_folder='a\0b'"], ["data.train_folder", r"'a\x00b' contains NUL"]),
+    (
+        [r"data.samples=dict(prompts=['a', 'b\ud800'])", "data.sample_every=5"],
+        ["data.samples.prompts", "U+D800"],
+    ),
+    (
+        ["data.dataset_weights={'en': 1, 'cn': -1}"],
+        ["data.dataset_weights", "'cn' has weight -1", "a positive number"],
+    ),
+    (["data.dataset_weights={'en': 0}"], ["'en' has weight 0"]),
+    (
+        ["data.stages=[dict(until=5), dict(dataset_weights={'cn': -1})]"],
+        ["data.stages", "data stage 2: 'cn' has weight -1"],
+    ),
+    *[
+        ([f"{key}={url}", "ckpt.auto_resume=False"], [key, *words])
+        for key in ("ckpt.save_ckpt_folder", "ckpt.snapshot_ckpt_folder")
+        for url, *words in (
+            ("local:", "'local:' is empty", "a plain path"),
+            ("foo:bar", "unknown prefix 'foo:'", "local:foo:bar for a file name"),
+            ("volc:vc://b.e/k", "the volc: store is not supported"),
+            ("boto3:s3://bucket/key", "no bucket or no endpoint"),
+            ("s3:https://host", "no bucket", "s3:https://HOST/BUCKET/KEY"),
+            ("s3://", "no bucket", "s3://BUCKET/KEY"),
+        )
+    ],
+    (
+        ["ckpt.auto_resume=False", "ckpt.load_ckpt_info=dict(path='foo:bar')"],
+        ["ckpt.load_ckpt_info.path", "unknown prefix 'foo:'"],
+    ),
     (["model.drop_rate=1.0"], ["model.drop_rate", "a number < 1"]),
     (["model.attn_drop_rate=-0.1"], ["model.attn_drop_rate", "a number >= 0"]),
     (["model.qk_interleaved=True", "model.adapt_hf=True"], ["contradict"]),
@@ -458,6 +492,32 @@ def test_value(base: Path, sets: list[str], parts: list[str]) -> None:
     text = message(base, *sets)
     assert [part for part in parts if part not in text] == [], text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["JOB_NAME=" + "x" * 255],
+        [r"data.train_folder='caf\udce9'"],  # bytes of a name that is not UTF-8
+        [r"data.samples=dict(prompts=['a\0b'])", "data.sample_every=5"],
+        ["ckpt.save_ckpt_folder=s3://bucket"],
+        ["ckpt.load_ckpt_info=dict(path='foo:bar')"],  # auto_resume comes before it
+    ],
+    ids=ascii,
+)
+def test_names_and_places_that_a_run_can_use(base: Path, sets: list[str]) -> None:
+    key = sets[0].partition("=")[0]
+    loaded = load_config(str(base), [*sets, "data.tokenizer_path=t"])
+    origins = [loaded.origins[name] for name in loaded.origins if name.startswith(key)]
+    assert "--set" in origins
+
+
+def test_a_nul_byte_has_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "nul.py"
+    path.write_bytes(b"data = dict()\n\nJOB_NAME = 'a\0b'\n")
+    text = message(path)
+    assert f"{path}:3: contains a NUL byte" in text
+    assert "None" not in text and "^" not in text
 
 
 def test_all_at_once_with_file_and_line(tmp_path: Path) -> None:
