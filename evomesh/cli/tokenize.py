@@ -225,6 +225,12 @@ def tokenize_text(
         f"{output}: {fingerprint['documents']:,} documents, {fingerprint['tokens']:,} tokens, "
         f"largest id {fingerprint['max_id']}; {_origin(files)}"
     )
+    empty = fingerprint.get("empty_texts", 0)
+    if empty:
+        print(
+            f"warning: empty texts: {empty:,} of {fingerprint['documents']:,}; their documents hold no more than bos, "
+            "eos and white space: remove them from the input if there should be none"
+        )
 
 
 def _origin(files: Sequence[SourceFile]) -> str:

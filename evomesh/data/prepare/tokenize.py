@@ -65,17 +65,20 @@ def tokenize_files(
         ThreadPoolExecutor(BATCHES_PENDING) as encoder,
     ):
         check_same_tokenizer(writer, tokenizer)
+        empty_texts = writer.previous.get("empty_texts", 0)
         # Batches being encoded, oldest first, each with the input bytes read when it
         # was complete.
         pending: deque[tuple[Future[EncodedTexts], int]] = deque()
 
         def write_oldest() -> None:
+            nonlocal empty_texts
             encoding, position = pending.popleft()
             encoded = encoding.result()
             documents = encoded.documents
             if prefix or suffix:
                 documents = [prefix + ids + suffix for ids in documents]
             writer.write(documents, text_bytes=encoded.text_bytes)
+            empty_texts += encoded.empty
             if progress:
                 progress(position, writer.documents, writer.tokens)
 
@@ -89,19 +92,23 @@ def tokenize_files(
             "options": asdict(options),
             "sources": [*writer.previous.get("sources", []), *describe_sources(files)],
         }
+        if empty_texts:
+            facts["empty_texts"] = empty_texts
         return writer.commit(facts)
 
 
 class EncodedTexts(NamedTuple):
-    """The ids of texts, and the bytes of these texts in UTF-8."""
+    """The ids of texts, the bytes of these texts in UTF-8, and how many hold nothing but white space."""
 
     documents: list[list[int]]
     text_bytes: int
+    empty: int
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> EncodedTexts:
     text_bytes = sum(map(utf8_length, texts))
-    return EncodedTexts(tokenizer.encode_batch(texts), text_bytes)
+    empty = sum(not text or text.isspace() for text in texts)
+    return EncodedTexts(tokenizer.encode_batch(texts), text_bytes, empty)
 
 
 def utf8_length(text: str) -> int:

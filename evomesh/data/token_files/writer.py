@@ -32,7 +32,7 @@ class BinWriter:
     """Writer of ``X.bin``, ``X.bin.meta`` (int64) and ``X.bin.json``; they appear under these names at ``commit``.
 
     Args:
-        path: the ``.bin`` to write; its folder is created.
+        path: the ``.bin`` to write; its folder is created, and removed again if nothing is committed.
         append: keep the documents of an existing file and add to them.
 
     Raises:
@@ -48,17 +48,16 @@ class BinWriter:
                 expected="DIR/TYPE/NAME.bin",
                 code="EVO-CLI-006",
             )
-        folder = self.path.parent
+        # 1. The folder, and in it the part, which is renamed at the end.
+        self._new_folders = _create_folder(self.path.parent)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot create the folder: {error}",
-                where=str(folder),
-                code="EVO-DATA-026",
-            ) from None
-        remove_dead_parts(self.path)
-        self._part, self._file = open_part(self.path)
+            remove_dead_parts(self.path)
+            self._part, self._file = open_part(self.path)
+        except BaseException:
+            self._remove_new_folders()
+            raise
+
+        # 2. What is known of the documents so far: at first nothing.
         self._lengths: list[NDArray[np.int64]] = []  # tokens of each line, in blocks
         self._sizes: list[NDArray[np.int64]] = []  # bytes of each line
         self._hash = xxhash.xxh3_128()
@@ -185,6 +184,13 @@ class BinWriter:
             self._file.close()
         for suffix in ("", ".meta", ".json"):
             Path(f"{self._part}{suffix}").unlink(missing_ok=True)
+        self._remove_new_folders()
+
+    def _remove_new_folders(self) -> None:
+        """Remove the folders that were created, unless there is something in them: after commit, or another file."""
+        with suppress(OSError):
+            for folder in self._new_folders:
+                folder.rmdir()
 
     def _copy_existing(self) -> None:
         """Copy the existing file into the part, with its counts."""
@@ -230,6 +236,24 @@ class BinWriter:
             ends = np.cumsum(lengths)
             index = np.searchsorted(ends, position, side="right")
             self.max_id_line = int(documents[index]) + 1
+
+
+def _create_folder(folder: Path) -> list[Path]:
+    """Create a folder and those above it; return the ones that were not there, innermost first.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the folder: {error}",
+            where=str(folder),
+            code="EVO-DATA-026",
+        ) from None
+    return created
 
 
 def _line_sizes(lines: bytes) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from evomesh.data.records.decompress import decompress
 from evomesh.data.records.source_files import find_source_files
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.repair import repair
+from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
@@ -256,9 +257,48 @@ def test_bad_input_is_rejected_and_nothing_is_written(
     with pytest.raises(UserError) as caught:
         tokenize([str(tmp_path / name)], tmp_path / "out" / "a.bin", bpe)
     assert part in str(caught.value)
-    assert (
-        list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else []) == []
-    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_removes_no_folder_that_it_did_not_make(
+    tmp_path: Path, bpe: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "a.txt").write_text("\n")
+    for output in ("old/a.bin", "old/new/deep/a.bin"):
+        with pytest.raises(UserError, match="has no documents"):
+            tokenize([str(tmp_path / "a.txt")], tmp_path / output, bpe)
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_failed_run_keeps_what_others_write_into_its_folder(
+    tmp_path: Path, bpe: Path
+) -> None:
+    with (
+        BinWriter(tmp_path / "out/en/a.bin") as failing,
+        BinWriter(tmp_path / "out/en/b.bin") as other,
+    ):
+        failing.abort()
+        other.write([[1, 2]])
+        other.commit({})
+    kept = sorted(path.name for path in (tmp_path / "out/en").iterdir())
+    assert kept == ["b.bin", "b.bin.json", "b.bin.meta"]
+
+
+def test_empty_texts_are_counted(tmp_path: Path, bpe: Path) -> None:
+    """They stay documents, as blank lines of a .jsonl do in InternEvo's tool."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["a", "", " \n", "b "])
+    facts = tokenize([str(source)], tmp_path / "a.bin", bpe)
+    assert facts["documents"] == 4 and facts["empty_texts"] == 2
+    added = tokenize([str(source)], tmp_path / "a.bin", bpe, append=True)
+    assert added["documents"] == 8 and added["empty_texts"] == 4
+    (tmp_path / "b.txt").write_text("a\n\n  \nb\n")
+    skipped = tokenize([str(tmp_path / "b.txt")], tmp_path / "b.bin", bpe)
+    assert skipped["documents"] == 2 and "empty_texts" not in skipped
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("a\n\n  \nb\n")
+    verbatim = tokenize([str(lines)], tmp_path / "b.bin", bpe, raw_lines=True)
+    assert verbatim["documents"] == 4 and verbatim["empty_texts"] == 2
 
 
 def test_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
@@ -391,7 +431,7 @@ def test_full_disk_is_reported_without_traceback(tmp_path: Path, bpe: Path) -> N
         in ended.stderr
         and "Traceback" not in ended.stderr
     )
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_two_inputs_name_is_refused(tmp_path: Path, bpe: Path) -> None:
