@@ -16,6 +16,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.config.schema import Config, ParallelConfig
 from evomesh.config.user import expand_home
 from evomesh.data.build import build_train_data
+from evomesh.data.config_folders import other_tokenizer
 from evomesh.diagnose.results import CheckResult, RankPlace, by_value, listed
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange, gather_on_all_ranks
@@ -326,7 +327,8 @@ def _data_facts(config: Config) -> list[str]:
         data = build_train_data(config.data, config.model.vocab_size)
     except (UserError, OSError) as error:
         return ["", str(error)]
-    return [str(data.manifest["hash"]), f"{data.num_packs:,} packs", *data.warnings]
+    warnings = [*data.warnings, *other_tokenizer(config.data)]
+    return [str(data.manifest["hash"]), f"{data.num_packs:,} packs", *warnings]
 
 
 def judge_data(facts: Sequence[list[str]], places: Sequence[RankPlace]) -> CheckResult:

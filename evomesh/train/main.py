@@ -16,6 +16,7 @@ from evomesh.checkpoint.huggingface.export import refuse_unexportable_run
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.warning_lines import warning_lines
+from evomesh.data.config_folders import other_tokenizer
 from evomesh.layers.attention_kernel import attention_kernel
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.allocator import keep_freed_memory
@@ -123,6 +124,8 @@ def _train(
         slow = float16_warning(loaded.config, product_ratio)
         warnings += [slow] if slow else []
     if context.rank == 0:
+        # Looks at every token file's record: not on every rank.
+        warnings += other_tokenizer(loaded.config.data)
         for warning in warnings:
             logger.warning("%s", warning)
 

@@ -427,11 +427,17 @@ def test_a_checkpoint_of_another_shape_names_the_key_then_the_first_tensor_and_b
 def test_a_run_of_nan_steps_stops_with_its_own_exit_code(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
+    """And warns first that another tokenizer made its data."""
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     write_run(
         tmp_path,
+        "data['tokenizer_path'] = 'tokenizer.json'\n"
         "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n",
     )
+    record = tmp_path / "data/train/en/data.bin.json"
+    record.write_text('{"tokenizer": "a.model", "tokenizer_hash": "8888888888888"}')
     output = train(interpreter, tmp_path, expect=6)
+    assert "data.bin: made with another tokenizer (a.model 888888888888)" in output
     assert "for 3 consecutive steps" in output
 
 

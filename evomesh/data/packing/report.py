@@ -14,7 +14,7 @@ import xxhash
 
 from evomesh.config.data import DataConfig
 from evomesh.config.start_anew import start_anew
-from evomesh.data.config_folders import absent_tokenizer, other_tokenizer
+from evomesh.data.config_folders import absent_tokenizer
 from evomesh.data.packing.packs import PackPlan
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
 from evomesh.errors import UserError
@@ -195,7 +195,7 @@ def find_warnings(
     report: Sequence[dict[str, Any]], sources: Sequence[BinDataset], config: DataConfig
 ) -> list[str]:
     """Return what a user should know before the run starts."""
-    warnings = absent_tokenizer(config) + other_tokenizer(config)
+    warnings = absent_tokenizer(config)
     for row, source in zip(report, sources, strict=True):
         name = row["file"]
         if row["packs"] == 0 and config.remainder != "carry":

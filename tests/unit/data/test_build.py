@@ -16,6 +16,7 @@ import torch
 
 from evomesh.config.data import DataConfig
 from evomesh.data.build import TrainData, build_train_data, check_manifest
+from evomesh.data.config_folders import other_tokenizer
 from evomesh.data.packing.corpus import Corpus
 from evomesh.errors import UserError
 from tests.support.covers import covers
@@ -362,9 +363,9 @@ def test_a_tokenizer_that_did_not_make_the_files_gives_a_warning(
     for made_with in (None, ours):
         record = {} if made_with is None else {"tokenizer_hash": made_with}
         Path(f"{written}.json").write_text(json.dumps(record))
-        assert build_train_data(config(tree, **options), VOCAB).warnings == []
+        assert other_tokenizer(config(tree, **options)) == []
     Path(f"{written}.json").write_text('{"tokenizer_hash": "8888888888888"}')
-    (warning,) = build_train_data(config(tree, **options), VOCAB).warnings
+    (warning,) = other_tokenizer(config(tree, **options))
     assert warning.startswith(f"{written}: made with another tokenizer (tokenizer 8888")
     assert f"than data.tokenizer_path={str(tokenizer)!r} ({ours[:12]})" in warning
 
