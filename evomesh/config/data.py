@@ -192,5 +192,11 @@ class DataConfig(Section):
         return self.seq_len * self.micro_bsz
 
     @property
+    def validates_on_synthetic(self) -> bool:
+        """Return whether the validation of a run says nothing about the data that it trains on, which are real."""
+        trains_on_text = self.type == "streaming" or self.train_folder is not None
+        return trains_on_text and self.valid_every > 0 and self.valid_folder is None
+
+    @property
     def validation_micro_num(self) -> int:
         return self.valid_micro_num or self.micro_num

@@ -394,7 +394,7 @@ def _training_warnings(
             "data.train_folder",
             "None: training on SYNTHETIC data, as documented; set it to train on text",
         )
-    elif data.valid_every > 0 and data.valid_folder is None:
+    elif data.validates_on_synthetic:
         yield (
             "data.valid_folder",
             f"None while data.valid_every is {data.valid_every}: validation on SYNTHETIC data, as documented, whose "

@@ -267,6 +267,9 @@ def read_only_results(
     facts = gather_on_all_ranks(exchange, _data_facts(config))
     results.append(judge_data(facts, places))
     _, _, *warnings = facts[0]
+    if config.data.validates_on_synthetic:
+        words = "data.valid_folder is None: validation on synthetic counting sequences"
+        warnings.append(words)
     results += [CheckResult("data", "warn", words) for words in warnings]
     return results
 

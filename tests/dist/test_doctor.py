@@ -136,6 +136,10 @@ def test_the_warnings_of_the_data_are_shown(monkeypatch: pytest.MonkeyPatch) -> 
     results = read_only_results(Config(), SingleProcessExchange(), PLACES[:1])
     found = [(result.status, result.found) for result in results]
     assert found[0][0] == "ok" and found[1:] == [("warn", "a"), ("warn", "b")]
+    streaming = {"type": "streaming", "valid_every": 5}
+    synthetic = Config.model_validate({"data": streaming})
+    *_, last = read_only_results(synthetic, SingleProcessExchange(), PLACES[:1])
+    assert last.status == "warn" and "validation on synthetic" in last.found
 
 
 def time_axes(rank: int) -> tuple[list[str], list[CheckResult]]:

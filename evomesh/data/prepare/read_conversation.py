@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from evomesh.data.chat_message import ChatMessage
+from evomesh.data.records.chat_form import chat_format
 from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
@@ -28,13 +29,6 @@ ROLE_NAMES = {
     "tool": "tool",
     "observation": "tool",
 }
-# Which format a record has by its keys.
-FORMAT_KEYS = (
-    ("messages", ("messages",)),
-    ("sharegpt", ("conversations",)),
-    ("xtuner", ("conversation",)),
-    ("alpaca", ("instruction", "output")),
-)
 EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
@@ -349,10 +343,9 @@ def _get_of_record(record: SourceRecord, key: str) -> Any:
 
 def _format_fix(value: Any) -> str:
     """Return what to do with a record that has not the keys of the format."""
-    keys = value if isinstance(value, dict) else ()
-    for name, needed in FORMAT_KEYS:
-        if all(key in keys for key in needed):
-            return f"its form is another one: --format {name}"
+    name = chat_format(value)
+    if name:
+        return f"its form is another one: --format {name}"
     return (
         'rename its keys, as in {"messages": [{"role": "user", "content": "..."}, ...]} with --format messages, '
         "or tokenize it as text: --format text"

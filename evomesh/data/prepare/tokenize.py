@@ -12,8 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from evomesh.data.records.chat_form import chat_format
 from evomesh.data.records.encodings import UTF8
-from evomesh.data.records.reader import read_raw_lines, read_records, record_text
+from evomesh.data.records.reader import (
+    SourceRecord,
+    read_raw_lines,
+    read_records,
+    record_text,
+)
 from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
@@ -219,4 +225,20 @@ def _texts(stream: IO[bytes], file: SourceFile, options: TextOptions) -> Iterato
             yield line.value
     else:
         for record in read_records(stream, file):
-            yield record_text(record, options.text_field)
+            yield _text_of_record(record, options.text_field)
+
+
+def _text_of_record(record: SourceRecord, field: str) -> str:
+    try:
+        return record_text(record, field)
+    except UserError as error:
+        name = chat_format(record.value)
+        if not name:
+            raise
+        raise UserError(
+            error.found,
+            where=error.where,
+            expected=error.expected,
+            fix=f"tokenize conversations with --format {name}, or name a field of text: --text-field NAME",
+            code=error.code,
+        ) from None
