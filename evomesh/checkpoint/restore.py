@@ -22,7 +22,12 @@ from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
 from evomesh.data.chat import choose_template, end_of_answer_ids
 from evomesh.data.chat_message import ChatTemplate
-from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
+from evomesh.data.tokenizer import (
+    Tokenizer,
+    check_tokenizer_fits,
+    load_recorded_tokenizer,
+    load_tokenizer,
+)
 from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
@@ -89,15 +94,7 @@ def load_model(
     """
     restored = restore_model(path, device, ema=ema)
     config = restored.config
-    tokenizer_path = tokenizer or config.data.tokenizer_path
-    if tokenizer_path is None:
-        raise UserError(
-            "the checkpoint's config names no tokenizer",
-            where=path,
-            fix="pass one with --tokenizer PATH",
-            code="EVO-TOKEN-001",
-        )
-    loaded = load_tokenizer(tokenizer_path)
+    loaded = _load_tokenizer(tokenizer, config, path)
     check_tokenizer_fits(loaded, config.model.vocab_size)
     chosen = choose_template(template, loaded, config.data.chat_template)
     return LoadedModel(
@@ -111,6 +108,20 @@ def load_model(
             loaded, config.generation, config.model.vocab_size, chosen
         ),
     )
+
+
+def _load_tokenizer(given: str | None, config: Config, path: str) -> Tokenizer:
+    if given:
+        return load_tokenizer(given)
+    recorded = config.data.tokenizer_path
+    if recorded is None:
+        raise UserError(
+            "the checkpoint's config names no tokenizer",
+            where=path,
+            fix="pass one with --tokenizer PATH",
+            code="EVO-TOKEN-001",
+        )
+    return load_recorded_tokenizer(recorded, path)
 
 
 def restore_model(

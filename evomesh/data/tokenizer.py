@@ -278,6 +278,38 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
     return HfTokenizer(file)
 
 
+def load_recorded_tokenizer(path: str, source: str) -> Tokenizer:
+    """Load the tokenizer that the config of a checkpoint names.
+
+    Args:
+        path: its ``data.tokenizer_path``.
+        source: the checkpoint, for messages.
+
+    Raises:
+        UserError: there is no tokenizer at the path.
+    """
+    try:
+        return load_tokenizer(path, f"data.tokenizer_path in the config of {source}")
+    except UserError as refusal:
+        if refusal.code != "EVO-TOKEN-001":
+            raise
+        raise UserError(
+            absent_recorded_tokenizer(path),
+            where=refusal.where,
+            expected=refusal.expected,
+            fix="give one with --tokenizer PATH",
+            code=refusal.code,
+        ) from None
+
+
+def absent_recorded_tokenizer(path: str) -> str:
+    """Return that there is no tokenizer where the config of a checkpoint names one; a run may start in any folder."""
+    found = f"no tokenizer at {path}"
+    if not expand_home(path).is_absolute():
+        found += f" in {Path.cwd()}: the path is relative to where the run was started"
+    return found
+
+
 def read_tokenizer_hash(path: str | Path, where: str = "--tokenizer") -> str:
     """Return the ``hash`` that ``load_tokenizer`` would give the tokenizer; only its files are read.
 

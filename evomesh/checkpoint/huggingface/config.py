@@ -6,7 +6,9 @@ Newer readers look at ``dtype`` and ``rope_parameters``, older ones at ``torch_d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from evomesh.checkpoint.native.format import CheckpointError
@@ -87,6 +89,13 @@ class RotaryScaling:
     type: RotaryType
     factor: float
     max_position: int
+
+
+# Of architectures whose published code reads some kinds only; transformers itself reads
+# the angles of the others.
+SCALINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"phi3": ("longrope",), "baichuan": (), "internlm2": ("dynamic", "linear")}
+)
 
 
 def rotary_scaling(
@@ -226,7 +235,7 @@ def _unexportable_positions(
     scaling = "dynamic" if rotary.type == "dynamic" else None
     if model.rope_scaling is not None:
         scaling = model.rope_scaling.type
-    possible = {"phi3": ("longrope",), "baichuan": ()}.get(arch)
+    possible = SCALINGS.get(arch)
     if possible is not None and scaling is not None and scaling not in possible:
         return f"rotary scaling {scaling!r}"
     if arch == "baichuan" and model.rope_base != BAICHUAN_ROPE_BASE:

@@ -69,7 +69,12 @@ from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
 from evomesh.data.chat import portable_source
-from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
+from evomesh.data.tokenizer import (
+    Tokenizer,
+    absent_recorded_tokenizer,
+    check_tokenizer_fits,
+    load_tokenizer,
+)
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage
 from evomesh.user_files import read_text
@@ -257,9 +262,10 @@ def _tokenizer(
     path = config.data.tokenizer_path
     if path is not None and expand_home(path).exists():
         return load_tokenizer(path, "data.tokenizer_path")
-    report(
-        f"no tokenizer is exported: data.tokenizer_path is {path!r}; set it, or give one with --tokenizer PATH"
-    )
+    found = "the checkpoint's config names none"
+    if path is not None:
+        found = absent_recorded_tokenizer(path)
+    report(f"no tokenizer is exported: {found}; give one with --tokenizer PATH")
     return None
 
 

@@ -165,11 +165,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
     Raises:
         CheckpointError: they differ, or ``transformers`` gives a token an id that the training tokenizer lacks.
     """
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code=False, local_files_only=True
-    )
+    theirs = _load_with_transformers(folder)
     for text in TEXTS:
         wanted = ours.encode(text)
         found = list(theirs.encode(text, add_special_tokens=False))
@@ -193,6 +189,30 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
             code="EVO-HF-006",
         )
     _compare_chats(load_tokenizer(folder), theirs, folder)
+
+
+def _load_with_transformers(folder: Path) -> Any:
+    """Return the tokenizer that ``transformers`` loads from a folder.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever it raises says something about the folder
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer: {type(error).__name__}: {reason}",
+            where=str(folder),
+            fix="export without a tokenizer (--tokenizer none)",
+            code="EVO-HF-006",
+        ) from None
 
 
 def _compare_chats(ours: Tokenizer, theirs: Any, folder: Path) -> None:

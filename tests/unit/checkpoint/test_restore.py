@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evomesh.checkpoint.huggingface.export import ExportOptions
-from evomesh.checkpoint.restore import RestoredModel, restore_model
+from evomesh.checkpoint.restore import RestoredModel, load_model, restore_model
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from evomesh.layers.sequence_bounds import single_sequence
@@ -110,3 +110,30 @@ def test_other_folders_are_named(place: Path) -> None:
     (place / "hf/model.safetensors").unlink()
     with pytest.raises(UserError, match="no checkpoint at 'hf'"):
         restore_model("hf")
+
+
+def test_a_relative_tokenizer_path_is_the_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    byte_tokenizer(tmp_path / "tok")
+    config = model_config("LLAMA2", vocab_size=256)
+    _, found = save_model(tmp_path / "ckpts", config, "tok", GenerationConfig())
+    ckpts = str(tmp_path / "ckpts")
+    assert load_model(ckpts).tokenizer.vocab_size == 256
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    words = f"no tokenizer at tok in {elsewhere}: the path is relative to where the run was started"
+    with pytest.raises(UserError) as refusal:
+        load_model(ckpts)
+    assert refusal.value.where == f"data.tokenizer_path in the config of {ckpts}"
+    assert words in str(refusal.value)
+    assert "fix: give one with --tokenizer PATH" in str(refusal.value)
+    with pytest.raises(UserError, match="no tokenizer at other") as refusal:
+        load_model(ckpts, tokenizer="other")
+    assert refusal.value.where == "--tokenizer"
+    lines: list[str] = []
+    export(found, elsewhere / "hf", ExportOptions(compare=False), lines.append)
+    assert f"no tokenizer is exported: {words}; give one with --tokenizer PATH" in lines

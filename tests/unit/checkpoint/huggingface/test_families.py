@@ -300,6 +300,18 @@ def test_a_trained_model_is_exported_as_its_own_architecture(
             "phi3",
             "rotary scaling 'dynamic' cannot be represented in the phi3 architecture",
         ),
+        (
+            "INTERNLM2_PUBLIC",
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "internlm2",
+            "rotary scaling 'llama3' cannot be represented in the internlm2 architecture",
+        ),
         ("LLAMA2", {"norm_placement": "after"}, "llama", "norm_placement='after'"),
         (
             "OLMO2",

@@ -148,6 +148,18 @@ def test_a_folder_in_which_transformers_gives_other_ids_is_refused(
     compare_tokenizers(tokenizer, tmp_path / "hf")
 
 
+def test_a_config_that_transformers_cannot_read_is_refused_with_its_reason(
+    tmp_path: Path,
+) -> None:
+    tokenizer = load_tokenizer(FOLDERS["qwen3"].write(tmp_path))
+    # Without a class of the model, transformers does not find the length that it reads here.
+    rope = {"rope_type": "llama3", "factor": 8.0}
+    config = {"model_type": "internlm2", "rope_parameters": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot load the tokenizer: .*Error: .*max_p"):
+        compare_tokenizers(tokenizer, tmp_path)
+
+
 def test_a_conversation_is_compared_with_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
