@@ -298,7 +298,7 @@ def load_recorded_tokenizer(path: str, source: str) -> Tokenizer:
             where=refusal.where,
             expected=refusal.expected,
             fix="give one with --tokenizer PATH",
-            code=refusal.code,
+            code="EVO-TOKEN-001",
         ) from None
 
 
