@@ -14,6 +14,7 @@ from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.user import expand_home
 from evomesh.storage.base import Storage, join
+from evomesh.storage.new_folders import create_folder, remove_empty
 from evomesh.storage.urls import open_storage, split_url
 
 BLOCK = 8 << 20  # bytes read at a time while copying
@@ -41,8 +42,9 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
     # Beside the target, so on the same file system: there a rename takes one step, and
     # no reader sees half a folder. A killed export leaves this hidden folder only.
     work = local_path.parent / f".{local_path.name}.{secrets.token_hex(4)}.tmp"
+    new_folders: list[Path] = []
     try:
-        work.mkdir(parents=True)
+        new_folders = create_folder(work)
         yield work
         if local:
             _sync(work)
@@ -60,6 +62,7 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        remove_empty([folder for folder in new_folders if folder != work])
 
 
 def _sync(folder: Path) -> None:

@@ -232,13 +232,16 @@ def _text_of_record(record: SourceRecord, field: str) -> str:
     try:
         return record_text(record, field)
     except UserError as error:
-        name = chat_format(record.value)
-        if not name:
+        if not isinstance(record.value, dict) or field in record.value:
             raise
+        name = chat_format(record.value)
+        other = "encode whole lines with --raw-lines"
+        if name:
+            other = f"tokenize conversations with --format {name}"
         raise UserError(
             error.found,
             where=error.where,
             expected=error.expected,
-            fix=f"tokenize conversations with --format {name}, or name a field of text: --text-field NAME",
+            fix=f"name the field with --text-field NAME, or {other}",
             code=error.code,
         ) from None

@@ -329,7 +329,7 @@ def record_text(record: SourceRecord, field: str) -> str:
         raise UserError(
             f"the record has no field {field!r} (it has: {keys or 'none'})",
             where=record.where,
-            fix="name the field with --text-field NAME, or encode whole lines with --raw-lines",
+            fix="name the field that holds the text: --text-field NAME",
             code="EVO-DATA-010",
         )
     text = record.value[field]

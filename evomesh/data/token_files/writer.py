@@ -24,6 +24,7 @@ from evomesh.data.token_files.part_files import (
     report_disk_errors,
 )
 from evomesh.errors import UserError
+from evomesh.storage.new_folders import create_folder, remove_empty
 
 COPY_BYTES = 1 << 22  # bytes of an existing file copied at once
 
@@ -49,12 +50,19 @@ class BinWriter:
                 code="EVO-CLI-006",
             )
         # 1. The folder, and in it the part, which is renamed at the end.
-        self._new_folders = _create_folder(self.path.parent)
+        try:
+            self._new_folders = create_folder(self.path.parent)
+        except OSError as error:
+            raise UserError(
+                f"cannot create the folder: {error}",
+                where=str(self.path.parent),
+                code="EVO-DATA-026",
+            ) from None
         try:
             remove_dead_parts(self.path)
             self._part, self._file = open_part(self.path)
         except BaseException:
-            self._remove_new_folders()
+            remove_empty(self._new_folders)
             raise
 
         # 2. What is known of the documents so far: at first nothing.
@@ -184,13 +192,8 @@ class BinWriter:
             self._file.close()
         for suffix in ("", ".meta", ".json"):
             Path(f"{self._part}{suffix}").unlink(missing_ok=True)
-        self._remove_new_folders()
-
-    def _remove_new_folders(self) -> None:
-        """Remove the folders that were created, unless there is something in them: after commit, or another file."""
-        with suppress(OSError):
-            for folder in self._new_folders:
-                folder.rmdir()
+        # A folder with something in it stays: the output after commit, or another file.
+        remove_empty(self._new_folders)
 
     def _copy_existing(self) -> None:
         """Copy the existing file into the part, with its counts."""
@@ -236,24 +239,6 @@ class BinWriter:
             ends = np.cumsum(lengths)
             index = np.searchsorted(ends, position, side="right")
             self.max_id_line = int(documents[index]) + 1
-
-
-def _create_folder(folder: Path) -> list[Path]:
-    """Create a folder and those above it; return the ones that were not there, innermost first.
-
-    Raises:
-        UserError: it cannot be created.
-    """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create the folder: {error}",
-            where=str(folder),
-            code="EVO-DATA-026",
-        ) from None
-    return created
 
 
 def _line_sizes(lines: bytes) -> NDArray[np.int64]:

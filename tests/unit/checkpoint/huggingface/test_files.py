@@ -253,3 +253,14 @@ def test_disk_too_small_for_an_import(
     with pytest.raises(UserError, match=r"the checkpoint needs .* are free"):
         from_hf(str(folder), str(tmp_path / "out"), None, False, silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_export_leaves_no_folders(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "deep" / "model"
+    with pytest.raises(RuntimeError), output_folder.new_folder(str(target), 1) as work:
+        (work / "config.json").write_text("{}")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with output_folder.new_folder(str(target), 1) as work:
+        (work / "config.json").write_text("{}")
+    assert [path.name for path in target.iterdir()] == ["config.json"]

@@ -239,10 +239,10 @@ def test_fingerprint_describes_the_file(tmp_path: Path, bpe: Path) -> None:
         (
             "a.jsonl",
             b'{"messages": []}\n',
-            "fix: tokenize conversations with --format messages",
+            "NAME, or tokenize conversations with --format messages",
         ),
         ("a.jsonl", b'{"instruction": "", "output": ""}\n', "--format alpaca"),
-        ("a.jsonl", b'{"txt": "a"}\n', "fix: name the field with --text-field NAME"),
+        ("a.jsonl", b'{"txt": "a"}\n', "NAME, or encode whole lines with --raw-lines"),
         ("a.jsonl", b"{]\n", "line 1: the line is not JSON"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1 byte 13: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", "the file is compressed with gzip"),

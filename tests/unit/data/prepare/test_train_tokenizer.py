@@ -196,7 +196,10 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
         ),
         (["--vocab-size", "300", "--kind", "word"], "no kind 'word'"),
         (["--vocab-size", "300", "--chat", "alpaca"], "no chat template 'alpaca'"),
-        (["--vocab-size", "300", "--text-field", "text"], "no field 'text'"),
+        (
+            ["--vocab-size", "300", "--text-field", "text"],
+            r"no field 'text'(?s:.*)holds the text: --text-field NAME$",
+        ),
     ],
 )
 def test_mistakes_write_nothing(
