@@ -38,6 +38,7 @@ from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.config.start_anew import start_anew
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
+from evomesh.quantities import counted
 
 logger = logging.getLogger(__name__)
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
@@ -216,7 +217,10 @@ def _changed_batch(
     if before in (0, now):
         return []
     packs_now = now * config.data.micro_num
-    words = f"{before} data-parallel ranks in the checkpoint, {now} now: {packs_now} packs per step"
+    words = (
+        f"{counted(before, 'data-parallel rank')} in the checkpoint, {now} now: "
+        f"{counted(packs_now, 'pack', '')} per step"
+    )
     stored_micro_num = checkpoint.config.get("data", {}).get("micro_num")
     if stored_micro_num is None:
         return [words]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.config.batch_size import InternEvoBatch, Match, XTunerBatch
@@ -208,15 +209,17 @@ def _epoch_lines(
 
     packs = open_packs(folder, data).num_packs
     per_step = ours.packs_per_step
+    rest = packs % per_step
     yield (
-        f"{folder}: one epoch is {packs:,} packs of {ours.packed_length:,} tokens = {packs // per_step:,} steps"
-        + (f" and {packs % per_step} packs of the next" if packs % per_step else "")
+        f"{folder}: one epoch is {counted(packs, 'pack')} of {ours.packed_length:,} tokens = "
+        + counted(packs // per_step, "step")
+        + (f" and {counted(rest, 'pack')} of the next" if rest else "")
     )
     if epochs is not None:
-        yield f"{epochs:g} epochs: total_steps={int(epochs * packs) // per_step}"
+        yield f"{counted(epochs, 'epoch', 'g')}: total_steps={int(epochs * packs) // per_step}"
     if steps is not None:
         yield (
-            f"{steps:,} steps: {steps * per_step / packs:.3f} epochs"
+            f"{counted(steps, 'step')}: {steps * per_step / packs:.3f} epochs"
             if packs
             else "the folder has no pack"
         )

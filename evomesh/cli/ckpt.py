@@ -8,6 +8,7 @@ import typer
 
 from evomesh.cli.command_names import CommandGroup
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.checkpoint.native.find import Candidate
@@ -55,9 +56,9 @@ def list_(path: PathArgument) -> None:
 
 def _rows(candidate: Candidate) -> list[list[str]]:
     """Return the table rows of one step folder: a damaged one has a second row with the reason."""
-    from evomesh.checkpoint.native.disk_space import readable
     from evomesh.checkpoint.native.retention import PIN
     from evomesh.checkpoint.native.verify import verify
+    from evomesh.quantities import readable
 
     step = str(candidate.step)
     try:
@@ -103,7 +104,7 @@ def verify(
     """Check every byte of every checkpoint at PATH. Exit code 2 if one is damaged, or if there is none."""
     from evomesh.checkpoint.native import verify as verification
     from evomesh.checkpoint.native.compare import tensors_not_finite
-    from evomesh.checkpoint.native.disk_space import readable
+    from evomesh.quantities import readable
 
     num_checkpoints = 0
     damaged: list[str] = []
@@ -122,7 +123,7 @@ def verify(
             continue
         record = checkpoint.record
         print(
-            f"{folder}: good, {record.tensors} tensors, {readable(record.tensor_bytes)}"
+            f"{folder}: good, {counted(record.tensors, 'tensor', '')}, {readable(record.tensor_bytes)}"
         )
         if not deep:
             continue
@@ -186,7 +187,8 @@ def prune(
             delete_checkpoint(candidate)
         print(f"{action} {candidate.folder}")
     kept = len(committed) - len(unneeded)
-    print(f"{kept} checkpoints stay in {path}")
+    verb = "stays" if kept == 1 else "stay"
+    print(f"{counted(kept, 'checkpoint')} {verb} in {path}")
     if lock is not None:
         lock.release()
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.quantities import counted
+
 if TYPE_CHECKING:
     from evomesh.runs.compare import RunComparison
 
@@ -57,7 +59,7 @@ def lines_of(found: RunComparison) -> list[str]:
         lines.append("figures    equal to the bit in every common step")
         return lines
     lines.append(
-        f"figures    differ in {found.differing_steps:,} steps, first in step {found.first[0].step}"
+        f"figures    differ in {counted(found.differing_steps, 'step')}, first in step {found.first[0].step}"
     )
     lines += [f"  {one.describe()}" for one in found.first[:MAX_LINES]]
     lines.append("largest differences")

@@ -17,6 +17,7 @@ from evomesh.cli.config_paths import path_warnings
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
 from evomesh.outside_errors import not_written
+from evomesh.quantities import counted
 
 # Commands import what they need, so that `evomesh --help` is there at once.
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def check(
     warnings += of_place
     count = ""
     if warnings:
-        plural = "s" if len(warnings) > 1 else ""
-        count = f", {len(warnings)} warning{plural}"
+        count = f", {counted(len(warnings), 'warning')}"
     typer.echo(f"{config}: ok{count}")
 
 
@@ -221,7 +221,9 @@ def _show_learning_rate(loaded: LoadedConfig, as_json: bool) -> None:
         scaled = [f"{rate * scale:.6g}" for scale in scales.values()]
         rows.append((f"{step:,}", f"{rate:.6g}", *scaled))
     _print_table(("step", "lr", *scales), rows)
-    typer.echo(f"{schedule.type}, {total_steps:,} steps; a skipped step does not count")
+    typer.echo(
+        f"{schedule.type}, {counted(total_steps, 'step')}; a skipped step does not count"
+    )
 
 
 @app.command("list")

@@ -10,6 +10,7 @@ import typer
 
 from evomesh.cli import data_report
 from evomesh.cli.command_names import CommandGroup
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +117,7 @@ def inspect(
     for file in files:
         facts = summary(file)
         print(
-            f"{facts['file']}: {facts['documents']:,} documents, {facts['tokens']:,} tokens "
+            f"{facts['file']}: {counted(facts['documents'], 'document')}, {counted(facts['tokens'], 'token')} "
             f"(shortest {facts['shortest']:,}, median {facts['median']:,}, longest {facts['longest']:,}), "
             f"{facts['bytes']:,} bytes"
         )
@@ -126,7 +127,7 @@ def inspect(
     read = sum(plan.tokens for plan in packs.plans)
     lost = sum(plan.dropped for plan in packs.plans)
     print(
-        f"packs of {section.packed_length:,} tokens: {len(packs):,}; tails left out: {lost:,} tokens "
+        f"packs of {section.packed_length:,} tokens: {len(packs):,}; tails left out: {counted(lost, 'token')} "
         f"({lost / max(1, read):.1%} of those that pass min_length {section.min_length})"
     )
     if tokenizer is not None:
@@ -137,7 +138,7 @@ def inspect(
         for number in np.unique(spread):
             ids = first.read(np.array([number]))
             line = first.row(int(number)) + 1
-            print(f"--- {first.name} line {line}, {len(ids)} tokens")
+            print(f"--- {first.name} line {line}, {counted(len(ids), 'token', '')}")
             shown = ids[:MAX_SAMPLE_TOKENS]  # negative ids are not targets
             text = dimmed(np.abs(shown), shown > 0, loaded)
             typer.echo(text + (" ..." if len(ids) > len(shown) else ""))
@@ -261,7 +262,8 @@ def verify(
         problems = find_training_problems(section, path)
     for found in scans:
         print(
-            f"{found.path}: {len(found.offsets):,} documents, {found.tokens:,} tokens, largest id {found.max_id}"
+            f"{found.path}: {counted(len(found.offsets), 'document')}, {counted(found.tokens, 'token')}, "
+            f"largest id {found.max_id}"
         )
         for note in found.notes:
             print(f"note: {note}")
@@ -273,7 +275,7 @@ def _report_problems(problems: list[str]) -> None:
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        print(f"{len(problems)} problem(s)")
+        print(counted(len(problems), "problem"))
         sys.exit(1)
     print("no problems found")
 
@@ -294,7 +296,7 @@ def cache(path: DataPathArgument) -> None:
     from evomesh.data.token_files.cache import write_cache
 
     for file in open_files(path):
-        print(f"{file.path}.cache: {write_cache(file.path):,} tokens")
+        print(f"{file.path}.cache: {counted(write_cache(file.path), 'token')}")
 
 
 @app.command()
@@ -312,4 +314,4 @@ def order(
 
     target = Path(output)
     count = write_order(folder, target, file_type)
-    print(f"{output}: {count} files")
+    print(f"{output}: {counted(count, 'file')}")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.quantities import counted
+
 if TYPE_CHECKING:
     from evomesh.config.data import DataConfig
     from evomesh.data.tokenizer import Tokenizer
@@ -95,13 +97,13 @@ def report(
     )
     write_page(target, page)
     read = survey["read"]
-    what = "token files" if isinstance(opened, TokenFolder) else "text files"
+    what = "token file" if isinstance(opened, TokenFolder) else "text file"
     typer.echo(
-        f"{folder}: {len(opened.files):,} {what}, {read['of_documents']:,} documents"
+        f"{folder}: {counted(len(opened.files), what)}, {counted(read['of_documents'], 'document')}"
     )
     if not read["is_complete"]:
         typer.echo(
-            f"read {read['documents']:,} documents, {read['units']:,} tokens or words; everything: --tokens 0"
+            f"read {counted(read['documents'], 'document')}, {read['units']:,} tokens or words; everything: --tokens 0"
         )
     typer.echo(f"wrote {target} ({len(page) / 1e6:.1f} MB)")
 

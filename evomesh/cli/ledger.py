@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.config.step_values import StepRanges
@@ -186,7 +187,7 @@ def _summarize(reasons: Mapping[int, str], is_step: bool) -> None:
         return
     skipped = sum(bool(reason) for reason in reasons.values())
     note = f", skipped in {skipped}" if skipped else ""
-    typer.echo(f"used in {len(reasons) - skipped} steps{note}")
+    typer.echo(f"used in {counted(len(reasons) - skipped, 'step')}{note}")
 
 
 def _open_ledger(part: RunPart) -> StepLedger:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomesh.cli.options import OverrideOption
+from evomesh.cli.plan_layouts import near_gib
 from evomesh.cli.plan_page import (
     PageSubject,
     refuse_beside_json,
@@ -17,6 +18,7 @@ from evomesh.cli.plan_page import (
     write_plan_page,
 )
 from evomesh.errors import UserError
+from evomesh.quantities import counted, readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -261,7 +263,7 @@ def _predict(
 
     if rank >= gpus:
         raise UserError(
-            f"rank {rank} of {gpus} processes",
+            f"rank {rank} of {counted(gpus, 'process')}",
             where="--rank",
             expected=f"0 to {gpus - 1}",
             code="EVO-CLI-003",
@@ -374,13 +376,14 @@ def _describe_rank(prediction: RankPrediction) -> list[str]:
         "optimizer state": memory.optimizer,
     }
     total = sum(sizes.values())
-    parts = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in sizes.items())
+    parts = ", ".join(f"{name} {readable(size)}" for name, size in sizes.items())
     layers = f"layers {_format_ranges(memory.layers)} of {config.model.num_layers}"
     return [
         f"{model}; {tokens:,} tokens per step "
-        f"({data.packed_length} x {data.micro_num} micro-batches x {grid.dp.size} data-parallel ranks)",
+        f"({data.packed_length} x {counted(data.micro_num, 'micro-batch')} x "
+        f"{counted(grid.dp.size, 'data-parallel rank')})",
         f"rank {rank} of {gpus}: {position}",
-        f"holds: {layers}; {parts}; in total {total / MIB:.1f} MiB",
+        f"holds: {layers}; {parts}; in total {readable(total)}",
     ]
 
 
@@ -393,17 +396,17 @@ def _describe_peak(
         rows[f"{name} (estimated)"] = size
     width = max(map(len, rows))
     lines = [
-        f"peak of a step, in {WHERE[peak.phase]}: {peak.total / GIB:.1f} GiB of tensors"
+        f"peak of a step, in {WHERE[peak.phase]}: {near_gib(peak.total)} of tensors"
     ]
-    for name, size in rows.items():
-        lines.append(f"  {name:{width}} {size / GIB:7.2f} GiB")
     needed = sum(rows.values())
-    lines.append(f"  {'in total':{width}} {needed / GIB:7.2f} GiB")
+    for name, size in (*rows.items(), ("in total", needed)):
+        number, unit = near_gib(size, digits=2).split()
+        lines.append(f"  {name:{width}} {number:>7} {unit}")
     capacity = int(gpu_memory * GIB)
-    missing = peak.missing(capacity) / GIB
+    missing = peak.missing(capacity)
     if missing <= 0:
-        return [*lines, f"fits in {gpu_memory:g} GiB: {-missing:.1f} GiB to spare"]
-    lines.append(f"does not fit in {gpu_memory:g} GiB by {missing:.1f} GiB")
+        return [*lines, f"fits in {gpu_memory:g} GiB: {near_gib(-missing)} to spare"]
+    lines.append(f"does not fit in {gpu_memory:g} GiB by {near_gib(missing)}")
     changes = _changes_that_fit(prediction, capacity)
     if changes:
         lines.append(f"fits with any of: {'; '.join(changes)}")

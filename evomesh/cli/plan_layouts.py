@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from evomesh.quantities import readable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -144,8 +146,8 @@ def describe_near(result: SearchResult) -> list[str]:
         return []
     lines = ["faster, but too large:"]
     for near in result.near:
-        missing = near.missing / GIB
-        text = f"  {near.choice}: {missing:.1f} GiB too much"
+        missing = near_gib(near.missing)
+        text = f"  {near.choice}: {missing} too much"
         changes = [difference(near.choice, change) for change in near.changes]
         if changes:
             text += f"; fits with any of: {'; '.join(changes)}"
@@ -158,11 +160,16 @@ def describe_nearest(result: SearchResult, capacity: int) -> list[str]:
     too_large = [found for found in result.predictions if found.time is None]
     lines = ["no layout fits; the nearest:"]
     for prediction in too_large[:3]:
-        missing = prediction.peak.missing(capacity) / GIB
-        lines.append(f"  {missing:.1f} GiB too much: {prediction.choice}")
+        missing = prediction.peak.missing(capacity)
+        lines.append(f"  {near_gib(missing)} too much: {prediction.choice}")
     if not too_large:
         lines = ["no layout can fit: weights and gradients alone are too large"]
     return lines
+
+
+def near_gib(size: float, digits: int = 1) -> str:
+    """Return bytes in GiB, as those of GPUs are; what is less than a tenth of one in a smaller unit."""
+    return readable(size, digits, least=0.1)
 
 
 def cost(time: StepTime, price: float) -> float:

@@ -16,6 +16,7 @@ import typer
 
 from evomesh.cli.doctor import log_to_stderr
 from evomesh.cli.options import LauncherOption, RendezvousPortOption
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.runs.replay import ReplayPlan, ReplayResult
@@ -110,9 +111,8 @@ def _leave(scratch: Path, rank: int, world_size: int) -> None:
 def lines_of(plan: ReplayPlan, result: ReplayResult) -> list[str]:
     """Return the outcome as lines of text."""
     start = plan.checkpoint or "the start of the run"
-    plural = "" if plan.ranks == 1 else "s"
     lines = [
-        f"steps {plan.first_step} to {plan.step} from {start}, on {plan.ranks} rank{plural}"
+        f"steps {plan.first_step} to {plan.step} from {start}, on {counted(plan.ranks, 'rank')}"
     ]
     is_logged = plan.step in plan.run.rows
     if not is_logged:
@@ -125,9 +125,9 @@ def lines_of(plan: ReplayPlan, result: ReplayResult) -> list[str]:
     if plan.bound:
         asked = f"within {plan.bound:g} in step {plan.first_step}, the first"
     if not result.differing:
-        plural, verb = ("", "equals") if len(result.steps) == 1 else ("s", "equal")
+        verb = "equals" if len(result.steps) == 1 else "equal"
         lines.append(
-            f"{len(result.steps)} step{plural} {verb} what was logged, {asked}; "
+            f"{counted(len(result.steps), 'step')} {verb} what was logged, {asked}; "
             f"largest distance in all: {result.largest:.2g}"
         )
         return lines

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 
 def report(
@@ -55,6 +56,5 @@ def report(
     target = expand_home(out)
     write_page(target, page)
     for run in runs:
-        plural = "" if len(run.rows) == 1 else "s"
-        typer.echo(f"{run.folder}: {len(run.rows):,} step{plural}")
+        typer.echo(f"{run.folder}: {counted(len(run.rows), 'step')}")
     typer.echo(f"wrote {target} ({len(page) / 1e6:.1f} MB)")

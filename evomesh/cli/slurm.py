@@ -11,6 +11,7 @@ import typer
 
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import EXIT_RESTART, UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.cluster.slurm import SlurmJob, Starter, Sweep
@@ -142,7 +143,7 @@ def _node_count(nodes: int | None, gpus: int | None, gpus_per_node: int) -> int:
     needed = gpus // gpus_per_node
     if nodes not in (None, needed):
         raise UserError(
-            f"{gpus} GPUs are {needed} nodes of {gpus_per_node}, not {nodes}",
+            f"{counted(gpus, 'GPU')} are {counted(needed, 'node')} of {gpus_per_node}, not {nodes}",
             where="--gpus, --nodes",
             fix="give one of them",
             code="EVO-CLUSTER-001",

@@ -13,6 +13,7 @@ import typer
 
 from evomesh.cli.options import EncodingOption, WholeFilesOption
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.data.prepare.conversations import ChatOptions
@@ -222,7 +223,7 @@ def tokenize_text(
             progress=progress,
         )
     print(
-        f"{output}: {fingerprint['documents']:,} documents, {fingerprint['tokens']:,} tokens, "
+        f"{output}: {counted(fingerprint['documents'], 'document')}, {counted(fingerprint['tokens'], 'token')}, "
         f"largest id {fingerprint['max_id']}; {_origin(files)}"
     )
     empty = fingerprint.get("empty_texts", 0)
@@ -236,10 +237,9 @@ def tokenize_text(
 def _origin(files: Sequence[SourceFile]) -> str:
     """Say how many files were read, and what a document of a text file is."""
     count = len(files)
-    unit = "file" if count == 1 else "files"
     has_lines = any(file.format == "txt" for file in files)
     note = ", each line of a .txt being a document" if has_lines else ""
-    return f"from {count:,} {unit}{note}"
+    return f"from {counted(count, 'file')}{note}"
 
 
 def tokenize_conversations(
@@ -270,12 +270,12 @@ def tokenize_conversations(
         )
     for path, fingerprint in fingerprints.items():
         print(
-            f"{path}: {fingerprint['documents']:,} conversations, {fingerprint['tokens']:,} tokens, "
+            f"{path}: {counted(fingerprint['documents'], 'conversation')}, {counted(fingerprint['tokens'], 'token')}, "
             f"largest id {fingerprint['max_id']}"
         )
     print(
-        f"truncated to {options.max_length} tokens: {counts.truncated:,} conversations "
-        f"({counts.lost_tokens:,} tokens lost); left out because no target remained: {counts.without_target:,}"
+        f"truncated to {options.max_length} tokens: {counted(counts.truncated, 'conversation')} "
+        f"({counted(counts.lost_tokens, 'token')} lost); left out because no target remained: {counts.without_target:,}"
     )
     if counts.left_out:
         parts = [

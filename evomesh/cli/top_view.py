@@ -11,6 +11,7 @@ from typing import Any
 from evomesh.errors import printable
 from evomesh.monitor.overview import RunOverview, seconds_of
 from evomesh.monitor.status import RankStatus
+from evomesh.quantities import counted
 
 ALERTS_SHOWN = 3
 NEWEST_LINES = 3  # of the newest alert
@@ -169,7 +170,9 @@ def rank_lines(view: RunOverview, width: int, room: int | None) -> Iterator[Line
     for rank in shown:
         yield rank_line(view, rank, host_width)
     if left_out:
-        yield Line(f"      and {left_out:,} more ranks, less slow than these", DIM)
+        yield Line(
+            f"      and {counted(left_out, 'more rank')}, less slow than these", DIM
+        )
 
 
 def trouble(view: RunOverview, rank: RankStatus) -> tuple[bool, bool, float]:
@@ -204,11 +207,6 @@ def gigabytes(count: int) -> str:
     """Return bytes as a number of GB with about three digits."""
     number = count / 1e9
     return f"{number:.1f}" if number < 100 else f"{number:.0f}"
-
-
-def counted(number: int, word: str) -> str:
-    """Return a number and a word in the plural where it needs one."""
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from evomesh.config.section import Section
 from evomesh.config.step_values import SettingError
 from evomesh.config.text_table import text_table
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 if TYPE_CHECKING:
     from evomesh.config.data import DataConfig
@@ -162,7 +163,7 @@ def check_data_stages(data: DataConfig, dp_size: int) -> None:
     problem = data_stage_problem(resolve_data_stages(data, dp_size), data.total_steps)
     if problem:
         raise UserError(
-            f"{problem} (with {dp_size} data-parallel rank(s))",
+            f"{problem} (with {counted(dp_size, 'data-parallel rank')})",
             where="data.stages",
             expected="stages that follow each other from step 0 to data.total_steps; the last needs no end",
             code="EVO-CONFIG-012",

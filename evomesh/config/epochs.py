@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 
 def steps_per_epoch(config: Config, num_packs: int, dp_size: int) -> float:
@@ -55,8 +56,8 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
         total_steps = int(data.epochs * per_epoch)
         if total_steps < 1:
             raise UserError(
-                f"{data.epochs:g} passes over {num_packs} packs are less than one step of "
-                f"{data.micro_num} micro-batches on {dp_size} data-parallel ranks",
+                f"{counted(data.epochs, 'pass', 'g')} over {counted(num_packs, 'pack', '')}: less than one step of "
+                f"{counted(data.micro_num, 'micro-batch')} on {counted(dp_size, 'data-parallel rank')}",
                 where=key,
                 fix="add data, or lower data.micro_num or data.seq_len",
                 code="EVO-CONFIG-013",

@@ -11,6 +11,7 @@ from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.schema import Config, ModelConfig, ParallelConfig
 from evomesh.config.zero_size import best_zero, sharded_share, zero_warnings
 from evomesh.errors import ConfigError, UserError
+from evomesh.quantities import counted
 
 RESHARDS_EARLY = (
     "FSDP2 reshards a block and reduces its gradients as soon as the input gradients are ready, "
@@ -143,7 +144,7 @@ def check_world(config: Config, world_size: int) -> list[str]:
     warnings = []
     if asked > group:
         warnings.append(
-            f"parallel.zero1.size: {asked} is more than the {group} data-parallel ranks; {group} is used"
+            f"parallel.zero1.size: {asked} is more than the {counted(group, 'data-parallel rank')}; {group} is used"
         )
     sizes = run_sizes(config, world_size)
     warnings += _unsharded_warnings(config, sizes.zero)
@@ -205,7 +206,7 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
             processes = nearest(world_size, multiples_of=size)
             sizes = nearest(size, world_size)
             yield UserError(
-                f"{world_size} processes cannot be divided by {name} = {size}",
+                f"{counted(world_size, 'process')} cannot be divided by {name} = {size}",
                 where="parallel",
                 expected=f"{processes} processes, or a product of {sizes}",
                 code="EVO-PARALLEL-001",
@@ -359,7 +360,7 @@ def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
         largest = max(layers // chunks, 1)
         yield ConfigFinding(
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
-            f"{pp} stages of {chunks} chunks need {needed} layers, num_layers={layers}",
+            f"{counted(pp, 'stage')} of {counted(chunks, 'chunk')} need {needed} layers, num_layers={layers}",
             expected=f"pipeline.size at most {largest}",
             code="EVO-CONFIG-008",
         )

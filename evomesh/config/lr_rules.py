@@ -8,6 +8,7 @@ from evomesh.config.finding import ConfigFinding
 from evomesh.config.folders import FolderPlace
 from evomesh.config.lr_scheduler import FALLING, POWER_LAWS
 from evomesh.config.schema import Config
+from evomesh.quantities import counted
 
 DECAY_KEYS = tuple(
     f"lr_scheduler.{key}" for key in ("decay_steps", "decay_ratio", "decay_type")
@@ -61,7 +62,7 @@ def _warmup_findings(config: Config) -> Iterator[ConfigFinding]:
                 "data.total_steps",
             ),
             f"{warmup} steps of warm-up (init_steps + {given_as}) are longer than the training, "
-            f"{min(scheduled, steps)} steps",
+            f"{counted(min(scheduled, steps), 'step', '')}",
             expected="a warm-up shorter than data.total_steps",
             fix=f"lower {key}, or set lr_scheduler.total_steps={steps} too",
             code="EVO-CONFIG-015",
@@ -89,7 +90,7 @@ def _decay_findings(config: Config) -> Iterator[ConfigFinding]:
     elif decay.start < 0:
         yield ConfigFinding(
             keys,
-            f"a decay of {decay.steps} steps is longer than the schedule, {length} steps",
+            f"a decay of {counted(decay.steps, 'step', '')} is longer than the schedule, {counted(length, 'step', '')}",
             expected=f"at most {length - warmup} steps",
             fix=f"lower {key}, or raise data.total_steps",
             code="EVO-CONFIG-015",
@@ -97,7 +98,8 @@ def _decay_findings(config: Config) -> Iterator[ConfigFinding]:
     elif decay.start < warmup <= length:
         yield ConfigFinding(
             keys,
-            f"{warmup} steps of warm-up and {decay.steps} of decay are longer than the schedule, {length} steps",
+            f"{counted(warmup, 'step', '')} of warm-up and {decay.steps} of decay are longer than the schedule, "
+            f"{length} steps",
             expected="warm-up + decay <= total_steps",
             fix=f"lower {key} or the warm-up, or raise data.total_steps",
             code="EVO-CONFIG-015",
@@ -127,7 +129,7 @@ def _decay_from_findings(config: Config) -> Iterator[ConfigFinding]:
     if start < warmup:
         yield ConfigFinding(
             (key,),
-            f"step {start} is in the warm-up, which ends after {warmup} steps",
+            f"step {start} is in the warm-up, which ends after {counted(warmup, 'step', '')}",
             expected=f"a step from {warmup} on",
             code="EVO-CONFIG-015",
         )
@@ -187,7 +189,7 @@ def learning_rate_warnings(
         yield (
             "lr_scheduler.total_steps",
             f"{lr.total_steps} differs from data.total_steps={steps}: training ends after "
-            f"{steps} steps, the learning rate falls over {lr.total_steps}",
+            f"{counted(steps, 'step', '')}, the learning rate falls over {lr.total_steps}",
         )
     if lr.eta_min > config.adam.lr:
         # InternEvo computes its formula with any pair, and two of its configs have one.

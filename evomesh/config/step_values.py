@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from evomesh.quantities import counted
+
 RAMPUP_FORM = 'three positive integers "start increment every", such as "2 2 100"'
 STEPS_FORM = 'ascending step numbers and ranges, such as "3,10-20"'
 
@@ -48,9 +50,8 @@ class BatchSizeRampup:
             return None
         are_positive = all(word.isdigit() and int(word) > 0 for word in words)
         if len(words) != 3 or not are_positive:
-            plural = "s" if len(words) != 1 else ""
             raise SettingError(
-                f"found {text!r}: {len(words)} item{plural}", RAMPUP_FORM
+                f"found {text!r}: {counted(len(words), 'item')}", RAMPUP_FORM
             )
         start, increment, every = map(int, words)
         return BatchSizeRampup(start, increment, every)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evomesh.checkpoint.native.disk_space import check_space, readable
+from evomesh.checkpoint.native.disk_space import check_space
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.config.schema import Config, ParallelConfig
 from evomesh.config.user import expand_home
@@ -21,6 +21,7 @@ from evomesh.diagnose.results import CheckResult, RankPlace, by_value, listed
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange, gather_on_all_ranks
 from evomesh.plan.trace import hold
+from evomesh.quantities import readable
 from evomesh.storage.base import Storage, join
 from evomesh.train.build import save_folder
 from evomesh.train.probes import PROBE_FILE, FileTimes, time_folder

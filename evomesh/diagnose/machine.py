@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.diagnose.facts import MachineFacts
 from evomesh.diagnose.results import CheckResult, Status, by_value, listed
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.process_group import ranks_on_one_gpu
+from evomesh.quantities import counted, readable
 
 MAX_SKEW_S = 1.0
 ROUNDS = 5  # of messages, to measure clocks
@@ -106,7 +106,7 @@ def _crowded_host(ranks: Sequence[MachineFacts]) -> str:
     for host, members in _by_host(ranks).items():
         cores = members[0].cores
         if len(members) > cores:
-            return f"{len(members)} ranks share {cores} cores of {host}"
+            return f"{len(members)} ranks share {counted(cores, 'core')} of {host}"
     return ""
 
 
@@ -121,7 +121,7 @@ def _count(ranks: Sequence[MachineFacts]) -> str:
     hosts = len(_by_host(ranks))
     if len(ranks) == 1:
         return "one process"
-    return f"all {len(ranks)} ranks on {hosts} host{'s' if hosts > 1 else ''}"
+    return f"all {len(ranks)} ranks on {counted(hosts, 'host')}"
 
 
 def judge_limits(ranks: Sequence[MachineFacts]) -> list[CheckResult]:

@@ -8,11 +8,11 @@ from statistics import median
 
 import torch
 
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.diagnose.results import CheckResult, RankPlace, listed
 from evomesh.parallel.exchange import Exchange, gather_on_all_ranks
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.probes import MessageTime, time_messages
+from evomesh.quantities import readable
 
 MESSAGES = (8, 1 << 16, 1 << 22)  # bytes: latency, a small bucket, a large one
 SLOW_GROUP = 4.0  # times as long as the median group of the axis

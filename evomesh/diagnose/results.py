@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from evomesh.config.redact import redact_text
 from evomesh.errors import printable
+from evomesh.quantities import counted
 
 Status = Literal["ok", "warn", "fail"]
 RANKS_NAMED = 4
@@ -66,7 +67,7 @@ class Report:
         statuses = [result.status for result in self.results]
         warned = statuses.count("warn")
         failed = statuses.count("fail")
-        return f"{len(statuses)} checks: {failed} failed, {warned} warned"
+        return f"{counted(len(statuses), 'check')}: {failed} failed, {warned} warned"
 
     def as_json(self, **more: Any) -> str:
         """Return the report as one line of JSON, with what the caller adds to it."""

@@ -20,6 +20,7 @@ from evomesh.generate.options import PagedMode, SamplingParams
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis
+from evomesh.quantities import counted
 from evomesh.storage.atomic_file import write_atomically
 
 DEFAULT_BATCH_SIZE = 8
@@ -208,4 +209,6 @@ def summarize_results(
         else ""
     )
     speed = tokens / max(seconds, 1e-9)
-    return f"{task}: {len(results)} prompts{note}, {tokens} new tokens, {speed:.0f} tokens/s"
+    prompts = counted(len(results), "prompt", "")
+    new_tokens = counted(tokens, "new token", "")
+    return f"{task}: {prompts}{note}, {new_tokens}, {speed:.0f} tokens/s"

@@ -22,6 +22,7 @@ from evomesh.monitor.alerts.sender import BackgroundSender
 from evomesh.monitor.alerts.spike import LossSpike
 from evomesh.monitor.metrics import StepRecord
 from evomesh.outside_errors import as_user_error, gigabytes
+from evomesh.quantities import counted
 from evomesh.train.spikes import SpikeFinding
 
 DISK_CHECK_S = 60.0
@@ -102,8 +103,7 @@ class TrainingAlerts:
     def began(self, reason: str, *, resumed: bool, world_size: int) -> None:
         """Report that training starts; ``reason`` is the line that tells from what."""
         kind: AlertKind = "resumed" if resumed else "started"
-        plural = "" if world_size == 1 else "s"
-        self.raise_alert(kind, f"{world_size} rank{plural}: {reason}")
+        self.raise_alert(kind, f"{counted(world_size, 'rank', '')}: {reason}")
 
     def after_step(
         self,

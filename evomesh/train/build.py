@@ -45,6 +45,7 @@ from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.exchange import Exchange, default_exchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
+from evomesh.quantities import counted
 from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.early_stop import EarlyStop
 from evomesh.train.launch import RunContext
@@ -362,12 +363,12 @@ def _describe_epochs(config: Config, num_packs: int, dp_size: int) -> str:
     left_out = packs_left_out(config, num_packs, dp_size)
     remark = ""
     if left_out:
-        remark = (
-            f" ({left_out} packs of each pass, other ones each time, are in no step)"
-        )
+        remark = f" (not in any step: {counted(left_out, 'pack', '')} of each pass, other ones each time)"
+    micro_batches = counted(config.data.micro_num, "micro-batch", "")
+    ranks = counted(dp_size, "data-parallel rank", "")
     return (
-        f"one pass is {num_packs} packs = {per_epoch:g} steps of {config.data.micro_num} micro-batches on {dp_size} "
-        f"data-parallel ranks{remark}: total_steps={config.data.total_steps}, "
+        f"one pass is {counted(num_packs, 'pack', '')} = {counted(per_epoch, 'step', 'g')} of {micro_batches} on "
+        f"{ranks}{remark}: total_steps={config.data.total_steps}, "
         f"checkpoint_every={config.ckpt.checkpoint_every:g}"
     )
 

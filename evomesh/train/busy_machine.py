@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from evomesh.quantities import counted
+
 # What a program leaves behind that has just used all cores, such as the tokenizing
 # before a demo, is at most 1.
 BUSY_LOAD = 1.5  # programs that want to run, for each core
@@ -22,8 +24,8 @@ def others_at_work(device: torch.device) -> list[str]:
     if device.type != "cpu" or load <= BUSY_LOAD * cores:
         return []
     return [
-        f"this machine is busy: in the last minute {load:.1f} programs wanted to run on its {cores} core(s), so steps "
-        "may take many times as long as on an idle one"
+        f"this machine is busy: in the last minute {load:.1f} programs wanted to run on its "
+        f"{counted(cores, 'core')}, so steps may take many times as long as on an idle one"
     ]
 
 

@@ -15,8 +15,8 @@ from evomesh.config.size import parameter_count
 from evomesh.errors import UserError
 from evomesh.monitor.status import host_memory
 from evomesh.outside_errors import read_meminfo
+from evomesh.quantities import readable
 
-GIB = 1024**3
 HALF = ("float16", "bfloat16")
 # Tensors of a weight's shape that an update rule remembers, at least: Muon's AdamW has two.
 LEAST_STATE = {"adamw": 2, "muon": 1, "lion": 1, "schedule_free": 2}
@@ -103,7 +103,7 @@ def refuse_too_large(
     parameters = parameter_count(config.model)
     raise UserError(
         f"the model does not fit: weights, gradients and the optimizer's state of its {parameters:,} parameters need "
-        f"at least {needed / GIB:,.1f} GiB on this machine, and {free / GIB:,.1f} GiB are free",
+        f"at least {readable(needed)} on this machine, and {readable(free)} are free",
         where="model",
         expected="a model that fits into memory",
         fix="train a smaller one here (evomesh config copy demo .), or shard it over GPUs or more machines: "

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.outside_errors import is_out_of_memory
 from evomesh.parallel.spec import local_shard
+from evomesh.quantities import readable
 from evomesh.train.stages import ModelStages
 from evomesh.train.storage_watch import StorageWatch, storage_of
 

@@ -19,6 +19,7 @@ from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
 from evomesh.parallel.exchange import default_exchange
+from evomesh.quantities import counted
 from evomesh.train import refusals
 from evomesh.train.alerts import TrainingAlerts
 from evomesh.train.build import TrainingRun
@@ -181,6 +182,7 @@ class Trainer:
     def _report_stop(self, stop_request: StopRequest) -> int:
         """Log why the run ended early and return the exit code."""
         kind: AlertKind = "stopped"
+        steps = counted(self.state.step, "step", "")
         if self.spike is not None and self._ends_at_spike:
             step = self.spike.verdict.step
             line = (
@@ -190,12 +192,10 @@ class Trainer:
             exit_code = EXIT_TRAINING_STOPPED
         elif self.run.early_stop.is_due and stop_request.signal is None:
             kind = "done"
-            line = (
-                f"stopped after {self.state.step} steps: {self.run.early_stop.reason}"
-            )
+            line = f"stopped after {steps}: {self.run.early_stop.reason}"
             exit_code = 0
         elif stop_request.signal is None:
-            line = f"stopped by the stop file after {self.state.step} steps"
+            line = f"stopped by the stop file after {steps}"
             exit_code = 0
         else:
             advice = "nothing was saved"

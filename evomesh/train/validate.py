@@ -11,6 +11,7 @@ from evomesh.data.batch import Batch
 from evomesh.data.build import ValidationSet
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.grid import Grid
+from evomesh.quantities import counted
 from evomesh.train.stages import ModelStages
 from evomesh.train.tally import LossTally
 from evomesh.watchdog.activity import this_process
@@ -68,9 +69,8 @@ def announcement(counts: dict[str, int], dp_size: int) -> str:
     """Return the line that says how many batches of which sets each rank is about to read."""
     total = sum(counts.values())
     of_sets = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    plural = "" if total == 1 else "es"
     ranks = "" if dp_size == 1 else f" on each of {dp_size} data-parallel ranks"
-    return f"validating: {total:,} batch{plural}{ranks} ({of_sets})"
+    return f"validating: {counted(total, 'batch')}{ranks} ({of_sets})"
 
 
 def figures_of_average(averaged: dict[str, float]) -> dict[str, float]:

@@ -89,6 +89,11 @@ PHRASES = [
         "is not a",
         "what is no number",
     ),
+    Phrase(
+        r"\b(?:chunk|core|document|file|line|pack|problem|rank|row|step|token)\(s\)",
+        "counted() of evomesh.quantities",
+        "in 2 file(s)",
+    ),
     Phrase(r"\bat hand\b", "available", "the fastest kernel at hand"),
     Phrase(
         r"\bg(?:ive|ives|iven|ave) back\b", "return, release", "gives back the table"

@@ -101,7 +101,7 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_check(
     ("extra", "words"),
     [
         ("modle = dict()\n", "modle"),
-        ("parallel = dict(pipeline=2)\n", "1 processes cannot be divided"),
+        ("parallel = dict(pipeline=2)\n", "1 process cannot be divided"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_one_message(

@@ -30,6 +30,7 @@ from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 from evomesh.storage.local import LocalStorage
 
 INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ def _config(folder: HfFolder) -> str:
             f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ",
             code="EVO-HF-007",
         )
-    return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
+    return f"{record['architectures'][0]}, {counted(model.num_layers, 'layer')}, {record['dtype']}"
 
 
 def check_weights(folder: HfFolder) -> str:
@@ -112,7 +113,7 @@ def check_weights(folder: HfFolder) -> str:
     has_shards = INDEX in in_folder and "model.safetensors" not in files
     if has_shards:
         _check_total_size(folder)
-    return f"{len(folder.files)} tensors in {len(files)} files"
+    return f"{counted(len(folder.files), 'tensor', '')} in {counted(len(files), 'file', '')}"
 
 
 def _check_total_size(folder: HfFolder) -> None:

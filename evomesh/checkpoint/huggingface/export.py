@@ -54,7 +54,6 @@ from evomesh.checkpoint.huggingface.tokenizer import (
     write_tokenizer,
 )
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.ema_weights import EMA, with_ema_weights
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
@@ -76,6 +75,7 @@ from evomesh.data.tokenizer import (
     load_tokenizer,
 )
 from evomesh.layers.dtype import promote
+from evomesh.quantities import readable
 from evomesh.storage.local import LocalStorage
 from evomesh.user_files import read_text
 

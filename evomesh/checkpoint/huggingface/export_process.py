@@ -58,8 +58,8 @@ def _leave_room(job: ExportJob, one_checkpoint: int) -> None:
     Args:
         one_checkpoint: bytes of one; an export in the same dtype takes less.
     """
-    from evomesh.checkpoint.native.disk_space import readable
     from evomesh.checkpoint.native.format import CheckpointError
+    from evomesh.quantities import readable
 
     save = Path(job.checkpoint.removeprefix("local:")).parent
     root = Path(job.out).parent

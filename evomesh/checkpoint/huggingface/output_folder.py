@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.user import expand_home
+from evomesh.quantities import readable
 from evomesh.storage.base import Storage, join
 from evomesh.storage.new_folders import create_folder, remove_empty
 from evomesh.storage.urls import open_storage, split_url

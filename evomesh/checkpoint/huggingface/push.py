@@ -19,10 +19,10 @@ from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.checklist import check_tokenizer, check_weights
 from evomesh.checkpoint.huggingface.exported_folder import MARK
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.errors import EXIT_RESTART, UserError
 from evomesh.outside_errors import not_installed
+from evomesh.quantities import counted, readable
 from evomesh.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def push(path: str, repo: str, options: PushOptions, report: Report) -> str:
             allow_patterns=[file.relative_to(folder).as_posix() for file in files],
         )
     url = str(commit.commit_url)
-    report(f"pushed {len(files)} files, {readable(size)}: {url}")
+    report(f"pushed {counted(len(files), 'file')}, {readable(size)}: {url}")
     return url
 
 

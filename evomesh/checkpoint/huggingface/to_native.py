@@ -31,7 +31,6 @@ from evomesh.checkpoint.native.commit import (
     new_record,
     refuse_committed,
 )
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
 from evomesh.checkpoint.native.format import CommitRecord, layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
@@ -45,6 +44,7 @@ from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import check_embedded, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
+from evomesh.quantities import counted, readable
 from evomesh.storage.base import Storage, join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
@@ -198,7 +198,7 @@ def _tokenizer_path(
     if spare:
         report(
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids: "
-            f"the last {spare} rows are of no token"
+            f"of no token: the last {counted(spare, 'row', '')}"
         )
     return str(path)
 

@@ -29,7 +29,6 @@ from evomesh.checkpoint.native.agreement import (
     error_from_json,
     error_to_json,
 )
-from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import (
     CheckpointError,
     CommitRecord,
@@ -64,6 +63,7 @@ from evomesh.config.json_codec import encode_json
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
+from evomesh.quantities import readable
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 

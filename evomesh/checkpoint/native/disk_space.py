@@ -3,20 +3,8 @@
 from __future__ import annotations
 
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.quantities import readable
 from evomesh.storage.base import Storage
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def readable(size: float) -> str:
-    """Return ``1.5 GiB`` for a number of bytes."""
-    if size < 1024:
-        return f"{size:.0f} B"
-    unit = 0
-    while size >= 1024 and unit < len(UNITS) - 1:
-        size /= 1024
-        unit += 1
-    return f"{size:.1f} {UNITS[unit]}"
 
 
 def check_space(
@@ -45,7 +33,7 @@ def check_space(
         # While a save is written there is one more than retention keeps.
         most = min(saves or keep_last + 1, keep_last + 1)
     line = f"one checkpoint takes {readable(one)}"
-    if most:
+    if most and most > 1:
         line += f", {most} of them {readable(one * most)}"
     if free is None:
         return line

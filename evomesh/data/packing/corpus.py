@@ -34,6 +34,7 @@ from evomesh.data.token_files.fingerprint import check_vocabulary
 from evomesh.data.token_files.folders import assign_types, match_key
 from evomesh.data.token_files.shared_index import remove_stale
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 
 class Corpus:
@@ -115,10 +116,11 @@ class Corpus:
         first_step = rampup.start if rampup else global_batch
         if self.num_packs < first_step:
             raise UserError(
-                f"the data has {self.num_packs} pack(s) of {config.packed_length} tokens, "
+                f"the data has {counted(self.num_packs, 'pack', '')} of {config.packed_length} tokens, "
                 f"one step needs {first_step}",
                 where="data.train_folder",
-                expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {global_batch} packs",
+                expected=f"micro_num {config.micro_num} x {counted(dp_size, 'data-parallel rank')} = "
+                f"{counted(global_batch, 'pack', '')}",
                 fix="add data, or lower data.micro_num, data.micro_bsz or data.seq_len",
                 code="EVO-DATA-017",
             )

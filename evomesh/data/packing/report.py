@@ -18,6 +18,7 @@ from evomesh.data.config_folders import absent_tokenizer
 from evomesh.data.packing.packs import PackPlan
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 COUNTS = ("documents", "tokens", "filtered", "dropped", "packs")
 MANIFEST_KEYS = ("file", "type", "documents", "tokens", "bytes", "hash")
@@ -262,12 +263,12 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
         raise UserError(
             f"no file fills a micro-batch: the largest, {largest.name}, has {_missing(largest, config)}",
             where="data.train_folder",
-            expected=f"at least {config.micro_bsz} documents in one file",
+            expected=f"at least {counted(config.micro_bsz, 'document')} in one file",
             fix='add data, lower data.micro_bsz, or set data.remainder="carry" or "pad"',
             code="EVO-DATA-017",
         )
     raise UserError(
-        f"no file fills a pack: {kept:,} tokens in {len(sources)} file(s), "
+        f"no file fills a pack: {counted(kept, 'token')} in {counted(len(sources), 'file')}, "
         f"the largest, {largest.name}, has {largest.kept_tokens:,}, one pack needs {config.packed_length:,}",
         where="data.train_folder",
         expected=f"at least {config.packed_length:,} tokens (seq_len {config.seq_len} x micro_bsz {config.micro_bsz}) "

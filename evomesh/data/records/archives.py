@@ -17,6 +17,7 @@ from typing import IO, cast
 from evomesh.data.records.limits import unpack_limit, unpacks_too_far
 from evomesh.data.records.spill import spilled
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 ARCHIVE_SUFFIXES = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".zip": "zip"}
 UNSUPPORTED_SUFFIXES = (".7z", ".rar", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -184,7 +185,7 @@ def _read_to_end(tar: tarfile.TarFile, path: Path, count: int) -> int:
     if end_block != bytes(tarfile.BLOCKSIZE):
         state = "damaged" if len(end_block) == tarfile.BLOCKSIZE else "truncated"
         raise UserError(
-            f"the archive is {state} at byte {tar.offset} (unpacked), after {count} file(s)",
+            f"the archive is {state} at byte {tar.offset} (unpacked), after {counted(count, 'file')}",
             where=str(path),
             fix="copy or download it again",
             code="EVO-DATA-012",

@@ -32,6 +32,7 @@ from evomesh.data.records.splits import (
 )
 from evomesh.data.token_files.folders import check_folder
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 WINDOW = 1024  # rows that are shuffled among themselves
 WINDOW_CHARS = 1 << 28  # of a window's texts, which are in memory together
@@ -223,7 +224,7 @@ def _warn_left_out(split_of_name: Mapping[Path, str], chosen: str) -> list[str]:
     unnamed = [name for name, split in left_out.items() if not split_kind(split)]
     if unnamed:
         warnings.append(
-            f"{len(unnamed)} file(s) such as {unnamed[0]} are left out because other files are named {chosen}; "
+            f"left out: {counted(len(unnamed), 'file')} such as {unnamed[0]}, because other files are named {chosen}; "
             f'data.split_name="{ALL_SPLITS}" reads all files'
         )
     held_out = [
@@ -231,7 +232,7 @@ def _warn_left_out(split_of_name: Mapping[Path, str], chosen: str) -> list[str]:
     ]
     if held_out:
         warnings.append(
-            f"{len(held_out)} file(s) such as {held_out[0]} are left out because their names contain "
+            f"left out: {counted(len(held_out), 'file')} such as {held_out[0]}, for a name with "
             f'{left_out[held_out[0]]}; data.split_name="{ALL_SPLITS}" reads all files'
         )
     return warnings

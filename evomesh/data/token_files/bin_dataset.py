@@ -25,6 +25,7 @@ from evomesh.data.token_files.mapping import map_file
 from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.shared_index import digest, shared_array
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 BLOCK = 512  # documents that ``check`` reads at once
 BLOCK_BYTES = 2**18  # and about how many bytes at most
@@ -378,7 +379,8 @@ class BinDataset:
         extra = line.rstrip(b"\n").count(b"\n")
         if extra:
             raise UserError(
-                f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) after the last of them",
+                f"the meta has {counted(len(self.rows), 'row')}, the token file has "
+                f"{counted(extra, 'more line')} after the last of them",
                 where=f"{self.path}.meta",
                 fix=rebuild(self.path),
                 code="EVO-DATA-004",

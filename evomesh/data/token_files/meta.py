@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from evomesh.data.token_files.mapping import map_array, read_array_header
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 CHECK_ROWS = 1 << 20  # rows checked at once: bounds memory
 # Smaller metas are read, not mapped, so that a tree of many small files does not keep a
@@ -182,7 +183,7 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         raise refuse(
             row,
             f"offset {int(rows[row, 0]):,} is past the end of the token file ({size:,} bytes); "
-            f"the meta has {len(rows) - row} row(s) too many or the token file was truncated",
+            f"the meta has {counted(len(rows) - row, 'row')} too many or the token file was truncated",
             f"an offset below {size:,}",
         )
 

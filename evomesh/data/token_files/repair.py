@@ -13,6 +13,7 @@ from evomesh.data.token_files.lines import BadLineError, parse_line
 from evomesh.data.token_files.meta import meta_path, write_meta
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
 from evomesh.errors import UserError
+from evomesh.quantities import counted
 
 
 def repair(path: Path) -> str:
@@ -63,11 +64,11 @@ def repair(path: Path) -> str:
         write_meta(part, np.array(starts, np.int64), np.array(lengths, np.int64))
         os.replace(part, meta_path(path))
     moved = (
-        f"; the torn last line ({len(torn)} bytes) was moved to {path.name}.torn"
+        f"; the torn last line ({counted(len(torn), 'byte', '')}) was moved to {path.name}.torn"
         if torn
         else ""
     )
-    return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{moved}"
+    return f"{path}: {counted(len(lengths), 'document')}, {counted(sum(lengths), 'token')}{moved}"
 
 
 def repair_path(path: str) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from evomesh.quantities import counted
+
 AlertKind = Literal[
     "started",
     "resumed",
@@ -55,8 +57,7 @@ class Alert:
         """Return the text, what was left out, and where and when it happened."""
         lines = [self.text]
         for kind, count in self.suppressed.items():
-            plural = "" if count == 1 else "s"
-            lines.append(f"({count} more alert{plural} of kind {kind!r} not sent)")
+            lines.append(f"({counted(count, 'more alert')} of kind {kind!r} not sent)")
         lines.append(f"{self.host}, {self.time}")
         return "\n".join(lines)
 

@@ -301,7 +301,7 @@ def test_another_training_is_logged_with_both_values_and_other_changes_are_silen
     check_config(start, Config(), CheckpointReader(Grid(dp=Axis("dp", 2, 0))))
     assert caplog.messages == [
         "the training changes: data.micro_num: 1 in the checkpoint, 4 in the config",
-        "the training changes: 1 data-parallel ranks in the checkpoint, 2 now: 2 packs per step, before 1; "
+        "the training changes: 1 data-parallel rank in the checkpoint, 2 now: 2 packs per step, before 1; "
         "no data.micro_num keeps them, as 2 does not divide 1",
     ]
 
@@ -315,7 +315,7 @@ def test_other_ranks_are_logged_with_the_micro_num_that_keeps_the_packs(
     caplog.clear()
     check_config(start, changed("data", micro_num=60), reader)
     assert caplog.messages == [
-        "the training changes: 1 data-parallel ranks in the checkpoint, 4 now: 240 packs per step, before 60; "
+        "the training changes: 1 data-parallel rank in the checkpoint, 4 now: 240 packs per step, before 60; "
         "data.micro_num=15 keeps them"
     ]
     caplog.clear()

@@ -90,6 +90,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["write it as data.total_steps or lr_scheduler.total_steps"],
     ),
     (["parallel.size=2"], ["parallel.zero1.size or parallel.tensor.size or", " ..."]),
+    (["parallel.pipeline.size=64"], ["64 stages of 1 chunk need 64 layers"]),
     (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),
     (["SEQLEN=2"], ["SEQLEN", "unknown key"]),
     (

@@ -256,7 +256,7 @@ UNITS: list[tuple[tuple[Edit, ...], dict[str, Any], str]] = [
     (
         (("save_steps = 500", "save_steps = 3"),),
         {"ckpt.checkpoint_every": 1},
-        "a checkpoint every 1 steps",
+        "a checkpoint every 1 step",
     ),
     (
         (

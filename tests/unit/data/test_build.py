@@ -298,7 +298,7 @@ def test_a_path_names_exactly_one_type(write_bin: Any, tmp_path: Path) -> None:
 def test_less_than_one_global_batch_is_refused(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 50])
     text = assert_refused(
-        "3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4
+        "3 packs of 16 tokens, one step needs 8", config(tmp_path), dp_size=4
     )
     assert "micro_num 2 x 4" in text
 
@@ -308,7 +308,7 @@ def test_data_that_fills_no_pack_is_refused_unless_it_is_carried_or_padded(
 ) -> None:
     write_bin([[1] * 10], "train/en/a.bin")
     write_bin([[1] * 15], "train/en/b.bin")
-    text = assert_refused("25 tokens in 2 file(s)", config(tmp_path))
+    text = assert_refused("25 tokens in 2 files,", config(tmp_path))
     assert "en/b.bin, has 15, one pack needs 16" in text
     data = build_train_data(config(tmp_path, remainder="carry", micro_num=1), VOCAB)
     assert (data.num_packs, [row["packs"] for row in data.report]) == (1, [0, 1])

@@ -107,7 +107,7 @@ def test_inspect_prints_counts_and_what_packing_leaves_out(
     write_bin([[1, -2, 3], [4] * 9, [5]], "train/en/a.bin")
     text = run("inspect", str(tmp_path / "train"), "--seq-len", "4")
     assert "en/a.bin: 3 documents, 13 tokens (shortest 1, median 3, longest 9)" in text
-    assert "packs of 4 tokens: 3; tails left out: 1 tokens (7.7%" in text
+    assert "packs of 4 tokens: 3; tails left out: 1 token (7.7%" in text
     assert "ids of 13 sampled tokens: 5 distinct, 1 .. 5, 7.7% masked" in text
 
 

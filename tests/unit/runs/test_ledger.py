@@ -49,7 +49,7 @@ def test_a_run_folder_has_config_and_ranks(
     # Two ranks read twice as much a step.
     use, count = ledger(run, "--document", DOCUMENT)
     assert use.startswith(f"step {STEP // 2} rank")
-    assert count == "used in 1 steps"
+    assert count == "used in 1 step"
     use, _ = ledger(run, "--gpus", "1", "--document", DOCUMENT)
     assert use.startswith(f"step {STEP} rank 0 micro-batch 2")
     assert ledger(run, "--until", "1", "--document", DOCUMENT) == ["used in 0 steps"]

@@ -23,7 +23,7 @@ def test_more_programs_than_cores_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     pretend(monkeypatch, 4.06, 2)
     (line,) = others_at_work(CPU)
     assert "busy" in line
-    assert "4.1 programs wanted to run on its 2 core(s)" in line
+    assert "4.1 programs wanted to run on its 2 cores" in line
 
 
 @pytest.mark.parametrize(("load", "cores"), [(0.1, 2), (3.0, 2), (4.06, 64)])

@@ -11,6 +11,7 @@ from evomesh.config.reading.draft import shown
 from evomesh.config.reading.xtuner.foreign_names import last_name
 from evomesh.config.reading.xtuner.optimizer import accumulation
 from evomesh.config.reading.xtuner.translation import Translation
+from evomesh.quantities import counted
 
 CHECKPOINT = "default_hooks.checkpoint"
 BACKENDS = {"TensorboardVisBackend": True, "LocalVisBackend": False}
@@ -99,7 +100,7 @@ def _put_interval(out: Translation) -> None:
         out.warn(
             key,
             f"{interval} micro-iterations are {interval / per_step:g} steps of {per_step}: a checkpoint every "
-            f"{steps} steps",
+            f"{counted(steps, 'step', '')}",
         )
 
 

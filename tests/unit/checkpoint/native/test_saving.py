@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.native.disk_space import check_space, readable
+from evomesh.checkpoint.native.disk_space import check_space
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.errors import UserError
+from evomesh.quantities import readable
 from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage
 from tests.support.covers import covers

@@ -225,7 +225,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     files, warnings = find_split_files(str(folder), "k", None, "train")
     assert len(files) == 3
     assert warnings == [
-        "1 file(s) such as more.txt are left out because other files are named train; "
+        "left out: 1 file such as more.txt, because other files are named train; "
         'data.split_name="all" reads all files'
     ]
     (folder / "train.txt").write_text("w5\n")

@@ -78,7 +78,7 @@ def test_training_warns_of_files_whose_names_mark_them_as_held_out(
     (found,), warnings = find_split_files(str(tmp_path), "k", None, "train")
     assert found.full_path.name == "a.txt"
     assert warnings == [
-        "2 file(s) such as sub/test.txt are left out because their names contain test; "
+        "left out: 2 files such as sub/test.txt, for a name with test; "
         'data.split_name="all" reads all files'
     ]
     assert find_split_files(str(tmp_path), "k", None, "train", "all")[1] == []

@@ -227,7 +227,7 @@ def test_a_meta_with_more_rows_than_lines_is_refused(write_bin: Any) -> None:
     path = write_bin([[1], [2]])
     rows = np.load(f"{path}.meta")
     set_meta(path, np.vstack([rows, [[path.stat().st_size, 1]]]))
-    assert_refused(path, "row 2", "1 row(s) too many")
+    assert_refused(path, "row 2", "1 row too many")
 
 
 def test_a_truncated_file_is_refused_and_can_be_repaired(write_bin: Any) -> None:
