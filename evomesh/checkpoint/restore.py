@@ -20,6 +20,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
+from evomesh.config.user import expand_home
 from evomesh.data.chat import choose_template, end_of_answer_ids
 from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.tokenizer import (
@@ -95,7 +96,8 @@ def load_model(
     restored = restore_model(path, device, ema=ema)
     config = restored.config
     loaded = _load_tokenizer(tokenizer, config, path)
-    check_tokenizer_fits(loaded, config.model.vocab_size)
+    fix = "give another one with --tokenizer PATH"
+    check_tokenizer_fits(loaded, config.model.vocab_size, fix)
     chosen = choose_template(template, loaded, config.data.chat_template)
     return LoadedModel(
         restored.model,
@@ -115,6 +117,10 @@ def _load_tokenizer(given: str | None, config: Config, path: str) -> Tokenizer:
         return load_tokenizer(given)
     recorded = config.data.tokenizer_path
     if recorded is None:
+        folder = hub_model(path) or path
+        if expand_home(f"{folder}/config.json").is_file():
+            # Of a Hugging Face folder: the reason why its tokenizer cannot be used.
+            return load_tokenizer(folder, folder)
         raise UserError(
             "the checkpoint's config names no tokenizer",
             where=path,

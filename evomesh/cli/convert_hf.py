@@ -183,6 +183,12 @@ def from_hf(
     compare: Annotated[
         bool, typer.Option(help="Compare logits with transformers.")
     ] = True,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer file or folder that the checkpoint names, or none [default: the folder's]."
+        ),
+    ] = None,
 ) -> None:
     """Import a Hugging Face folder as a checkpoint, weights only.
 
@@ -191,7 +197,7 @@ def from_hf(
     """
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
-    convert(hf, out, dtype, compare, print)
+    convert(hf, out, dtype, compare, print, tokenizer)
 
 
 def push(

@@ -111,6 +111,7 @@ class HfTokenizer:
         built = build_backend(path, folder)
         self._backend = built.backend
         self.path = path
+        self.class_name = built.class_name
         # Of every file that has a say in the ids: a run resumes with the same ones.
         self.hash = _hash(path, folder, built.class_name)
         # Ids may have gaps, so that the number of tokens is not enough.
@@ -171,6 +172,18 @@ class HfTokenizer:
 
     def is_added(self, token_id: int) -> bool:
         return token_id in self._backend.get_added_tokens_decoder()
+
+    def beside_file(self) -> list[str]:
+        """Return the tokens that a tokenizer.json lacks: those of the other files of its folder, and of the class."""
+        from tokenizers import Tokenizer as Backend
+
+        if self.path.suffix != ".json":
+            return []
+        backend = Backend.from_file(str(self.path))
+        of_file = backend.get_vocab(with_added_tokens=True)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = vocabulary.keys() - of_file.keys()
+        return sorted(added, key=vocabulary.__getitem__)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json with all tokens, those of the folder included."""
@@ -377,19 +390,37 @@ def _find_tokenizer(folder: Path, where: str) -> Path:
     )
 
 
-def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, fix: str = "") -> None:
     """Refuse a tokenizer with ids that a model of ``vocab_size`` embedding rows does not know.
+
+    Args:
+        fix: how another one is given, for the message.
 
     Raises:
         UserError: the tokenizer has more ids than the embedding has rows.
     """
     if tokenizer.vocab_size > vocab_size:
+        found = f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows"
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows",
+            found + _words_on_ids_beside_file(tokenizer),
             where=str(tokenizer.path),
             expected="the tokenizer the model was trained with",
+            fix=fix,
             code="EVO-TOKEN-004",
         )
+
+
+def _words_on_ids_beside_file(tokenizer: Tokenizer) -> str:
+    """Return which of the ids are not in the file of a tokenizer; "" if all are."""
+    added = tokenizer.beside_file() if isinstance(tokenizer, HfTokenizer) else []
+    if not added:
+        return ""
+    assert isinstance(tokenizer, HfTokenizer)
+    names = ", ".join(map(repr, added[:5])) + ", ..." * (len(added) > 5)
+    return (
+        f"; not in the file itself: {names}, from the class {tokenizer.class_name}, with which transformers loads "
+        "the folder, or from the folder's other files"
+    )
 
 
 def check_embedded(token: int, vocab_size: int, name: str) -> None:

@@ -248,7 +248,8 @@ def _fitting_tokenizer(
 ) -> Tokenizer | None:
     tokenizer = _tokenizer(config, given, report)
     if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, config.model.vocab_size)
+        fix = "give another one with --tokenizer PATH, or export the weights alone with --tokenizer none"
+        check_tokenizer_fits(tokenizer, config.model.vocab_size, fix)
     return tokenizer
 
 

@@ -41,6 +41,7 @@ from evomesh.checkpoint.native.write import Pieces, PieceSource, live_pieces
 from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, GenerationConfig, ModelConfig
+from evomesh.config.user import expand_home
 from evomesh.data.tokenizer import check_embedded, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
@@ -56,15 +57,26 @@ def from_hf(
     dtype: str | None,
     compare: bool,
     report: Callable[[str], None],
+    tokenizer: str | None = None,
 ) -> str:
     """Write step 0 into the save folder ``target`` and return the step folder.
 
+    Args:
+        tokenizer: path that the checkpoint names; None: the folder's own; "none": no tokenizer.
+
     Raises:
-        CheckpointError: not a folder of a known architecture, wrong tensors, no space; nothing is left then.
+        CheckpointError: not a folder of a known architecture, wrong tensors, a
+            tokenizer larger than the embedding, no space; nothing is left then.
     """
     folder = open_folder(source)
-    config, weights = read_folder(folder, dtype, report)
+    config, weights = read_folder(folder, dtype, report, tokenizer)
     model = config.model
+    if config.data.tokenizer_path is not None:
+        check_tokenizer_fits(
+            load_tokenizer(config.data.tokenizer_path),
+            model.vocab_size,
+            "import the weights alone with --tokenizer none, or give another one with --tokenizer PATH",
+        )
     storage, root = open_storage(target)
     state = describe_original(folder, model.dtype)
     step, record = commit_weights(
@@ -115,7 +127,10 @@ def commit_weights(
 
 
 def read_folder(
-    folder: HfFolder, dtype: str | None, report: Callable[[str], None]
+    folder: HfFolder,
+    dtype: str | None,
+    report: Callable[[str], None],
+    tokenizer: str | None = None,
 ) -> tuple[Config, dict[str, ForeignTensor]]:
     """Return the config that a folder describes, and its weights, none of them read yet.
 
@@ -123,10 +138,10 @@ def read_folder(
 
     Args:
         dtype: of the parameters; None: the folder's.
+        tokenizer: path that the config names; None: the folder's own; "none": no tokenizer.
 
     Raises:
-        CheckpointError: not a folder of a known architecture, wrong tensors, or a
-            tokenizer larger than the embedding.
+        CheckpointError: not a folder of a known architecture, or wrong tensors.
     """
     described = describe_folder(folder, dtype)
     model = described.model
@@ -136,7 +151,7 @@ def read_folder(
         model=model,
         data=DataConfig(
             seq_len=model.max_position_embeddings,
-            tokenizer_path=_tokenizer_path(folder, model, report),
+            tokenizer_path=_tokenizer_path(folder, tokenizer, model, report),
         ),
         generation=_generation_section(folder, model.vocab_size),
     )
@@ -181,26 +196,44 @@ def _converted(weights: Mapping[str, ForeignTensor], source: str) -> PieceSource
 
 
 def _tokenizer_path(
-    folder: HfFolder, model: ModelConfig, report: Callable[[str], None]
+    folder: HfFolder,
+    given: str | None,
+    model: ModelConfig,
+    report: Callable[[str], None],
 ) -> str | None:
-    if not isinstance(folder.storage, LocalStorage):
-        report(
-            "the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH"
-        )
+    if given == "none":
         return None
-    path = Path(folder.path).resolve()
-    try:
+    if given is not None:
+        path = expand_home(given).resolve()
         tokenizer = load_tokenizer(path)
-    except UserError:
-        return None
-    check_tokenizer_fits(tokenizer, model.vocab_size)
+    else:
+        if not isinstance(folder.storage, LocalStorage):
+            report(
+                "the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH"
+            )
+            return None
+        path = Path(folder.path).resolve()
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError as refusal:
+            _report_unusable(refusal, report)
+            return None
     spare = model.vocab_size - tokenizer.vocab_size
-    if spare:
+    if spare > 0:
         report(
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids: "
             f"of no token: the last {counted(spare, 'row', '')}"
         )
     return str(path)
+
+
+def _report_unusable(refusal: UserError, report: Callable[[str], None]) -> None:
+    """Report why a folder's tokenizer is left out; a folder without one has nothing that would be missed."""
+    if refusal.code != "EVO-TOKEN-001":
+        report(
+            f"the checkpoint names no tokenizer, as that of the folder cannot be used: {refusal.found}; "
+            "give one with --tokenizer PATH"
+        )
 
 
 def _generation_section(folder: HfFolder, vocab_size: int) -> GenerationConfig | None:

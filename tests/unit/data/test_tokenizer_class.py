@@ -14,7 +14,12 @@ import transformers
 
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.folder_template import JinjaTemplate
-from evomesh.data.tokenizer import encode_prompt, load_tokenizer, read_tokenizer_hash
+from evomesh.data.tokenizer import (
+    check_tokenizer_fits,
+    encode_prompt,
+    load_tokenizer,
+    read_tokenizer_hash,
+)
 from evomesh.data.tokenizer_class import (
     BACKEND,
     CLASSES,
@@ -149,6 +154,26 @@ def test_a_class_that_is_not_known_here_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, "bytes", "XLMRobertaTokenizerFast", "names")
     with pytest.raises(UserError, match="is a XLMRobertaTokenizer, whose ids"):
         load_tokenizer(tmp_path)
+
+
+def test_ids_that_the_file_lacks_are_explained(tmp_path: Path) -> None:
+    write_folder(tmp_path, "bytes", "Qwen2Tokenizer", "no names")
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    num_ids = max(file["model"]["vocab"].values()) + 1
+    ours = load_tokenizer(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        check_tokenizer_fits(ours, num_ids, "take another")
+    words = (
+        f"has {num_ids + 1} ids, the embedding {num_ids} rows; not in the file itself: "
+    )
+    assert f"{words}'<|endoftext|>', from the class Qwen2Tokenizer" in str(
+        refusal.value
+    )
+    assert "fix: take another" in str(refusal.value)
+    # Of a file alone, nothing else adds any.
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"embedding 9 rows\n"):
+        check_tokenizer_fits(load_tokenizer(tmp_path), 9)
 
 
 def test_a_name_that_no_library_knows_takes_the_file_as_it_is(tmp_path: Path) -> None:

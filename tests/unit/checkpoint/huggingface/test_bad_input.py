@@ -19,6 +19,7 @@ from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.restore import load_model, restore_model
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
@@ -125,6 +126,29 @@ def test_bad_folder_leaves_no_checkpoint(
         from_hf(str(folder), str(out), None, False, silent)
     assert not list(out.rglob("*")) if out.exists() else True
     assert not all(item.passed for item in checklist(str(folder)))
+
+
+def test_a_tokenizer_that_does_not_fit_can_be_left_out(folder: Path) -> None:
+    train(folder, prefix=False)
+    out = folder.parent / "out"
+    with pytest.raises(UserError, match="fix: .*--tokenizer none"):
+        from_hf(str(folder), str(out), None, False, silent)
+    # Whatever reads the weights alone needs none.
+    assert restore_model(str(folder)).config.model.vocab_size == 61
+    from_hf(str(folder), str(out), None, False, silent, "none")
+    assert restore_model(str(out)).config.data.tokenizer_path is None
+
+
+def test_a_tokenizer_that_cannot_be_used_is_named(folder: Path) -> None:
+    train(folder, prefix=False)
+    settings = {"tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    lines: list[str] = []
+    from_hf(str(folder), str(folder.parent / "out"), None, False, lines.append)
+    reason = "the folder's tokenizer is a BertTokenizer"
+    assert any("names no tokenizer" in line and reason in line for line in lines)
+    with pytest.raises(UserError, match=reason):
+        load_model(str(folder))
 
 
 def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
