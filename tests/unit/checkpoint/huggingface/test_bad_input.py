@@ -131,7 +131,7 @@ def test_bad_folder_leaves_no_checkpoint(
 def test_a_tokenizer_that_does_not_fit_can_be_left_out(folder: Path) -> None:
     train(folder, prefix=False)
     out = folder.parent / "out"
-    with pytest.raises(UserError, match="fix: .*--tokenizer none"):
+    with pytest.raises(UserError, match=r"fix: .*--tokenizer none"):
         from_hf(str(folder), str(out), None, False, silent)
     # Whatever reads the weights alone needs none.
     assert restore_model(str(folder)).config.model.vocab_size == 61
