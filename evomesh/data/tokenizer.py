@@ -179,11 +179,13 @@ class HfTokenizer:
 
         if self.path.suffix != ".json":
             return []
-        backend = Backend.from_file(str(self.path))
-        of_file = backend.get_vocab(with_added_tokens=True)
+        of_file = Backend.from_file(str(self.path))
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        added = vocabulary.keys() - of_file.keys()
-        return sorted(added, key=vocabulary.__getitem__)
+        added = []
+        for token in sorted(vocabulary, key=vocabulary.__getitem__):
+            if of_file.token_to_id(token) is None:
+                added.append(token)
+        return added
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json with all tokens, those of the folder included."""
