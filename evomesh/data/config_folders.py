@@ -53,13 +53,16 @@ def absent_tokenizer(config: DataConfig) -> list[str]:
     ]
 
 
-def other_tokenizer(config: DataConfig) -> list[str]:
+def other_tokenizer(config: DataConfig, given: str | None = None) -> list[str]:
     """Return a warning if another tokenizer than the config's made the token files that a run would read.
 
     A loss would not show it, but every text that is generated. Folders, files and
     tokenizers that cannot be read are found by other checks.
+
+    Args:
+        given: ``--tokenizer``, which replaces the config's.
     """
-    tokenizer = config.tokenizer_path
+    tokenizer = given or config.tokenizer_path
     if tokenizer is None or config.type == "streaming":
         return []
     files: dict[Path, None] = {}
@@ -71,7 +74,7 @@ def other_tokenizer(config: DataConfig) -> list[str]:
         files |= dict.fromkeys(file.path for file in found)
     try:
         tokenizer_hash = read_tokenizer_hash(tokenizer, TOKENIZER)
-        name = f"{TOKENIZER}={tokenizer!r}"
+        name = f"--tokenizer {given}" if given else f"{TOKENIZER}={tokenizer!r}"
         warning = other_tokenizer_warning(files, tokenizer_hash, name)
     except (UserError, OSError):
         return []

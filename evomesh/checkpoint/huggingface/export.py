@@ -68,6 +68,7 @@ from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
 from evomesh.data.chat import portable_source
+from evomesh.data.config_folders import other_tokenizer
 from evomesh.data.tokenizer import (
     Tokenizer,
     absent_recorded_tokenizer,
@@ -250,6 +251,9 @@ def _fitting_tokenizer(
     if tokenizer is not None:
         fix = "give another one with --tokenizer PATH, or export the weights alone with --tokenizer none"
         check_tokenizer_fits(tokenizer, config.model.vocab_size, fix)
+        # The token files may be elsewhere: then nothing is known of them.
+        for warning in other_tokenizer(config.data, given):
+            report(f"warning: {warning}")
     return tokenizer
 
 

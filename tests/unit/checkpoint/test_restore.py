@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from evomesh.checkpoint.huggingface import export as export_module
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.restore import RestoredModel, load_model, restore_model
+from evomesh.config.data import DataConfig
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from evomesh.layers.sequence_bounds import single_sequence
@@ -121,6 +123,15 @@ def test_a_relative_tokenizer_path_is_the_run_s(
     _, found = save_model(tmp_path / "ckpts", config, "tok", GenerationConfig())
     ckpts = str(tmp_path / "ckpts")
     assert load_model(ckpts).tokenizer.vocab_size == 256
+
+    def warnings(data: DataConfig, given: str | None) -> list[str]:
+        return [f"of {data.tokenizer_path} and {given}"]
+
+    monkeypatch.setattr(export_module, "other_tokenizer", warnings)
+    exported: list[str] = []
+    options = ExportOptions(compare=False, tokenizer=str(tmp_path / "tok"))
+    export(found, tmp_path / "hf", options, exported.append)
+    assert f"warning: of tok and {tmp_path / 'tok'}" in exported
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

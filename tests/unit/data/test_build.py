@@ -368,6 +368,9 @@ def test_a_tokenizer_that_did_not_make_the_files_gives_a_warning(
     (warning,) = other_tokenizer(config(tree, **options))
     assert warning.startswith(f"{written}: made with another tokenizer (tokenizer 8888")
     assert f"than data.tokenizer_path={str(tokenizer)!r} ({ours[:12]})" in warning
+    other = config(tree, **options | {"tokenizer_path": None})
+    (warning,) = other_tokenizer(other, str(tokenizer))
+    assert f"than --tokenizer {tokenizer} ({ours[:12]})" in warning
 
 
 def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) -> None:
