@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.config.hub_folders import cache_folder, cached_model
+from evomesh.config.hub_folders import advice_on_missing, cache_folder, cached_model
 from evomesh.config.user import expand_home
 from evomesh.storage.urls import open_storage, split_url
 
@@ -31,11 +30,9 @@ def local_folder(url: str) -> Path:
     cached = cached_model(path)
     if cached is not None:
         return cached
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
-    model = path if is_hub_id else "OWNER/MODEL"
     raise CheckpointError(
         f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
-        fix=f"give an existing folder, or download the model into the cache first: hf download {model}",
+        fix=advice_on_missing(path),
         code="EVO-HF-001",
     )
 

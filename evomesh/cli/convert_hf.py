@@ -230,15 +230,16 @@ def check(
     """Check that a model folder is ready for inference. Exit code 2 if a check fails."""
     from evomesh.checkpoint.huggingface.checklist import checklist
 
-    failed = 0
-    for item in checklist(folder):
+    items = checklist(folder)
+    for item in items:
         result = "passed" if item.passed else "FAILED"
         print(f"{result}  {item.name}: {item.detail}")
-        failed += not item.passed
+    failed = [item for item in items if not item.passed]
     if failed:
+        fixes = dict.fromkeys(item.fix for item in failed if item.fix)
         raise UserError(
-            f"{failed} of the checks above failed",
+            f"{len(failed)} of the checks above failed",
             where=folder,
-            fix="export it again: evomesh convert to-hf",
+            fix="; ".join(fixes) or "export it again: evomesh convert to-hf",
             code="EVO-HF-007",
         )

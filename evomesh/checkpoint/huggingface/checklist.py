@@ -28,7 +28,7 @@ from evomesh.checkpoint.huggingface.stock_logits import (
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
 from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.folder_template import JinjaTemplate
-from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.quantities import counted
 from evomesh.storage.local import LocalStorage
@@ -57,6 +57,7 @@ class ChecklistItem:
     name: str
     passed: bool
     detail: str
+    fix: str = ""
 
 
 def checklist(path: str) -> list[ChecklistItem]:
@@ -82,7 +83,7 @@ def _run_check(name: str, check: Check, folder: HfFolder) -> ChecklistItem:
     try:
         return ChecklistItem(name, True, check(folder))
     except UserError as error:
-        return ChecklistItem(name, False, error.found)
+        return ChecklistItem(name, False, error.found, error.fix)
     except Exception as error:  # whatever another library raises is a finding
         return ChecklistItem(name, False, f"{type(error).__name__}: {error}")
 
@@ -147,7 +148,7 @@ def _finite(folder: HfFolder) -> str:
 def check_tokenizer(folder: HfFolder) -> str:
     """Check that the tokenizer loads, fits the embedding and gives the ids of ``transformers``."""
     path = Path(folder.path)
-    tokenizer = load_tokenizer(folder.path, folder.path)
+    tokenizer = _tokenizer(folder)
     vocab_size = int(folder.json("config.json")["vocab_size"])
     check_tokenizer_fits(tokenizer, vocab_size)
     settings = path / "tokenizer_config.json"
@@ -158,8 +159,24 @@ def check_tokenizer(folder: HfFolder) -> str:
     return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
 
 
+def _tokenizer(folder: HfFolder) -> Tokenizer:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        UserError: there is none, or it cannot be used; with the option that exports one.
+    """
+    try:
+        return load_tokenizer(folder.path, folder.path)
+    except UserError as error:
+        raise UserError(
+            error.found,
+            fix="export it again with a tokenizer: evomesh convert to-hf CKPT OUT --tokenizer PATH",
+            code=error.code,
+        ) from None
+
+
 def _template(folder: HfFolder) -> str:
-    tokenizer = load_tokenizer(folder.path, folder.path)
+    tokenizer = _tokenizer(folder)
     if not tokenizer.chat_template:
         return "none: a base model"
     JinjaTemplate(tokenizer)

@@ -8,6 +8,7 @@ mistake in the index, or in its reader, is then a difference and no common error
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ class _StoredBox:
 
     def read(self) -> Tensor:
         """Read the part."""
-        return self.file.read(self.key, Box.whole(self.shape))
+        with _reading():
+            return self.file.read(self.key, Box.whole(self.shape))
 
 
 class DataFiles:
@@ -95,7 +97,29 @@ def _data_files(found: Checkpoint) -> Iterator[SafetensorsFile]:
     """Open the data files of a checkpoint."""
     for record in found.files:
         path = join(found.folder, record.name)
-        yield SafetensorsFile(found.storage, path)
+        with _reading():
+            file = SafetensorsFile(found.storage, path)
+        yield file
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Name the damage of a data file as one of its checkpoint: it is not a model folder.
+
+    Raises:
+        CheckpointError: with the command that shows what else is damaged.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        folder, _, _ = error.where.rpartition("/")
+        raise CheckpointError(
+            f"the data file is damaged: {error.found}",
+            where=error.where,
+            expected="the bytes that the run saved",
+            fix=f"take another step, or copy this one again; evomesh ckpt verify {folder} names all that is damaged",
+            code="EVO-CKPT-003",
+        ) from None
 
 
 def _offsets(first_element: str, num_dims: int) -> Coordinates:

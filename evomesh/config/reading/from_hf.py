@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomesh.config.families import ARCHITECTURE_KEYS
-from evomesh.config.hub_folders import find_model_folder
+from evomesh.config.hub_folders import advice_on_missing, find_model_folder
 from evomesh.config.hugging_face import read_model_folder
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.rope import RopeScaling
@@ -149,7 +149,7 @@ def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
             KEY,
             f"found {shown(name)}",
             expected="a local Hugging Face folder, or the id of a model in the local hub cache",
-            fix="download it first: hf download OWNER/MODEL",
+            fix=advice_on_missing(name) if isinstance(name, str) else "",
             code="EVO-CONFIG-002",
         )
         return None

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from evomesh.config.hub_folders import cache_folder, cached_dataset
+from evomesh.config.hub_folders import advice_on_missing, cache_folder, cached_dataset
 from evomesh.data.records.reader import SourceRecord, read_records, record_text
 from evomesh.data.records.source_files import (
     FORMATS,
@@ -55,7 +55,7 @@ def find_text_folder(name: str, key: str) -> Path:
             f"no folder {name}, and no dataset of this name in the hub cache {cache_folder()}",
             where=key,
             expected=TEXT_FOLDER,
-            fix=f"hf download {name} --repo-type dataset",
+            fix=advice_on_missing(name, "dataset", " --repo-type dataset"),
             code="EVO-DATA-001",
         )
     return cached

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from evomesh.config.hub_folders import find_model_folder
+from evomesh.config.hub_folders import advice_on_missing, find_model_folder
 from evomesh.config.hugging_face import read_model_folder
 from evomesh.config.known_models import known_model
 from evomesh.config.reading.draft import shown
@@ -143,12 +142,7 @@ def _find_model(out: Translation, name: str) -> tuple[ModelConfig, str] | None:
         except UserError as error:
             settings.problems.append(error)
             return None
-    download = (
-        f"download it: hf download {name}"
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)
-        and not Path(name).parent.is_dir()
-        else "give an existing folder"
-    )
+    download = advice_on_missing(name)
     model = known_model(name)
     if model is None:
         settings.problem(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evomesh.checkpoint.huggingface import checklist as checklist_module
 from evomesh.checkpoint.huggingface import export as export_module
 from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
@@ -20,6 +21,7 @@ from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.restore import load_model, restore_model
+from evomesh.cli.convert_hf import check
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
@@ -149,6 +151,18 @@ def test_a_tokenizer_that_cannot_be_used_is_named(folder: Path) -> None:
     assert any("names no tokenizer" in line and reason in line for line in lines)
     with pytest.raises(UserError, match=reason):
         load_model(str(folder))
+
+
+def test_the_option_that_exports_a_tokenizer_is_named_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = save_model(tmp_path / "c", model_config())
+    export(found, tmp_path / "hf", QUIET, silent)
+    monkeypatch.setattr(checklist_module, "has_transformers", lambda: False)
+    with pytest.raises(UserError, match="2 of the checks above failed") as refused:
+        check(str(tmp_path / "hf"))
+    assert "--tokenizer PATH" in refused.value.fix
+    assert "FAILED  tokenizer: no tokenizer in" in capsys.readouterr().out
 
 
 def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:

@@ -256,3 +256,12 @@ def test_data_files_are_read_by_their_own_headers(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="overlap or leave a hole"):
             DataFiles(found).read("norm.weight")
     assert isinstance(found.storage, LocalStorage)
+
+    # Damage is that of a checkpoint, not of a model folder.
+    content = path.read_bytes()
+    for damaged in (content[:8] + b"#" + content[9:], content[:100]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="the data file is damaged") as refused:
+            DataFiles(found)
+        assert refused.value.code == "EVO-CKPT-003"
+        assert f"evomesh ckpt verify {found.folder}" in refused.value.fix
