@@ -130,7 +130,7 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
         cwd=tmp_path,
         code=2,
     )
-    assert "GiB on this machine" in said and "Traceback" not in said
+    assert "TiB on this machine" in said and "Traceback" not in said
     assert said.count("settings have no effect or need attention") == 0
 
 
