@@ -177,9 +177,9 @@ def test_command() -> None:
     assert result.exit_code == 0, result.output
     assert "rank 0 of 1024: pp 0 of 1, dp 0 of 128, tp 0 of 8" in result.output
     assert "one step of this rank" in result.output
-    assert math.isclose(
-        float(result.output.split("parameters ")[1].split()[0]), 1748, rel_tol=0.01
-    )
+    size, unit = result.output.split("parameters ")[1].split()[:2]
+    assert math.isclose(float(size), 1748 / 1024, rel_tol=0.01)
+    assert unit.startswith("GiB")
 
 
 def test_command_without_a_trace_shows_sizes() -> None:
