@@ -22,8 +22,9 @@ def readable(size: float, digits: int = 1, least: float = 1) -> str:
     """Return ``1.5 GiB`` for a number of bytes.
 
     Args:
-        digits: behind the point.
-        least: the smallest number in front of a unit, so that sizes of a table rather share one: 0.1 gives "0.50 GiB".
+        digits: after the decimal point.
+        least: the smallest number before a unit; 0.1 gives "0.50 GiB" rather than "512.00 MiB", so that the sizes of a
+            table share a unit.
     """
     unit = 0
     while size >= 1024 * least and unit < len(UNITS) - 1:

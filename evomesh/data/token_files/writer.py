@@ -65,7 +65,7 @@ class BinWriter:
             remove_empty(self._new_folders)
             raise
 
-        # 2. What is known of the documents so far: at first nothing.
+        # 2. Counts of the documents written so far.
         self._lengths: list[NDArray[np.int64]] = []  # tokens of each line, in blocks
         self._sizes: list[NDArray[np.int64]] = []  # bytes of each line
         self._hash = xxhash.xxh3_128()
