@@ -53,7 +53,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _job_name_findings(name: str) -> Iterator[ConfigFinding]:
-    """Yield why the name of a run, which its folder bears, is none for a folder."""
+    """Yield why the name of a run cannot be that of its folder."""
     length = len(name.encode("utf-8", "surrogatepass"))
     if not name or name.startswith(".") or re.search(r"[/\\\x01-\x1f:]", name):
         yield ConfigFinding(

@@ -329,7 +329,7 @@ def read_tokenizer_hash(path: str | Path, where: str = "--tokenizer") -> str:
     """Return the ``hash`` that ``load_tokenizer`` would give the tokenizer; only its files are read.
 
     Args:
-        where: as of ``load_tokenizer``.
+        where: the option or key that names the tokenizer, for messages.
 
     Raises:
         UserError: there is no tokenizer at the path, or it is of a class that cannot be read.

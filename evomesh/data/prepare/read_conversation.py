@@ -342,7 +342,7 @@ def _get_of_record(record: SourceRecord, key: str) -> Any:
 
 
 def _format_fix(value: Any) -> str:
-    """Return what to do with a record that has not the keys of the format."""
+    """Return what to do with a record that lacks the keys of the format."""
     name = chat_format(value)
     if name:
         return f"its form is another one: --format {name}"

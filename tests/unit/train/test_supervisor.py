@@ -166,16 +166,22 @@ time.sleep(100)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_passed_on_and_ends_both(
-    folder: Path, number: signal.Signals
-) -> None:
+def signal_when_ready(folder: Path, number: signal.Signals) -> None:
+    """Send a signal to this process once the run has written the file ``ready``."""
+
     def send() -> None:
         while not (folder / "ready").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_ends_both(
+    folder: Path, number: signal.Signals
+) -> None:
+    signal_when_ready(folder, number)
     command = [sys.executable, "-S", "-c", SLEEPER]
     assert Supervisor(command, RestartPolicy()).run() == 75
     assert (folder / "got").read_text() == number.name
@@ -187,12 +193,7 @@ def test_a_signal_is_passed_on_and_ends_both(
 def test_a_signal_that_a_run_has_no_handlers_for_yet_ends_with_its_code(
     folder: Path, number: signal.Signals, code: int
 ) -> None:
-    def send() -> None:
-        while not (folder / "ready").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=send).start()
+    signal_when_ready(folder, number)
     command = ["sh", "-c", "touch ready; exec sleep 100"]
     assert Supervisor(command, RestartPolicy()).run() == code
 
