@@ -190,7 +190,7 @@ def host(tmp_path: Path, number: int, port: int | None = None) -> Watcher:
 def test_a_hang_on_one_host_is_explained_to_the_ranks_of_both(
     tmp_path: Path, ranks: list[Activity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watcher, "STACKS_S", 0.2)
+    monkeypatch.setattr(watcher, "STACKS_S", 0.5)
     monkeypatch.setattr(watcher, "OTHER_HOSTS_S", 0.0)
     first = host(tmp_path, 0)
     assert first.server is not None
